@@ -1,0 +1,18 @@
+"""Maximal update parametrization of any transformers model: widths, roles, rules, the patch and its proof."""
+
+from .patch import apply_mup, read_mup
+from .report import MupReport
+from .roles import infer_widths
+from .rules import LearningRateRule, ParameterWidth, Role
+from .widths import scale_width
+
+__all__ = [
+    "LearningRateRule",
+    "MupReport",
+    "ParameterWidth",
+    "Role",
+    "apply_mup",
+    "infer_widths",
+    "read_mup",
+    "scale_width",
+]
