@@ -1,0 +1,19 @@
+"""Tune once, train wide: second-order optimizers with the maximal update parametrization for Hugging Face Transformers."""
+
+from hf_so2.arguments import SecondOrderTrainingArguments
+from hf_so2.errors import ConfigurationError, TrainingDivergedError
+from hf_so2.mup import apply_mup, scale_width
+from hf_so2.optim import OPTIMIZERS, SecondOrderOptimizer, build_optimizer
+from hf_so2.trainer import SecondOrderTrainer
+
+__all__ = [
+    "OPTIMIZERS",
+    "ConfigurationError",
+    "SecondOrderOptimizer",
+    "SecondOrderTrainer",
+    "SecondOrderTrainingArguments",
+    "TrainingDivergedError",
+    "apply_mup",
+    "build_optimizer",
+    "scale_width",
+]

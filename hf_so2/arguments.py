@@ -1,0 +1,223 @@
+"""`SecondOrderTrainingArguments`: the flags of `transformers.TrainingArguments`, our optimizer names and their settings."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import Field, dataclass, field, fields, make_dataclass
+from typing import Any, get_type_hints
+
+from transformers import AutoConfig, PretrainedConfig, TrainingArguments
+from transformers.training_args import OptimizerNames
+from transformers.utils import ExplicitEnum, logging
+
+from hf_so2.errors import ConfigurationError
+from hf_so2.mup import scale_width
+from hf_so2.optim.methods import MUP_SUFFIX, OPTIMIZERS, parse_name
+from hf_so2.optim.settings import SETTING_NAMES, Settings, resolve
+
+logger = logging.get_logger(__name__)
+
+# A superset of transformers' own enum: the type of the field is what argparse, JSON and Optuna check and cast with.
+OptimizerName = ExplicitEnum(  # type: ignore[misc]
+    "OptimizerName",
+    {
+        **{entry.name: entry.value for entry in OptimizerNames},
+        **{f"SO2_{name.upper()}": name for name in OPTIMIZERS},
+    },
+    module=__name__,
+)
+
+# Fields that the Trainer has already; None is made to mean "the method's default" for them too.
+TRAINER_FIELDS = {"lr": "learning_rate", "weight_decay": "weight_decay"} | {
+    name: name for name in ("adam_beta1", "adam_beta2", "adam_epsilon")
+}
+
+
+def _own_fields() -> list[tuple[str, Any, Field[Any]]]:
+    hints = get_type_hints(Settings)
+    own = []
+    for entry in fields(Settings):
+        if entry.name not in TRAINER_FIELDS:
+            # argparse expands % in help texts; lists are what its parser can read.
+            kind = list[str] if entry.name == "skip_modules" else hints[entry.name]
+            text = entry.metadata["help"].replace("%", "%%") + " Default: the method's own."
+            own.append((entry.name, kind | None, field(default=None, metadata={"help": text})))
+    return own
+
+
+_OwnFields: Any = make_dataclass("_OwnFields", _own_fields(), bases=(TrainingArguments,))
+
+
+@dataclass
+class SecondOrderTrainingArguments(_OwnFields):  # type: ignore[misc]
+    """`transformers.TrainingArguments` plus every field of `hf_so2.optim.Settings` and the μP base.
+
+    `optim` takes every name of transformers and of `hf_so2.OPTIMIZERS`. A setting left at None takes the method's
+    default. `optim_args="damping=0.01,momentum=0.95"` overrides the fields.
+
+    Raises:
+        ConfigurationError: an unknown optimizer, a value out of range, a setting that the optimizer would ignore, or a
+            launcher that is not supported (DeepSpeed, FSDP).
+    """
+
+    optim: OptimizerName = field(  # type: ignore[valid-type]
+        default="kfac_mup",
+        metadata={"help": "The optimizer: a name of hf_so2.OPTIMIZERS or of transformers."},
+    )
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "Peak learning rate, at the base width. Default: the method's own."}
+    )
+    adam_beta1: float | None = field(
+        default=None, metadata={"help": "First beta of AdamW. Default: the method's own."}
+    )
+    adam_beta2: float | None = field(
+        default=None, metadata={"help": "Second beta of AdamW. Default: the method's own."}
+    )
+    adam_epsilon: float | None = field(
+        default=None, metadata={"help": "Epsilon of AdamW. Default: the method's own."}
+    )
+    mup_base_width: int | None = field(
+        default=None,
+        metadata={"help": "Width (hidden size) at which the settings of a _mup optimizer were tuned."},
+    )
+    mup_base_config: str | None = field(
+        default=None,
+        metadata={"help": "Instead of mup_base_width: directory or JSON file of the base model's config."},
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.mup_base_config, PretrainedConfig):
+            self.mup_base_config = self.mup_base_config.to_dict()
+        name = _known_optimizer(self.optim)
+        self._fill_trainer_fields(name)
+        if self.is_ours(name):
+            _refuse_unsupported_launchers(name, self)
+        self._with_transformers_optimizer(super().__post_init__)
+        self.optim = OptimizerName(name)
+        self._check_base(name)
+
+    @staticmethod
+    def is_ours(name: str) -> bool:
+        """Whether `name` is an optimizer of this package rather than of transformers."""
+        return str(getattr(name, "value", name)) in OPTIMIZERS
+
+    def optimizer_settings(self) -> Settings:
+        """The settings as the fields stand now (a hyperparameter search changes them after construction).
+
+        Raises:
+            ConfigurationError: as the class.
+        """
+        name = _known_optimizer(self.optim)
+        method, _ = parse_name(name)
+        given = {setting: getattr(self, TRAINER_FIELDS.get(setting, setting)) for setting in SETTING_NAMES}
+        given |= _parsed_optim_args(self.optim_args)
+        return resolve(name, method.uses, method.defaults, given)
+
+    def base_config(self, config: PretrainedConfig) -> PretrainedConfig | None:
+        """The config at whose width the settings were tuned, for a model of `config`; None when no base was given.
+
+        Raises:
+            ConfigurationError: the family of `config` cannot be scaled to that width, or the file cannot be read.
+        """
+        if self.mup_base_width is not None:
+            return scale_width(config, width=self.mup_base_width)
+        if isinstance(self.mup_base_config, dict):
+            return AutoConfig.for_model(**self.mup_base_config)
+        if self.mup_base_config is not None:
+            try:
+                return AutoConfig.from_pretrained(self.mup_base_config)
+            except (OSError, ValueError) as error:
+                reason = str(error).splitlines()[0]
+                raise ConfigurationError(
+                    "mup_base_config", self.mup_base_config, f"must be a readable model config ({reason})"
+                ) from None
+        return None
+
+    def set_optimizer(
+        self, name: str = "kfac_mup", *args: Any, **kwargs: Any
+    ) -> SecondOrderTrainingArguments:
+        """As in transformers, with our names besides."""
+        known = _known_optimizer(name)
+        super().set_optimizer("adamw_torch", *args, **kwargs)
+        self.optim = OptimizerName(known)
+        return self
+
+    def _with_transformers_optimizer(self, call: Any) -> None:
+        """Run `call` with `optim` set to a name that transformers' own enum knows."""
+        chosen = self.optim
+        if self.is_ours(chosen):
+            self.optim = OptimizerNames.ADAMW_TORCH
+        else:
+            self.optim = str(getattr(chosen, "value", chosen))
+        call()
+        self.optim = chosen
+
+    def _fill_trainer_fields(self, name: str) -> None:
+        if self.is_ours(name):
+            settings = self.optimizer_settings()
+            for ours, theirs in TRAINER_FIELDS.items():
+                setattr(self, theirs, getattr(settings, ours))
+            return
+        for entry in fields(TrainingArguments):
+            if entry.name in TRAINER_FIELDS.values() and getattr(self, entry.name) is None:
+                setattr(self, entry.name, entry.default)
+        for own in fields(Settings):
+            value = getattr(self, own.name, None)
+            if own.name not in TRAINER_FIELDS and value is not None:
+                raise ConfigurationError(own.name, value, f"has no effect on transformers' optimizer {name}")
+
+    def _check_base(self, name: str) -> None:
+        if self.mup_base_width is not None and self.mup_base_config is not None:
+            raise ConfigurationError(
+                "mup_base_config", self.mup_base_config, "excludes mup_base_width; give one of them"
+            )
+        base_given = self.mup_base_width is not None or self.mup_base_config is not None
+        if base_given and not name.endswith(MUP_SUFFIX):
+            logger.warning("the μP base is not used: optim=%s is in the standard parametrization", name)
+
+
+def _known_optimizer(name: Any) -> str:
+    text = str(getattr(name, "value", name))
+    if text not in {entry.value for entry in OptimizerNames}:
+        parse_name(text)
+    return text
+
+
+def _refuse_unsupported_launchers(name: str, args: SecondOrderTrainingArguments) -> None:
+    if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("1", "true"):
+        raise ConfigurationError(
+            "deepspeed", args.deepspeed or True, f"is not supported with optim={name}; use DDP"
+        )
+    if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true"):
+        raise ConfigurationError(
+            "fsdp", args.fsdp or True, f"is not supported with optim={name} yet; use DDP"
+        )
+
+
+def _parsed_optim_args(text: str | None) -> dict[str, Any]:
+    """`"damping=0.01,momentum=0.95"` as settings of the right types."""
+    hints = get_type_hints(Settings)
+    parsed: dict[str, Any] = {}
+    for item in (text or "").split(","):
+        if not item.strip():
+            continue
+        name, separator, value = (part.strip() for part in item.partition("="))
+        if not separator:
+            raise ConfigurationError("optim_args", text, "must be name=value pairs with commas between them")
+        if name not in hints:
+            resolve("", frozenset(), {}, {name: value}, learning_rate="lr")
+            name = "lr"
+        parsed[name] = _cast(name, value, hints[name])
+    return parsed
+
+
+def _cast(name: str, value: str, hint: Any) -> Any:
+    if hint is str:
+        return value
+    if name == "skip_modules":
+        return tuple(value.split(";"))
+    kind = int if "int" in str(hint) else float
+    try:
+        return kind(value)
+    except ValueError:
+        raise ConfigurationError(name, value, f"must be a number ({kind.__name__})") from None

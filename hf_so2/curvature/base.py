@@ -1,0 +1,79 @@
+"""What a curvature method is: a few statistics summed over tokens, and four verbs on a dictionary of tensors.
+
+Convention of this package: a layer computes `u = W h`; every matrix is `(fan_out, fan_in)`; `inputs` are the rows `h`
+of shape (rows, fan_in) and `gradients` the rows `δ = ∂ℓ/∂u` of shape (rows, fan_out), of each token's own loss. A block
+knows nothing of modules, processes, the Trainer or μP.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hf_so2.damping import Damping
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """How a sum over rows becomes a mean that depends neither on the batch split nor on the loss scale.
+
+    Args:
+        gradient_degree: how often `δ` enters as a factor; gradients captured `c` times too large make the sum
+            `c**gradient_degree` too large.
+        per: what the sum is divided by: the `tokens` of the loss, or the `rows` that the layer saw. Both are the same
+            number unless labels are masked. With masked labels `Σ h hᵀ ⊗ δ δᵀ / tokens` factors into
+            `(Σ h hᵀ / rows) ⊗ (Σ δ δᵀ / tokens)` for independent `h` and `δ` (Eschenhagen et al. 2023,
+            arXiv 2311.00636, equation 22), and `tr A` does not depend on how many labels are masked.
+    """
+
+    gradient_degree: int
+    per: str
+
+
+class CurvatureBlock(Protocol):
+    """One layer's preconditioner. The object holds settings only; everything that moves lives in the state.
+
+    `statistics` names what is summed over tokens; the state holds a running average under each of these names, and
+    under `weight` (0-dim) the running average of 1, zero until the first update.
+    """
+
+    statistics: dict[str, Statistic]
+
+    def init_state(self, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> State:
+        """Zeroed state of a weight of `shape` (fan_out, fan_in)."""
+        ...
+
+    def observe(self, state: State, inputs: Tensor, gradients: Tensor) -> State:
+        """The block's statistics as sums over rows; the sums of two batches add up to the sum of their union."""
+        ...
+
+    def update(self, state: State, observation: State) -> None:
+        """Move the running averages towards the means in `observation`."""
+        ...
+
+    def refresh(self, state: State, damping: Damping) -> None:
+        """Rebuild the preconditioner from the running averages; a failed decomposition leaves the old one in place.
+
+        Raises:
+            DecompositionError: the damped factors cannot be inverted.
+        """
+        ...
+
+    def precondition(self, state: State, gradient: Tensor) -> Tensor:
+        """`P(G)` for `G` of shape (fan_out, fan_in)."""
+        ...
+
+
+def update_average(state: State, name: str, value: Tensor, beta: float) -> None:
+    """`X ← β X + (1-β) X̂` in place."""
+    state[name].lerp_(value.to(state[name].dtype), 1 - beta)
+
+
+def corrected_average(state: State, name: str) -> Tensor:
+    """The bias-corrected average `X / (1-β^t)`; `state["weight"]` holds `1-β^t` as the running average of 1."""
+    return state[name] / state["weight"]

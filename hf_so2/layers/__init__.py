@@ -1,0 +1,7 @@
+"""Which layers are preconditioned, how their weights are laid out, and how their activations are captured."""
+
+from hf_so2.layers.adapters import Adapter, adapter_for
+from hf_so2.layers.capture import Capture
+from hf_so2.layers.selection import Treatment, select
+
+__all__ = ["Adapter", "Capture", "Treatment", "adapter_for", "select"]

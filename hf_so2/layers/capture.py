@@ -1,0 +1,113 @@
+"""Hooks that hand every layer's inputs `h` and output gradients `δ` to its curvature block.
+
+A forward hook registers a hook on the *output tensor*; both factors are summed when that tensor's gradient arrives. This
+is exact for a layer called twice, for shared weights and for both modes of gradient checkpointing: whatever is
+recomputed, each gradient arrives once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from hf_so2.layers.adapters import Adapter
+
+Sums = dict[str, Tensor]
+Observe = Callable[[Tensor, Tensor], Sums]
+
+
+@dataclass
+class LayerSums:
+    """Sums over the rows that one weight has seen since they were last taken, and how many rows those were."""
+
+    sums: Sums = field(default_factory=dict)
+    rows: int | Tensor = 0
+
+    def add(self, sums: Sums, rows: int | Tensor) -> None:
+        for name, value in sums.items():
+            self.sums[name] = self.sums[name].add_(value) if name in self.sums else value
+        self.rows = self.rows + rows
+
+
+class Capture:
+    """Sums the statistics of all layers over the micro-batches of one optimizer step.
+
+    Args:
+        layers: for every weight, by qualified name: the modules that use it and its adapter.
+        observers: for every weight: maps rows `h` (rows, fan_in) and `δ` (rows, fan_out) to the block's sums.
+        dtypes: for every weight: the dtype of its statistics; low-precision activations are cast before the products.
+
+    Attributes:
+        enabled: whether the next forward pass is captured. Off, a layer pays one attribute look-up per call.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, tuple[Sequence[nn.Module], Adapter]],
+        observers: Mapping[str, Observe],
+        dtypes: Mapping[str, torch.dtype],
+    ) -> None:
+        self.enabled = False
+        self._observers, self._dtypes = observers, dtypes
+        self._handles: list[RemovableHandle] = []
+        for name, (modules, adapter) in layers.items():
+            for module in modules:
+                self._handles.append(module.register_forward_hook(self._forward_hook(name, adapter)))
+        self._sums: dict[str, LayerSums] = {}
+        self.discard()
+
+    def announce(
+        self, tokens: int | Tensor, gradient_scale: float | Tensor, row_mask: Tensor | None = None
+    ) -> None:
+        """What the caller knows of the next micro-batch; see `SecondOrderOptimizer.announce`."""
+        self.tokens = tokens if self.tokens is None else self.tokens + tokens
+        self._gradient_scale, self._row_mask = gradient_scale, row_mask
+
+    def take(self) -> tuple[dict[str, LayerSums], int | Tensor | None]:
+        """Hand out the sums of all layers and the announced tokens (None if nobody announced any), and start afresh."""
+        taken = self._sums, self.tokens
+        self.discard()
+        return taken
+
+    def discard(self) -> None:
+        """Forget whatever was captured and announced since the last step, as after a step that was given up."""
+        self._sums = {}
+        self.tokens: int | Tensor | None = None
+        self._gradient_scale: float | Tensor | None = None
+        self._row_mask: Tensor | None = None
+
+    def remove(self) -> None:
+        """Detach from the model."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _forward_hook(
+        self, name: str, adapter: Adapter
+    ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            if self.enabled and module.training and torch.is_grad_enabled() and output.requires_grad:
+                inputs = args[0].detach()
+                output.register_hook(lambda gradient: self._observe(name, adapter, inputs, gradient))
+
+        return hook
+
+    @torch.no_grad()
+    def _observe(self, name: str, adapter: Adapter, inputs: Tensor, gradient: Tensor) -> None:
+        dtype = self._dtypes[name]
+        h, delta = adapter.rows(inputs).to(dtype), adapter.rows(gradient).to(dtype)
+        if self._gradient_scale is not None:
+            delta = delta / self._gradient_scale
+        rows: int | Tensor = h.shape[0]
+        mask = self._row_mask
+        # Experts see a selection of the tokens, which no mask of the whole batch describes.
+        if mask is not None and mask.numel() == rows:
+            h, rows = h * mask.reshape(-1, 1), mask.sum()
+        # Checkpointing may run a layer inside another micro-batch's autocast region.
+        with torch.autocast(h.device.type, enabled=False):
+            sums = self._observers[name](h, delta)
+        self._sums.setdefault(name, LayerSums()).add(sums, rows)

@@ -1,0 +1,183 @@
+"""From a name, a model and settings to an optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+from transformers.trainer_pt_utils import get_parameter_names
+
+from hf_so2.damping import Damping
+from hf_so2.errors import ConfigurationError
+from hf_so2.layers import Treatment, select
+from hf_so2.mup import ParameterWidth, apply_mup, read_mup, rules
+from hf_so2.optim.coverage import Coverage, CoverageReport
+from hf_so2.optim.methods import Method, parse_name
+from hf_so2.optim.optimizer import SecondOrderOptimizer
+from hf_so2.optim.settings import Settings, resolve
+from hf_so2.optim.statistics import Curvature, Layer
+
+# Without μP nothing is multiplied.
+UNSCALED = ParameterWidth("scalar", 1.0, 1.0)
+
+# What transformers' Trainer leaves undecayed, by the names of parameters; LayerNorm modules besides.
+NOT_DECAYED = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
+
+
+def build_optimizer(
+    name: str,
+    model: nn.Module,
+    *,
+    base_config: PretrainedConfig | nn.Module | None = None,
+    decay_parameters: Collection[str] | None = None,
+    **settings: Any,
+) -> SecondOrderOptimizer:
+    """An optimizer for `model`, ready for a plain PyTorch or Accelerate loop.
+
+    A `_mup` name applies μP to the model, in place, unless `apply_mup` has done so before.
+
+    Args:
+        name: one of `hf_so2.OPTIMIZERS`.
+        model: any module; the parameters that require a gradient are optimized. Build before `torch.compile`, DDP or
+            `accelerator.prepare`.
+        base_config: for `_mup` names: the config (or, for other than Hugging Face models, a module) of the width at which
+            the settings were tuned. May be left out when the model carries a μP record.
+        decay_parameters: names of the parameters that `weight_decay` applies to; by default those that the Trainer decays
+            (neither biases nor norms).
+        settings: fields of `hf_so2.optim.settings.Settings` (`lr` may be spelled `learning_rate`); the others take the
+            method's defaults.
+
+    Raises:
+        ConfigurationError: an unknown name or setting, a value out of range, a setting that the method would ignore, a
+            `_mup` name without a base, or a model that μP cannot be applied to.
+    """
+    method, _ = parse_name(name)
+    resolved = resolve(name, method.uses, method.defaults, settings, learning_rate="lr")
+    return build_from_settings(name, model, resolved, base_config, decay_parameters)
+
+
+def build_from_settings(
+    name: str,
+    model: nn.Module,
+    resolved: Settings,
+    base_config: PretrainedConfig | nn.Module | None = None,
+    decay_parameters: Collection[str] | None = None,
+) -> SecondOrderOptimizer:
+    """`build_optimizer` for settings that have been checked already."""
+    method, is_mup = parse_name(name)
+    treatments = select(model, resolved.skip_modules, resolved.max_preconditioner_dim)
+    widths = _widths(name, model, base_config) if is_mup else {}
+    if decay_parameters is None:
+        decay_parameters = get_parameter_names(model, [nn.LayerNorm], NOT_DECAYED)
+
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    layers: list[Layer] = []
+    report: list[Coverage] = []
+    for parameter_name, parameter in model.named_parameters():
+        treatment = treatments.get(parameter_name)
+        if treatment is None:
+            report.append(Coverage(parameter_name, tuple(parameter.shape), "none", "frozen"))
+            continue
+        width = widths.get(parameter_name, UNSCALED)
+        options = _options(method, resolved, treatment, width, is_decayed=parameter_name in decay_parameters)
+        groups.setdefault(tuple(options.values()), {"params": [], **options})["params"].append(
+            (parameter_name, parameter)
+        )
+        layer = None
+        if method.block is not None and treatment.preconditioned:
+            layer = _layer(parameter_name, parameter, treatment, _damping(resolved, width))
+            layers.append(layer)
+        report.append(
+            Coverage(
+                parameter_name,
+                tuple(parameter.shape),
+                options["algorithm"],
+                treatment.reason,
+                width if is_mup else None,
+                options["lr"],
+                options["weight_decay"],
+                layer.damping if layer else None,
+            )
+        )
+    if not groups:
+        raise ConfigurationError(
+            "model", type(model).__name__, "must have a parameter that requires a gradient"
+        )
+    curvature = Curvature(method.block(resolved), layers) if method.block and layers else None
+    return SecondOrderOptimizer(
+        _base_rate_first(groups.values(), resolved.lr), resolved, curvature, CoverageReport(name, report)
+    )
+
+
+def _widths(
+    name: str, model: nn.Module, base: PretrainedConfig | nn.Module | None
+) -> Mapping[str, ParameterWidth]:
+    """The model's μP record, made now unless there is one."""
+    record = read_mup(model)
+    if record is None:
+        if base is None:
+            raise ConfigurationError(
+                "base_config", None, f"{name} needs the config at whose width it was tuned"
+            )
+        record = apply_mup(model, base)
+    return record
+
+
+def _options(
+    method: Method, settings: Settings, treatment: Treatment, width: ParameterWidth, *, is_decayed: bool
+) -> dict[str, Any]:
+    """The hyperparameters of one parameter, width multipliers included: the keys of its group."""
+    second_order = method.block is not None and treatment.preconditioned
+    first_order_rule = rules.ADAM if method.first_order == "adamw" else rules.SGD
+    # A first-order method has one rate for what a curvature method would precondition and may have another for the rest.
+    lr = settings.lr if treatment.preconditioned else settings.fallback_learning_rate or settings.lr
+    rule = _second_order_rule(method, settings) if second_order else first_order_rule
+    scaled_lr = lr * rules.learning_rate_multiplier(rule, width)
+    options: dict[str, Any] = {
+        "algorithm": method.name if second_order else method.first_order,
+        "lr": scaled_lr,
+        "weight_decay": settings.weight_decay * rules.weight_decay_multiplier(rule, width)
+        if is_decayed
+        else 0.0,
+    }
+    if method.first_order == "sgd":
+        return {**options, "momentum": settings.momentum}
+    fallback_ratio = 1.0
+    if second_order:
+        fallback_lr = settings.fallback_learning_rate or settings.lr
+        fallback_ratio = fallback_lr * rules.learning_rate_multiplier(rules.ADAM, width) / scaled_lr
+    return {
+        **options,
+        "betas": (settings.adam_beta1, settings.adam_beta2),
+        "eps": settings.adam_epsilon * rules.damping_multiplier("adam_eps", width),
+        "fallback_lr_ratio": fallback_ratio,
+    }
+
+
+def _second_order_rule(method: Method, settings: Settings) -> rules.LearningRateRule:
+    return rules.NONE if settings.norm_control == "spectral" else method.lr_rule
+
+
+def _damping(settings: Settings, width: ParameterWidth) -> Damping:
+    return Damping(
+        settings.damping_rule,
+        settings.damping,
+        rules.damping_multiplier("rho_A", width),
+        rules.damping_multiplier("rho_B", width),
+    )
+
+
+def _layer(name: str, parameter: nn.Parameter, treatment: Treatment, damping: Damping) -> Layer:
+    fan_out, fan_in = treatment.adapter.matrix(parameter).shape
+    dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+    return Layer(
+        name, (fan_out, fan_in), treatment.modules, treatment.adapter, damping, parameter.device, dtype
+    )
+
+
+def _base_rate_first(groups: Iterable[dict[str, Any]], lr: float) -> list[dict[str, Any]]:
+    """The Trainer logs the rate of group 0, which therefore is one at the base rate wherever there is such a group."""
+    return sorted(groups, key=lambda group: group["lr"] != lr)

@@ -1,0 +1,77 @@
+"""First-order updates for everything that is not preconditioned, by torch's own functional AdamW and SGD.
+
+One call per parameter group, so that the update is that of `torch.optim` bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+from torch.optim.sgd import sgd
+
+
+def adamw_step(
+    parameters: Sequence[Tensor],
+    states: Sequence[dict[str, Any]],
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """One step of `torch.optim.AdamW` on the parameters' `grad`; state keys and dtypes are those of torch."""
+    for parameter, state in zip(parameters, states, strict=True):
+        if "exp_avg" not in state:
+            state["step"] = torch.tensor(0.0, dtype=torch.float32)
+            state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+    adamw(
+        list(parameters),
+        _gradients(parameters),
+        [state["exp_avg"] for state in states],
+        [state["exp_avg_sq"] for state in states],
+        [],
+        [state["step"] for state in states],
+        amsgrad=False,
+        beta1=beta1,
+        beta2=beta2,
+        lr=lr,
+        weight_decay=weight_decay,
+        eps=eps,
+        maximize=False,
+    )
+
+
+def sgd_step(
+    parameters: Sequence[Tensor],
+    states: Sequence[dict[str, Any]],
+    *,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+) -> None:
+    """One step of `torch.optim.SGD` (weight decay in the gradient, as there) on the parameters' `grad`."""
+    buffers = [state.get("momentum_buffer") for state in states]
+    sgd(
+        list(parameters),
+        _gradients(parameters),
+        buffers,
+        lr=lr,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        dampening=0.0,
+        nesterov=False,
+        maximize=False,
+    )
+    if momentum:
+        for state, buffer in zip(states, buffers, strict=True):
+            state["momentum_buffer"] = buffer
+
+
+def _gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]

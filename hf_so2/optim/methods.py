@@ -1,0 +1,69 @@
+"""The optimizers by name: one row per method. A new curvature method is one file in `hf_so2.curvature` and a row here."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from hf_so2.curvature import KFAC, CurvatureBlock
+from hf_so2.errors import ConfigurationError
+from hf_so2.mup import rules
+from hf_so2.optim.settings import Settings
+
+
+@dataclass(frozen=True)
+class Method:
+    """What distinguishes one optimizer from the next.
+
+    Args:
+        name: without `_mup`; what the coverage table and the groups call it.
+        lr_rule: how its learning rate scales with the width when nothing else fixes the size of its updates.
+        first_order: the algorithm of everything that it does not precondition: `adamw` or `sgd`.
+        block: makes the curvature block from the settings; None for a first-order method.
+        defaults: settings that differ from those of `Settings`.
+    """
+
+    name: str
+    lr_rule: rules.LearningRateRule
+    first_order: str = "adamw"
+    block: Callable[[Settings], CurvatureBlock] | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def uses(self) -> frozenset[str]:
+        """The parts that settings can refer to; see `Settings`."""
+        parts = {"adam"} if self.first_order == "adamw" else {"momentum"}
+        return frozenset(parts | {"curvature", "momentum"} if self.block is not None else parts)
+
+
+_TABLE = (
+    Method(
+        "kfac",
+        rules.two_sided(1, 1),
+        block=lambda settings: KFAC(settings.beta2),
+        defaults={"lr": 0.06, "fallback_learning_rate": 0.02},
+    ),
+    # Defaults are those of transformers' `adamw_torch` and `sgd`, which these names equal step for step.
+    Method("adamw", rules.ADAM, defaults={"adam_beta2": 0.999}),
+    Method("sgd", rules.SGD, first_order="sgd", defaults={"lr": 0.1, "momentum": 0.0}),
+)
+METHODS: dict[str, Method] = {method.name: method for method in _TABLE}
+
+MUP_SUFFIX = "_mup"
+OPTIMIZERS: tuple[str, ...] = tuple(name + suffix for name in METHODS for suffix in ("", MUP_SUFFIX))
+"""Every optimizer name: each method with and without `_mup`."""
+
+
+def parse_name(name: str) -> tuple[Method, bool]:
+    """The method of an optimizer name, and whether it asks for μP.
+
+    Raises:
+        ConfigurationError: the name is not in `OPTIMIZERS`.
+    """
+    if name not in OPTIMIZERS:
+        near = difflib.get_close_matches(str(name), OPTIMIZERS, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ConfigurationError("optim", name, f"{hint}must be one of {', '.join(OPTIMIZERS)}")
+    return METHODS[name.removesuffix(MUP_SUFFIX)], name.endswith(MUP_SUFFIX)

@@ -1,0 +1,253 @@
+"""The one step pipeline that every method plugs into.
+
+statistics → reduce over ranks → refresh → momentum → precondition → norm control → decoupled weight decay → apply
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from hf_so2.errors import TrainingDivergedError
+from hf_so2.optim.coverage import CoverageReport
+from hf_so2.optim.fallback import adamw_step, sgd_step
+from hf_so2.optim.norm_control import NORM_CONTROLS, LayerUpdate
+from hf_so2.optim.schedule import due
+from hf_so2.optim.settings import Settings
+from hf_so2.optim.statistics import Curvature
+
+logger = logging.getLogger(__name__)
+
+# A few overflows are part of low-precision training; this many in a row mean that it has diverged.
+MAX_SKIPPED_IN_A_ROW = 20
+
+
+class SecondOrderOptimizer(torch.optim.Optimizer):
+    """Second-order updates for the layers of a model and first-order ones for the rest, in one optimizer.
+
+    Built by `hf_so2.build_optimizer`. Beside torch's own keys a parameter group holds `algorithm` (`adamw`, `sgd` or the
+    curvature method), `param_names`, and the constants of its first-order algorithm; `lr` and `weight_decay` carry the
+    width multipliers already, so that schedulers and resumes need to know nothing of μP.
+
+    Args:
+        groups: parameter groups with the keys that `hf_so2.optim.build` writes.
+        settings: the hyperparameters.
+        curvature: statistics and preconditioners, or None for a first-order method.
+        report: what was decided for every parameter.
+
+    Attributes:
+        steps: how many updates have been made.
+        skipped_steps: how many were left out because a gradient was not finite.
+        curvature_in_state_dict: whether `state_dict()` holds the curvature. On by default, so that a plain loop saves
+            all there is; a Trainer that writes it to a file of its own turns it off.
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[dict[str, Any]],
+        settings: Settings,
+        curvature: Curvature | None,
+        report: CoverageReport,
+    ) -> None:
+        self.settings, self.curvature, self._report = settings, curvature, report
+        self.steps = self.skipped_steps = self._skipped_in_a_row = 0
+        self.curvature_in_state_dict = True
+        super().__init__(groups, {"lr": settings.lr, "weight_decay": settings.weight_decay})
+        self._schedule_capture()
+
+    def coverage(self) -> CoverageReport:
+        """Which parameters get second-order updates, which the fallback, and why; `str()` of it is a table.
+
+        Once steps have been made, a weight that was chosen for preconditioning but has never been captured is listed
+        under the fallback that updates it.
+        """
+        if self.steps == 0 or self.curvature is None:
+            return self._report
+        uncaptured = {name for name in self.curvature.layers if not self._is_preconditioned(name)}
+        return self._report.moved_to_fallback(uncaptured)
+
+    @property
+    def capturing(self) -> bool:
+        """Whether the coming step updates the curvature statistics; `announce` is of use only then."""
+        return self.curvature is not None and self.curvature.capture.enabled
+
+    def announce(
+        self, tokens: int | Tensor, gradient_scale: float | Tensor, row_mask: Tensor | None = None
+    ) -> None:
+        """Tell what a plain loop cannot know of the next micro-batch; call it before the forward pass, or never.
+
+        Without a call, N is the number of rows that a layer saw since the last step and the loss is taken as the mean
+        over them.
+
+        Args:
+            tokens: how many tokens of this micro-batch, on this rank, count in the loss.
+            gradient_scale: c, where backward hands out c times the gradient of a token's own loss: `1/N` for a mean over
+                the N tokens of the whole step, times the world size where the gradients of ranks are averaged, times the
+                scale of a loss scaler.
+            row_mask: (batch, sequence), non-zero where a token is no padding; None when there is none.
+        """
+        if self.curvature is not None:
+            self.curvature.capture.announce(tokens, gradient_scale, row_mask)
+
+    def discard_captures(self) -> None:
+        """Forget micro-batches that will not be stepped on, as after an overflow, an interruption or a retry."""
+        if self.curvature is not None:
+            self.curvature.capture.discard()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Make one update. With a non-finite gradient nothing moves, the step is counted in `skipped_steps`.
+
+        Raises:
+            TrainingDivergedError: too many skipped steps, or failed decompositions, in a row.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not self._gradients_are_finite():
+            self._skip()
+            return loss
+        self.steps += 1
+        self._skipped_in_a_row = 0
+        self._update_curvature()
+        self._apply_second_order()
+        self._apply_first_order()
+        self._schedule_capture()
+        return loss
+
+    def _gradients_are_finite(self) -> bool:
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        # The maximum norm cannot overflow where the gradients themselves have not.
+        return (
+            bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients, torch.inf))) if gradients else True
+        )
+
+    def _skip(self) -> None:
+        self.discard_captures()
+        self.skipped_steps += 1
+        self._skipped_in_a_row += 1
+        logger.warning("a gradient is not finite: the step is skipped (%d so far)", self.skipped_steps)
+        if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise TrainingDivergedError(
+                f"gradients were not finite {self._skipped_in_a_row} steps in a row, from step {self.steps + 1} on;"
+                " lower the learning rate or resume from an earlier checkpoint"
+            )
+
+    def _update_curvature(self) -> None:
+        if self.curvature is None:
+            return
+        if due(self.steps, self.settings.factor_update_steps):
+            self.curvature.update()
+        if due(self.steps, self.settings.preconditioner_update_steps):
+            self.curvature.refresh()
+
+    def _schedule_capture(self) -> None:
+        if self.curvature is not None:
+            self.curvature.capture.enabled = due(self.steps + 1, self.settings.factor_update_steps)
+
+    def _apply_second_order(self) -> None:
+        if self.curvature is None:
+            return
+        updates = [self._layer_update(*entry) for entry in self._parameters(second_order=True)]
+        NORM_CONTROLS[self.settings.norm_control](updates, self.settings.kl_clip)
+        for u in updates:
+            u.weight.mul_(1 - u.lr * u.weight_decay)
+            u.weight.sub_(u.update.to(u.weight.dtype), alpha=u.lr)
+
+    def _layer_update(self, group: dict[str, Any], name: str, parameter: Tensor) -> LayerUpdate:
+        assert self.curvature is not None and parameter.grad is not None
+        layer, state = self.curvature.layers[name], self.state[parameter]
+        moment = state.setdefault("momentum_buffer", torch.zeros_like(parameter))
+        moment.lerp_(parameter.grad.to(moment.dtype), 1 - self.settings.momentum)
+        gradient = layer.adapter.matrix(moment).to(layer.state["weight"].dtype)
+        update = self.curvature.block.precondition(layer.state, gradient)
+        weight = layer.adapter.matrix(parameter)
+        return LayerUpdate(weight, gradient, update, group["lr"], group["weight_decay"], layer.state)
+
+    def _apply_first_order(self) -> None:
+        for group in self.param_groups:
+            entries = [(p, self.state[p]) for _, _, p in self._parameters(second_order=False, only=group)]
+            if not entries:
+                continue
+            parameters, states = zip(*entries, strict=True)
+            if group["algorithm"] == "sgd":
+                sgd_step(
+                    parameters,
+                    states,
+                    lr=group["lr"],
+                    momentum=group["momentum"],
+                    weight_decay=group["weight_decay"],
+                )
+                continue
+            # In a group of preconditioned weights, `lr` follows the method; its ratio to the fallback's rate is fixed.
+            adamw_step(
+                parameters,
+                states,
+                lr=group["lr"] * group["fallback_lr_ratio"],
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"] / group["fallback_lr_ratio"],
+            )
+
+    def _parameters(
+        self, *, second_order: bool, only: dict[str, Any] | None = None
+    ) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+        """(group, name, parameter) of everything with a gradient that gets this kind of update in this step.
+
+        A weight chosen for preconditioning whose module has not been called (a functional use, an idle expert, a hook
+        that never fired) has no preconditioner yet and is updated by the fallback.
+        """
+        for group in [only] if only is not None else self.param_groups:
+            for name, parameter in zip(group["param_names"], group["params"], strict=True):
+                if parameter.grad is not None and self._is_preconditioned(name) == second_order:
+                    yield group, name, parameter
+
+    def _is_preconditioned(self, name: str) -> bool:
+        layer = self.curvature.layers.get(name) if self.curvature is not None else None
+        return layer is not None and layer.refreshes > 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch, with the key `curvature` beside `state` and `param_groups`."""
+        state = cast("dict[str, Any]", super().state_dict())
+        if self.curvature_in_state_dict:
+            state["curvature"] = self.curvature_state_dict()
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch; a dictionary that lacks `curvature` is refused unless the curvature is loaded separately.
+
+        Raises:
+            ValueError: the saved state does not fit the model, or holds no curvature.
+        """
+        if "curvature" not in state_dict and self.curvature_in_state_dict:
+            raise ValueError("state_dict has no key 'curvature': it was not saved by this optimizer")
+        super().load_state_dict(state_dict)
+        if "curvature" in state_dict:
+            self.load_curvature_state_dict(state_dict["curvature"])
+
+    def curvature_state_dict(self) -> dict[str, Any]:
+        """What torch's own state cannot hold: step counters and the layers' statistics, in their own dtype."""
+        counters = {
+            "steps": self.steps,
+            "skipped_steps": self.skipped_steps,
+            "in_a_row": self._skipped_in_a_row,
+        }
+        return {**counters, "curvature": self.curvature.state_dict() if self.curvature is not None else {}}
+
+    def load_curvature_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `curvature_state_dict` returned.
+
+        Raises:
+            ValueError: the saved layers are not those of this model.
+        """
+        if self.curvature is not None:
+            self.curvature.load_state_dict(state["curvature"])
+        self.steps, self.skipped_steps = int(state["steps"]), int(state["skipped_steps"])
+        self._skipped_in_a_row = int(state["in_a_row"])
+        self._schedule_capture()

@@ -1,0 +1,163 @@
+"""Every hyperparameter of every optimizer: one frozen dataclass, checked when it is built.
+
+Keywords of `build_optimizer` and fields of `SecondOrderTrainingArguments` are generated from it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from hf_so2.damping import RULES
+from hf_so2.errors import ConfigurationError
+from hf_so2.optim.norm_control import NORM_CONTROLS
+
+Check = tuple[Callable[[Any], bool], str]
+
+POSITIVE: Check = (lambda x: _is_number(x) and x > 0, "must be a number above 0")
+NOT_NEGATIVE: Check = (lambda x: _is_number(x) and x >= 0, "must be a number of at least 0")
+FRACTION: Check = (lambda x: _is_number(x) and 0 <= x < 1, "must be a number in [0, 1)")
+COUNT: Check = (lambda x: _is_integer(x) and x >= 1, "must be a whole number of at least 1")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def one_of(choices: Iterable[str]) -> Check:
+    names = tuple(choices)
+    return (lambda x: x in names, f"must be one of {', '.join(names)}")
+
+
+def optional(check: Check) -> Check:
+    accepts, allowed = check
+    return (lambda x: x is None or accepts(x), f"{allowed}, or none")
+
+
+def setting(default: Any, check: Check, text: str, needs: str = "") -> Any:
+    """A field of `Settings`; `needs` names the part of a method without which the setting would have no effect."""
+    return field(default=default, metadata={"help": text, "check": check, "needs": needs})
+
+
+def _are_patterns(value: Any) -> bool:
+    return isinstance(value, tuple | list) and all(isinstance(pattern, str) for pattern in value)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Hyperparameters of one optimizer.
+
+    Raises:
+        ConfigurationError: a value out of range, or a setting that the chosen combination would ignore.
+    """
+
+    lr: float = setting(
+        1e-3, POSITIVE, "Learning rate of preconditioned weights, at the base width. Under spectral norm control its"
+        " unit is the spectral norm of a step relative to sqrt(fan_out/fan_in)."
+    )  # fmt: skip
+    fallback_learning_rate: float | None = setting(
+        None, optional(POSITIVE), "AdamW learning rate of everything that is not preconditioned: embeddings, head, norms"
+        " and biases."
+    )  # fmt: skip
+    weight_decay: float = setting(
+        0.0, NOT_NEGATIVE, "Decoupled weight decay, at the base width; norm gains and biases are not decayed."
+    )
+    momentum: float = setting(
+        0.9, FRACTION, "Decay of the moving average of gradients that is preconditioned.", "momentum"
+    )
+    beta2: float = setting(
+        0.95, FRACTION, "Decay of the moving average of curvature statistics.", "curvature"
+    )
+    damping: float = setting(
+        1e-3,
+        POSITIVE,
+        "Damping strength ε, at the base width; its unit depends on `damping_rule`.",
+        "curvature",
+    )
+    damping_rule: str = setting(
+        "trace", one_of(RULES), "How damping follows the factors: trace (ε·tr X), trace_mean (ε·tr X/dim), spectral"
+        " (ε·λ_max), pi (Martens and Grosse), constant (ε times the width multiplier).", "curvature"
+    )  # fmt: skip
+    factor_update_steps: int = setting(
+        1, COUNT, "Steps between updates of the curvature statistics.", "curvature"
+    )
+    preconditioner_update_steps: int = setting(
+        10,
+        COUNT,
+        "Steps between refreshes of the preconditioners (early ones besides, at steps 1, 2, 4, 7).",
+        "curvature",
+    )
+    norm_control: str = setting(
+        "spectral", one_of(NORM_CONTROLS), "What fixes the size of a preconditioned update: none, kl_clip (one factor for"
+        " the whole model) or spectral (spectral norm sqrt(fan_out/fan_in) per layer).", "curvature"
+    )  # fmt: skip
+    kl_clip: float = setting(
+        1e-2,
+        POSITIVE,
+        "Bound κ on the estimated KL divergence of a step, for norm_control kl_clip.",
+        "kl_clip",
+    )
+    max_preconditioner_dim: int | None = setting(
+        8192, optional(COUNT), "Weights with a larger dimension fall back to AdamW.", "curvature"
+    )
+    skip_modules: tuple[str, ...] = setting(
+        (), (_are_patterns, "must be a list of regular expressions"), "Regular expressions: modules whose names match"
+        " fall back to AdamW.", "curvature"
+    )  # fmt: skip
+    adam_beta1: float = setting(0.9, FRACTION, "First beta of AdamW.", "adam")
+    adam_beta2: float = setting(0.95, FRACTION, "Second beta of AdamW.", "adam")
+    adam_epsilon: float = setting(1e-8, NOT_NEGATIVE, "Epsilon of AdamW, at the base width.", "adam")
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            accepts, allowed = entry.metadata["check"]
+            if not accepts(value):
+                raise ConfigurationError(entry.name, value, allowed)
+        object.__setattr__(self, "skip_modules", tuple(self.skip_modules))
+
+
+SETTING_NAMES = tuple(entry.name for entry in fields(Settings))
+
+
+def resolve(
+    method: str, uses: frozenset[str], defaults: Mapping[str, Any], given: Mapping[str, Any], **aliases: str
+) -> Settings:
+    """The settings of one optimizer: what was given, then the method's defaults, then those of `Settings`.
+
+    Args:
+        method: the optimizer's name, for messages.
+        uses: the parts that the method has (`curvature`, `momentum`, `adam`).
+        defaults: the method's own defaults.
+        given: what the user asked for; None means "not given".
+        aliases: other spellings of a setting, alias to name.
+
+    Raises:
+        ConfigurationError: an unknown name, a value out of range, or a setting that this method would ignore.
+    """
+    asked: dict[str, Any] = {}
+    for name, value in given.items():
+        field_name = aliases.get(name, name)
+        if field_name not in SETTING_NAMES:
+            near = difflib.get_close_matches(name, [*SETTING_NAMES, *aliases], n=1)
+            hint = f"did you mean {near[0]}?" if near else f"settings are {', '.join(SETTING_NAMES)}"
+            raise ConfigurationError(name, value, f"is no setting of an optimizer; {hint}")
+        if value is not None:
+            asked[field_name] = value
+    settings = Settings(**{**defaults, **asked})
+    parts = uses | {settings.norm_control} if "curvature" in uses else uses
+    for entry in fields(Settings):
+        needs = entry.metadata["needs"]
+        if entry.name in asked and needs and needs not in parts:
+            instead = "norm_control='kl_clip'" if needs == "kl_clip" else f"a method with {needs}"
+            raise ConfigurationError(
+                entry.name, asked[entry.name], f"has no effect on {method}; it needs {instead}"
+            )
+    return settings

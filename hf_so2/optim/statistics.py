@@ -1,0 +1,194 @@
+"""From captured sums to fresh preconditioners: normalise, add up over ranks, average, refresh."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_so2.curvature import CurvatureBlock, State
+from hf_so2.damping import Damping
+from hf_so2.distributed import sum_over_ranks
+from hf_so2.errors import TrainingDivergedError
+from hf_so2.layers import Adapter, Capture
+from hf_so2.layers.capture import LayerSums
+from hf_so2.linalg import DecompositionError
+
+logger = logging.getLogger(__name__)
+
+# A layer whose factors cannot be decomposed keeps its last preconditioner; one that never recovers is a bug or a
+# diverged run, and going on would hide it.
+MAX_FAILURES_IN_A_ROW = 10
+
+
+@dataclass
+class Layer:
+    """A preconditioned weight.
+
+    Args:
+        name: qualified name of the parameter.
+        shape: (fan_out, fan_in).
+        modules: the modules whose calls use it.
+        adapter: how they store it.
+        damping: rule, strength and width multipliers.
+        device: where the statistics live.
+        dtype: float32, or float64 for a float64 weight.
+        state: the block's tensors.
+        refreshes: how many preconditioners have been built; until the first, the weight is in the fallback.
+        failures: how many refreshes in a row have failed.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    modules: Sequence[nn.Module]
+    adapter: Adapter
+    damping: Damping
+    device: torch.device
+    dtype: torch.dtype
+    state: State = field(default_factory=dict)
+    refreshes: int = 0
+    failures: int = 0
+
+
+class Curvature:
+    """The statistics and preconditioners of all layers of a model.
+
+    Args:
+        block: the curvature method.
+        layers: the preconditioned weights; every rank must list the same ones in the same order.
+
+    Attributes:
+        dropped_statistics: how many times a layer's statistics were not finite and were left out.
+        failed_refreshes: how many times a layer kept its last preconditioner because a new one could not be computed.
+    """
+
+    def __init__(self, block: CurvatureBlock, layers: Sequence[Layer]) -> None:
+        self.block = block
+        self.layers = {layer.name: layer for layer in layers}
+        self.dropped_statistics = 0
+        self.failed_refreshes = 0
+        for layer in layers:
+            layer.state = block.init_state(layer.shape, layer.device, layer.dtype)
+        self.capture = Capture(
+            {layer.name: (layer.modules, layer.adapter) for layer in layers},
+            {layer.name: self._observer(layer) for layer in layers},
+            {layer.name: layer.dtype for layer in layers},
+        )
+
+    def _observer(self, layer: Layer) -> Any:
+        return lambda inputs, gradients: self.block.observe(layer.state, inputs, gradients)
+
+    def update(self) -> None:
+        """Move the running averages by what was captured since the last step, on all ranks."""
+        captured, tokens = self.capture.take()
+        observations = self._means(captured, tokens)
+        finite = _are_finite(list(observations.values()))
+        for (name, observation), good in zip(observations.items(), finite, strict=True):
+            if good:
+                self.block.update(self.layers[name].state, observation)
+            else:
+                self.dropped_statistics += 1
+                logger.warning("%s: the statistics of this step are not finite and were left out", name)
+
+    def refresh(self) -> None:
+        """Rebuild every preconditioner that has statistics.
+
+        Raises:
+            TrainingDivergedError: a layer has failed `MAX_FAILURES_IN_A_ROW` times in a row.
+        """
+        for layer in self.layers.values():
+            if not bool(layer.state["weight"] > 0):
+                continue
+            try:
+                self.block.refresh(layer.state, layer.damping)
+            except DecompositionError as error:
+                self.failed_refreshes += 1
+                layer.failures += 1
+                logger.warning("%s: refresh failed, the last preconditioner stays: %s", layer.name, error)
+                if layer.failures >= MAX_FAILURES_IN_A_ROW:
+                    raise TrainingDivergedError(
+                        f"{layer.name}: its factors could not be decomposed {layer.failures} times in a row ({error});"
+                        f" raise damping (now {layer.damping.epsilon}) or lower the learning rate"
+                    ) from error
+            else:
+                layer.failures = 0
+                layer.refreshes += 1
+
+    def _means(self, captured: Mapping[str, LayerSums], tokens: int | Tensor | None) -> dict[str, State]:
+        """Means over the global step, for every layer that saw a row on any rank.
+
+        A loss that is a mean over N tokens hands out `δ/N`. Whoever announces tokens also announces that factor, and the
+        capture has undone it already; otherwise N is the number of rows that the layer saw.
+        """
+        packed: dict[str, tuple[State, Tensor, Tensor]] = {}
+        for name, layer in self.layers.items():
+            seen = captured.get(name) or LayerSums()
+            rows = torch.as_tensor(seen.rows, device=layer.device, dtype=torch.int64)
+            count = (
+                rows if tokens is None else torch.as_tensor(tokens, device=layer.device, dtype=torch.int64)
+            )
+            sums = seen.sums or {key: torch.zeros_like(layer.state[key]) for key in self.block.statistics}
+            if tokens is None:
+                for key, statistic in self.block.statistics.items():
+                    sums[key] = sums[key] * rows**statistic.gradient_degree
+            packed[name] = sums, rows, count
+        # `tokens` is one number for all layers; clones keep the in-place sum from adding it up once per layer.
+        packed = {name: (sums, rows.clone(), count.clone()) for name, (sums, rows, count) in packed.items()}
+        sum_over_ranks([t for sums, rows, count in packed.values() for t in (*sums.values(), rows, count)])
+        means: dict[str, State] = {}
+        for name, (sums, rows, count) in packed.items():
+            if bool(rows > 0):
+                divisors = {"rows": rows, "tokens": count.clamp(min=1)}
+                means[name] = {key: sums[key] / divisors[s.per] for key, s in self.block.statistics.items()}
+        return means
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain numbers only, keyed by layer name; loads with `torch.load(weights_only=True)`."""
+        return {
+            "dropped_statistics": self.dropped_statistics,
+            "failed_refreshes": self.failed_refreshes,
+            "layers": {
+                name: {"refreshes": layer.refreshes, "failures": layer.failures, "state": dict(layer.state)}
+                for name, layer in self.layers.items()
+            },
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned.
+
+        Raises:
+            ValueError: the saved layers are not those of this model, or differ in shape.
+        """
+        saved = state["layers"]
+        if saved.keys() != self.layers.keys():
+            odd = sorted(saved.keys() ^ self.layers.keys())
+            raise ValueError(f"the saved curvature is of other layers than the model's: {', '.join(odd[:5])}")
+        for name, entry in saved.items():
+            layer = self.layers[name]
+            for key, value in entry["state"].items():
+                if key in layer.state and layer.state[key].shape != value.shape:
+                    expected = tuple(layer.state[key].shape)
+                    raise ValueError(
+                        f"{name}: saved {key} has shape {tuple(value.shape)}, expected {expected}"
+                    )
+            reference = layer.state["weight"]
+            layer.state = {key: value.to(reference, copy=True) for key, value in entry["state"].items()}
+            layer.refreshes, layer.failures = int(entry["refreshes"]), int(entry["failures"])
+        self.dropped_statistics = int(state["dropped_statistics"])
+        self.failed_refreshes = int(state["failed_refreshes"])
+        self.capture.discard()
+
+
+def _are_finite(observations: Sequence[State]) -> list[bool]:
+    """One answer per observation, with one transfer to the host for all of them."""
+    if not observations:
+        return []
+    totals = [
+        torch.stack([value.sum() for value in observation.values()]).sum() for observation in observations
+    ]
+    flags: list[bool] = torch.isfinite(torch.stack(totals)).tolist()
+    return flags

@@ -1,0 +1,147 @@
+"""`SecondOrderTrainer`: transformers' Trainer with our optimizers and μP."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer
+
+from hf_so2.arguments import SecondOrderTrainingArguments
+from hf_so2.callbacks import DiscardStaleCaptures
+from hf_so2.errors import ConfigurationError
+from hf_so2.mup import apply_mup, read_mup
+from hf_so2.optim import CoverageReport, SecondOrderOptimizer
+from hf_so2.optim.build import build_from_settings
+from hf_so2.optim.methods import MUP_SUFFIX
+
+IGNORED_LABEL = -100
+
+
+class SecondOrderTrainer(Trainer):
+    """A `transformers.Trainer` whose `args.optim` may be a name of `hf_so2.OPTIMIZERS`.
+
+    For a `_mup` name, μP is applied to the model when the Trainer is made (and to every model of `model_init`), unless the
+    model carries a μP record already; a pretrained model is not re-initialised. Other optimizers behave as in transformers.
+
+    Raises:
+        ConfigurationError: as `SecondOrderTrainingArguments` and `build_optimizer`.
+    """
+
+    args: SecondOrderTrainingArguments
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not isinstance(self.args, SecondOrderTrainingArguments):
+            raise ConfigurationError("args", type(self.args).__name__, "must be SecondOrderTrainingArguments")
+        self._apply_mup(self.model)
+        self.add_callback(DiscardStaleCaptures())
+
+    def call_model_init(self, trial: Any = None) -> PreTrainedModel:
+        model = super().call_model_init(trial)
+        self._apply_mup(model)
+        return model
+
+    def coverage(self) -> CoverageReport | None:
+        """What the optimizer does with every parameter, or None for an optimizer of transformers."""
+        if not self.args.is_ours(self.args.optim):
+            return None
+        self.create_optimizer()
+        optimizer = self._second_order_optimizer()
+        return optimizer.coverage() if optimizer is not None else None
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is not None or not self.args.is_ours(self.args.optim):
+            return super().create_optimizer(model)
+        if self.args.n_gpu > 1:
+            raise ConfigurationError(
+                "n_gpu", self.args.n_gpu, "one process must drive one GPU: start with `accelerate launch`"
+            )
+        target = self.model if model is None else model
+        self.optimizer = build_from_settings(
+            str(self.args.optim.value),
+            target,
+            self.args.optimizer_settings(),
+            decay_parameters=self.get_decay_parameter_names(target),
+        )
+        # The Trainer's own file casts state to the parameters' dtype; curvature goes to a file beside it.
+        self.optimizer.curvature_in_state_dict = False
+        return self.optimizer
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        optimizer = self._second_order_optimizer()
+        if optimizer is not None and optimizer.capturing:
+            self._announce(optimizer, inputs, num_items_in_batch)
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def _announce(
+        self, optimizer: SecondOrderOptimizer, inputs: dict[str, Any], num_items: Tensor | int | None
+    ) -> None:
+        """Tell the optimizer which factor backward will put on the gradient of each token's own loss."""
+        labels = inputs["shift_labels"] if "shift_labels" in inputs else inputs.get("labels")
+        if not isinstance(labels, Tensor) or labels.ndim != 2:
+            return
+        if "shift_labels" not in inputs:
+            labels = labels[:, 1:]
+        tokens = (labels != IGNORED_LABEL).sum()
+        if num_items is not None and (self.model_accepts_loss_kwargs or self.compute_loss_func is not None):
+            # The count that the Trainer divides by, right or not, is the factor to undo.
+            ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            gradient_scale = ranks / num_items
+        else:
+            gradient_scale = 1.0 / (tokens.clamp(min=1) * self.current_gradient_accumulation_steps)
+        if self.accelerator.scaler is not None:
+            gradient_scale = gradient_scale * self.accelerator.scaler.get_scale()
+        mask = inputs.get("attention_mask")
+        is_padding_mask = isinstance(mask, Tensor) and mask.ndim == 2
+        optimizer.announce(tokens, gradient_scale, mask if is_padding_mask else None)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        optimizer = self._second_order_optimizer()
+        if optimizer is not None and self.args.should_save:
+            path = os.path.join(output_dir, self._curvature_file())
+            # A crash while writing leaves no file of that name, and so no checkpoint that looks whole and is not.
+            torch.save(optimizer.curvature_state_dict(), path + ".partial")
+            os.replace(path + ".partial", path)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        optimizer = self._second_order_optimizer()
+        if (
+            checkpoint is None
+            or optimizer is None
+            or not os.path.isfile(os.path.join(checkpoint, "optimizer.pt"))
+        ):
+            return
+        path = os.path.join(checkpoint, self._curvature_file())
+        if not os.path.isfile(path):
+            raise ConfigurationError(
+                "resume_from_checkpoint",
+                checkpoint,
+                f"holds an optimizer but no {self._curvature_file()} beside it",
+            )
+        optimizer.load_curvature_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+
+    @staticmethod
+    def _curvature_file() -> str:
+        return "curvature.pt"
+
+    def _apply_mup(self, model: nn.Module) -> None:
+        name = str(getattr(self.args.optim, "value", self.args.optim))
+        if not (self.args.is_ours(name) and name.endswith(MUP_SUFFIX)) or read_mup(model) is not None:
+            return
+        base = self.args.base_config(model.config)
+        if base is None:
+            raise ConfigurationError(
+                "mup_base_width", None, f"optim={name} needs the width at which it was tuned"
+            )
+        apply_mup(model, base)
+
+    def _second_order_optimizer(self) -> SecondOrderOptimizer | None:
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        return inner if isinstance(inner, SecondOrderOptimizer) else None
