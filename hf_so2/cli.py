@@ -1,0 +1,166 @@
+"""What the command-line scripts share: settings from a file and flags, and one clear line for a user's
+mistake.
+
+A first argument that ends in ``.yaml``, ``.yml`` or ``.json`` is read as flags written down: every entry
+becomes the flag of that name, and flags on the command line follow and so override it. One parser therefore
+checks both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import yaml
+from transformers import HfArgumentParser
+
+from hf_so2.errors import ConfigurationError, TrainingDivergedError
+from hf_so2.spelling import did_you_mean
+
+USAGE_ERROR = 2
+DIVERGED = 3
+SETTINGS_SUFFIXES = (".yaml", ".yml", ".json")
+
+
+def main(function: Callable[[], int | None]) -> int:
+    """Runs a script's body and turns what a user did wrong into one line and an exit code; for
+    ``sys.exit(main(run))``.
+
+    Returns:
+        What ``function`` returned (None counts as 0), 2 after a :class:`ConfigurationError`, 3 after a
+        :class:`TrainingDivergedError`. Any other exception is a defect and keeps its traceback.
+    """
+    try:
+        return function() or 0
+    except ConfigurationError as error:
+        _print_error(error)
+        return USAGE_ERROR
+    except TrainingDivergedError as error:
+        _print_error(error)
+        return DIVERGED
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def parse(dataclass_types: Iterable[type], argv: Sequence[str] | None = None) -> tuple[Any, ...]:
+    """Builds one instance of each dataclass from a settings file and flags, with the semantics of
+    HfArgumentParser.
+
+    Args:
+        dataclass_types: dataclasses whose fields are the flags.
+        argv: arguments without the program's name; those of this process by default.
+
+    Raises:
+        SystemExit: with code 2 after one line on standard error, for an unknown flag, an illegal value or
+            settings that a dataclass refuses; with code 0 after ``--help``.
+        ConfigurationError: the settings file is missing, unreadable or names an unknown setting, or a
+            dataclass refuses its settings that way.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = _Parser(dataclass_types, allow_abbrev=False)
+    from_file: list[str] = []
+    if arguments and arguments[0].lower().endswith(SETTINGS_SUFFIXES):
+        from_file = _flags(_read_settings(arguments.pop(0)), parser)
+    namespace, unknown = parser.parse_known_args(from_file + arguments)
+    if unknown:
+        flag = unknown[0].partition("=")[0]
+        hint = did_you_mean(flag.replace("-", "_").lstrip("_"), parser.flags)
+        parser.error(f"unknown argument {unknown[0]!r}{hint}")
+    values = vars(namespace)
+    built = []
+    for dataclass_type in parser.dataclass_types:
+        fields = parser.fields_of(dataclass_type)
+        try:
+            built.append(dataclass_type(**{name: values[name] for name in fields}))
+        except ConfigurationError:
+            raise
+        except (
+            ValueError
+        ) as error:  # what transformers' arguments raise for settings that contradict each other
+            parser.error(" ".join(str(error).split()))
+    return tuple(built)
+
+
+class _Parser(HfArgumentParser):
+    """HfArgumentParser that answers a usage error in one line instead of pages of usage."""
+
+    @property
+    def flags(self) -> dict[str, argparse.Action]:
+        """Every flag's action by the name of its field."""
+        return {
+            action.dest: action
+            for action in self._actions
+            if not isinstance(action, argparse._StoreFalseAction)
+        }
+
+    def fields_of(self, dataclass_type: type) -> list[str]:
+        """The dataclass' fields that are flags."""
+        return [name for name, field in dataclass_type.__dataclass_fields__.items() if field.init]
+
+    def error(self, message: str) -> NoReturn:
+        _print_error(message)
+        self.exit(USAGE_ERROR)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        # argparse lists all choices without a word on the closest one; there are some sixty optimizer names.
+        choices = (
+            None
+            if action.choices is None
+            else [str(getattr(choice, "value", choice)) for choice in action.choices]
+        )
+        if choices is not None and str(getattr(value, "value", value)) not in choices:
+            raise ConfigurationError(
+                action.dest, value, f"must be one of {', '.join(choices)}{did_you_mean(str(value), choices)}"
+            )
+
+
+def _read_settings(name: str) -> Mapping[str, Any]:
+    path = Path(name)
+    if not path.is_file():
+        raise ConfigurationError("settings file", name, "must be an existing YAML or JSON file")
+    try:
+        text = path.read_text(encoding="utf-8")
+        settings = json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
+    except (yaml.YAMLError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigurationError(
+            "settings file", name, f"cannot be read: {' '.join(str(error).split())}"
+        ) from error
+    if not isinstance(settings, Mapping):
+        raise ConfigurationError("settings file", name, "must hold a mapping of settings")
+    return settings
+
+
+def _flags(settings: Mapping[str, Any], parser: _Parser) -> list[str]:
+    """The settings as command-line arguments."""
+    actions = parser.flags
+    flags: list[str] = []
+    for name, value in settings.items():
+        if name not in actions:
+            raise ConfigurationError(
+                "setting", name, f"must be a known setting{did_you_mean(str(name), actions)}"
+            )
+        choices = actions[name].choices or ()
+        if value is None:
+            continue
+        if isinstance(value, list):
+            flags += [f"--{name}", *map(str, value)]
+        elif isinstance(value, Mapping):
+            flags.append(f"--{name}={json.dumps(value)}")
+        elif value is False and "no" in choices:  # YAML reads an unquoted `no` as a boolean
+            flags.append(f"--{name}=no")
+        else:
+            flags.append(f"--{name}={value}")
+    return flags
+
+
+def _print_error(error: object) -> None:
+    """One line on standard error, from the main process only: the others of the run meet the same mistake."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

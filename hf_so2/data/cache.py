@@ -1,0 +1,37 @@
+"""Where prepared data are kept, and the keys that say whether they are still right."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from datasets import Dataset
+from huggingface_hub.constants import HF_HOME
+
+# Part of every key: raise it when the tokenizer's training or the packing changes, and old caches are no
+# longer found.
+FORMAT_VERSION = 1
+
+
+def cache_directory(cache_dir: str | None) -> Path:
+    """The folder for tokenizers and packed blocks: ``cache_dir``, or ``hf_so2`` in Hugging Face's cache."""
+    return Path(cache_dir).expanduser() if cache_dir else Path(HF_HOME) / "hf_so2"
+
+
+def cache_key(*parts: object) -> str:
+    """A short hexadecimal key of ``parts`` (by their ``str``) and of this module's format version."""
+    described = "\x1f".join(str(part) for part in (FORMAT_VERSION, *parts))
+    return hashlib.sha256(described.encode()).hexdigest()[:24]
+
+
+def documents_digest(documents: Dataset) -> str:
+    """SHA-256 of the column ``text``, document by document and in order, wherever the documents came from."""
+    digest = hashlib.sha256()
+    for batch in documents.iter(batch_size=1000):
+        for text in batch["text"]:
+            encoded = (text or "").encode("utf-8", "surrogatepass")
+            digest.update(
+                len(encoded).to_bytes(8, "little")
+            )  # or moving text between documents would go unseen
+            digest.update(encoded)
+    return digest.hexdigest()
