@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import Field, dataclass, field, fields, make_dataclass
+from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any, get_type_hints
 
 from transformers import AutoConfig, PretrainedConfig, TrainingArguments
@@ -18,7 +18,7 @@ from hf_so2.optim.settings import SETTING_NAMES, Settings, resolve
 logger = logging.get_logger(__name__)
 
 # A superset of transformers' own enum: the type of the field is what argparse, JSON and Optuna check and cast with.
-OptimizerName = ExplicitEnum(  # type: ignore[misc]
+OptimizerName: Any = ExplicitEnum(
     "OptimizerName",
     {
         **{entry.name: entry.value for entry in OptimizerNames},
@@ -33,7 +33,7 @@ TRAINER_FIELDS = {"lr": "learning_rate", "weight_decay": "weight_decay"} | {
 }
 
 
-def _own_fields() -> list[tuple[str, Any, Field[Any]]]:
+def _own_fields() -> list[tuple[str, Any, Any]]:
     hints = get_type_hints(Settings)
     own = []
     for entry in fields(Settings):
@@ -49,7 +49,7 @@ _OwnFields: Any = make_dataclass("_OwnFields", _own_fields(), bases=(TrainingArg
 
 
 @dataclass
-class SecondOrderTrainingArguments(_OwnFields):  # type: ignore[misc]
+class SecondOrderTrainingArguments(_OwnFields):
     """`transformers.TrainingArguments` plus every field of `hf_so2.optim.Settings` and the μP base.
 
     `optim` takes every name of transformers and of `hf_so2.OPTIMIZERS`. A setting left at None takes the method's
@@ -60,7 +60,7 @@ class SecondOrderTrainingArguments(_OwnFields):  # type: ignore[misc]
             launcher that is not supported (DeepSpeed, FSDP).
     """
 
-    optim: OptimizerName = field(  # type: ignore[valid-type]
+    optim: OptimizerName = field(
         default="kfac_mup",
         metadata={"help": "The optimizer: a name of hf_so2.OPTIMIZERS or of transformers."},
     )
@@ -80,7 +80,7 @@ class SecondOrderTrainingArguments(_OwnFields):  # type: ignore[misc]
         default=None,
         metadata={"help": "Width (hidden size) at which the settings of a _mup optimizer were tuned."},
     )
-    mup_base_config: str | None = field(
+    mup_base_config: dict[str, Any] | str | None = field(
         default=None,
         metadata={"help": "Instead of mup_base_width: directory or JSON file of the base model's config."},
     )

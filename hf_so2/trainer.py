@@ -60,15 +60,16 @@ class SecondOrderTrainer(Trainer):
                 "n_gpu", self.args.n_gpu, "one process must drive one GPU: start with `accelerate launch`"
             )
         target = self.model if model is None else model
-        self.optimizer = build_from_settings(
+        optimizer = build_from_settings(
             str(self.args.optim.value),
             target,
             self.args.optimizer_settings(),
             decay_parameters=self.get_decay_parameter_names(target),
         )
         # The Trainer's own file casts state to the parameters' dtype; curvature goes to a file beside it.
-        self.optimizer.curvature_in_state_dict = False
-        return self.optimizer
+        optimizer.curvature_in_state_dict = False
+        self.optimizer: torch.optim.Optimizer | None = optimizer
+        return optimizer
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None

@@ -8,7 +8,7 @@ knows nothing of modules, processes, the Trainer or μP.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ class CurvatureBlock(Protocol):
     under `weight` (0-dim) the running average of 1, zero until the first update.
     """
 
-    statistics: dict[str, Statistic]
+    statistics: ClassVar[dict[str, Statistic]]
 
     def init_state(self, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> State:
         """Zeroed state of a weight of `shape` (fan_out, fan_in)."""

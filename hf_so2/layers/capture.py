@@ -58,27 +58,27 @@ class Capture:
             for module in modules:
                 self._handles.append(module.register_forward_hook(self._forward_hook(name, adapter)))
         self._sums: dict[str, LayerSums] = {}
-        self.discard()
+        self._tokens: int | Tensor | None = None
+        self._gradient_scale: float | Tensor | None = None
+        self._row_mask: Tensor | None = None
 
     def announce(
         self, tokens: int | Tensor, gradient_scale: float | Tensor, row_mask: Tensor | None = None
     ) -> None:
         """What the caller knows of the next micro-batch; see `SecondOrderOptimizer.announce`."""
-        self.tokens = tokens if self.tokens is None else self.tokens + tokens
+        self._tokens = tokens if self._tokens is None else self._tokens + tokens
         self._gradient_scale, self._row_mask = gradient_scale, row_mask
 
     def take(self) -> tuple[dict[str, LayerSums], int | Tensor | None]:
         """Hand out the sums of all layers and the announced tokens (None if nobody announced any), and start afresh."""
-        taken = self._sums, self.tokens
+        taken = self._sums, self._tokens
         self.discard()
         return taken
 
     def discard(self) -> None:
         """Forget whatever was captured and announced since the last step, as after a step that was given up."""
         self._sums = {}
-        self.tokens: int | Tensor | None = None
-        self._gradient_scale: float | Tensor | None = None
-        self._row_mask: Tensor | None = None
+        self._tokens = self._gradient_scale = self._row_mask = None
 
     def remove(self) -> None:
         """Detach from the model."""

@@ -34,8 +34,9 @@ class Method:
     @property
     def uses(self) -> frozenset[str]:
         """The parts that settings can refer to; see `Settings`."""
-        parts = {"adam"} if self.first_order == "adamw" else {"momentum"}
-        return frozenset(parts | {"curvature", "momentum"} if self.block is not None else parts)
+        if self.block is not None:
+            return frozenset({"curvature", "momentum"})
+        return frozenset({"momentum"} if self.first_order == "sgd" else ())
 
 
 _TABLE = (

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,7 +99,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             self.curvature.capture.discard()
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make one update. With a non-finite gradient nothing moves, the step is counted in `skipped_steps`.
 
         Raises:
@@ -214,7 +214,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch, with the key `curvature` beside `state` and `param_groups`."""
-        state = cast("dict[str, Any]", super().state_dict())
+        state = super().state_dict()
         if self.curvature_in_state_dict:
             state["curvature"] = self.curvature_state_dict()
         return state

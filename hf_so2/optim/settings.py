@@ -111,9 +111,9 @@ class Settings:
         (), (_are_patterns, "must be a list of regular expressions"), "Regular expressions: modules whose names match"
         " fall back to AdamW.", "curvature"
     )  # fmt: skip
-    adam_beta1: float = setting(0.9, FRACTION, "First beta of AdamW.", "adam")
-    adam_beta2: float = setting(0.95, FRACTION, "Second beta of AdamW.", "adam")
-    adam_epsilon: float = setting(1e-8, NOT_NEGATIVE, "Epsilon of AdamW, at the base width.", "adam")
+    adam_beta1: float = setting(0.9, FRACTION, "First beta of AdamW.")
+    adam_beta2: float = setting(0.95, FRACTION, "Second beta of AdamW.")
+    adam_epsilon: float = setting(1e-8, NOT_NEGATIVE, "Epsilon of AdamW, at the base width.")
 
     def __post_init__(self) -> None:
         for entry in fields(self):
@@ -134,7 +134,7 @@ def resolve(
 
     Args:
         method: the optimizer's name, for messages.
-        uses: the parts that the method has (`curvature`, `momentum`, `adam`).
+        uses: the parts that the method has (`curvature`, `momentum`).
         defaults: the method's own defaults.
         given: what the user asked for; None means "not given".
         aliases: other spellings of a setting, alias to name.
