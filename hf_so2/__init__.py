@@ -1,4 +1,4 @@
-"""Tune once, train wide: second-order optimizers with the maximal update parametrization for Hugging Face Transformers."""
+"""Tune once, train wide: second-order optimizers with μP for Hugging Face Transformers."""
 
 from hf_so2.arguments import SecondOrderTrainingArguments
 from hf_so2.errors import ConfigurationError, TrainingDivergedError

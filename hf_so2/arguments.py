@@ -1,4 +1,6 @@
-"""`SecondOrderTrainingArguments`: the flags of `transformers.TrainingArguments`, our optimizer names and their settings."""
+"""`SecondOrderTrainingArguments`: the flags of `transformers.TrainingArguments`, our optimizer names and their
+settings.
+"""
 
 from __future__ import annotations
 
@@ -67,15 +69,11 @@ class SecondOrderTrainingArguments(_OwnFields):
     learning_rate: float | None = field(
         default=None, metadata={"help": "Peak learning rate, at the base width. Default: the method's own."}
     )
-    adam_beta1: float | None = field(
-        default=None, metadata={"help": "First beta of AdamW. Default: the method's own."}
-    )
+    adam_beta1: float | None = field(default=None, metadata={"help": "First beta of AdamW. Default: the method's own."})
     adam_beta2: float | None = field(
         default=None, metadata={"help": "Second beta of AdamW. Default: the method's own."}
     )
-    adam_epsilon: float | None = field(
-        default=None, metadata={"help": "Epsilon of AdamW. Default: the method's own."}
-    )
+    adam_epsilon: float | None = field(default=None, metadata={"help": "Epsilon of AdamW. Default: the method's own."})
     mup_base_width: int | None = field(
         default=None,
         metadata={"help": "Width (hidden size) at which the settings of a _mup optimizer were tuned."},
@@ -133,9 +131,7 @@ class SecondOrderTrainingArguments(_OwnFields):
                 ) from None
         return None
 
-    def set_optimizer(
-        self, name: str = "kfac_mup", *args: Any, **kwargs: Any
-    ) -> SecondOrderTrainingArguments:
+    def set_optimizer(self, name: str = "kfac_mup", *args: Any, **kwargs: Any) -> SecondOrderTrainingArguments:
         """As in transformers, with our names besides."""
         known = _known_optimizer(name)
         super().set_optimizer("adamw_torch", *args, **kwargs)
@@ -185,13 +181,9 @@ def _known_optimizer(name: Any) -> str:
 
 def _refuse_unsupported_launchers(name: str, args: SecondOrderTrainingArguments) -> None:
     if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("1", "true"):
-        raise ConfigurationError(
-            "deepspeed", args.deepspeed or True, f"is not supported with optim={name}; use DDP"
-        )
+        raise ConfigurationError("deepspeed", args.deepspeed or True, f"is not supported with optim={name}; use DDP")
     if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true"):
-        raise ConfigurationError(
-            "fsdp", args.fsdp or True, f"is not supported with optim={name} yet; use DDP"
-        )
+        raise ConfigurationError("fsdp", args.fsdp or True, f"is not supported with optim={name} yet; use DDP")
 
 
 def _parsed_optim_args(text: str | None) -> dict[str, Any]:

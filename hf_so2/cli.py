@@ -81,9 +81,7 @@ def parse(dataclass_types: Iterable[type], argv: Sequence[str] | None = None) ->
             built.append(dataclass_type(**{name: values[name] for name in fields}))
         except ConfigurationError:
             raise
-        except (
-            ValueError
-        ) as error:  # what transformers' arguments raise for settings that contradict each other
+        except ValueError as error:  # what transformers' arguments raise for settings that contradict each other
             parser.error(" ".join(str(error).split()))
     return tuple(built)
 
@@ -94,11 +92,7 @@ class _Parser(HfArgumentParser):
     @property
     def flags(self) -> dict[str, argparse.Action]:
         """Every flag's action by the name of its field."""
-        return {
-            action.dest: action
-            for action in self._actions
-            if not isinstance(action, argparse._StoreFalseAction)
-        }
+        return {action.dest: action for action in self._actions if not isinstance(action, argparse._StoreFalseAction)}
 
     def fields_of(self, dataclass_type: type) -> list[str]:
         """The dataclass' fields that are flags."""
@@ -111,9 +105,7 @@ class _Parser(HfArgumentParser):
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         # argparse lists all choices without a word on the closest one; there are some sixty optimizer names.
         choices = (
-            None
-            if action.choices is None
-            else [str(getattr(choice, "value", choice)) for choice in action.choices]
+            None if action.choices is None else [str(getattr(choice, "value", choice)) for choice in action.choices]
         )
         if choices is not None and str(getattr(value, "value", value)) not in choices:
             raise ConfigurationError(
@@ -129,9 +121,7 @@ def _read_settings(name: str) -> Mapping[str, Any]:
         text = path.read_text(encoding="utf-8")
         settings = json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
     except (yaml.YAMLError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigurationError(
-            "settings file", name, f"cannot be read: {' '.join(str(error).split())}"
-        ) from error
+        raise ConfigurationError("settings file", name, f"cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(settings, Mapping):
         raise ConfigurationError("settings file", name, "must hold a mapping of settings")
     return settings
@@ -143,9 +133,7 @@ def _flags(settings: Mapping[str, Any], parser: _Parser) -> list[str]:
     flags: list[str] = []
     for name, value in settings.items():
         if name not in actions:
-            raise ConfigurationError(
-                "setting", name, f"must be a known setting{did_you_mean(str(name), actions)}"
-            )
+            raise ConfigurationError("setting", name, f"must be a known setting{did_you_mean(str(name), actions)}")
         choices = actions[name].choices or ()
         if value is None:
             continue

@@ -36,8 +36,8 @@ class Damping:
     def __call__(self, factor_a: Tensor, factor_b: Tensor) -> tuple[Tensor, Tensor]:
         """`(ρ_A, ρ_B)`, 0-dim tensors, for factors of shape (fan_in, fan_in) and (fan_out, fan_out).
 
-        A factor that is exactly zero holds no information (a LoRA `A` before its `B` has moved). It is given ρ = 1, which
-        makes its side of the preconditioner the identity.
+        A factor that is exactly zero holds no information (a LoRA `A` before its `B` has moved). It is given ρ = 1,
+        which makes its side of the preconditioner the identity.
         """
         rho_a, rho_b = RULES[self.rule](self, factor_a, factor_b)
         return _one_if_zero(factor_a, rho_a), _one_if_zero(factor_b, rho_b)
@@ -68,9 +68,7 @@ def _pi(damping: Damping, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _constant(damping: Damping, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    return a.new_tensor(damping.epsilon * damping.multiplier_a), b.new_tensor(
-        damping.epsilon * damping.multiplier_b
-    )
+    return a.new_tensor(damping.epsilon * damping.multiplier_a), b.new_tensor(damping.epsilon * damping.multiplier_b)
 
 
 Rule = Callable[[Damping, Tensor, Tensor], tuple[Tensor, Tensor]]

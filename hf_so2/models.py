@@ -52,13 +52,9 @@ class ModelArguments:
 
     def __post_init__(self) -> None:
         if self.model_name_or_path is None and self.model_type is None:
-            raise ConfigurationError(
-                "model_type", None, "must be given, or model_name_or_path for a checkpoint"
-            )
+            raise ConfigurationError("model_type", None, "must be given, or model_name_or_path for a checkpoint")
         if self.model_name_or_path is not None and self.width is not None:
-            raise ConfigurationError(
-                "width", self.width, "must be left out with model_name_or_path, which has its own"
-            )
+            raise ConfigurationError("width", self.width, "must be left out with model_name_or_path, which has its own")
 
 
 def build_model_and_config(
@@ -95,9 +91,7 @@ def build_config(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) 
     model_type = arguments.model_type
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         hint = did_you_mean(str(model_type), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-        raise ConfigurationError(
-            "model_type", model_type, f"must be a causal language model of transformers{hint}"
-        )
+        raise ConfigurationError("model_type", model_type, f"must be a causal language model of transformers{hint}")
     overrides = parse_overrides(arguments.config_overrides)
     defaults = AutoConfig.for_model(model_type)
     known = (set(defaults.to_dict()) | set(defaults.attribute_map)) - IDENTITY_FIELDS
@@ -160,9 +154,7 @@ def require_positions(config: PreTrainedConfig, block_size: int) -> None:
     """
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and block_size > positions:
-        raise ConfigurationError(
-            "block_size", block_size, f"must be at most the model's {positions} positions"
-        )
+        raise ConfigurationError("block_size", block_size, f"must be at most the model's {positions} positions")
 
 
 def _load_checkpoint(arguments: ModelArguments, cache_dir: str | None) -> PreTrainedModel:
@@ -191,14 +183,10 @@ def _require_whole_heads(config: PreTrainedConfig) -> None:
         raise ConfigurationError("num_key_value_heads", groups, f"must divide the {heads} attention heads")
 
 
-def _require_vocabulary(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, value: object
-) -> None:
+def _require_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, value: object) -> None:
     rows = model.get_input_embeddings().weight.shape[0]
     if rows < len(tokenizer):
-        raise ConfigurationError(
-            name, value, f"must embed the tokenizer's {len(tokenizer)} tokens, not only {rows}"
-        )
+        raise ConfigurationError(name, value, f"must embed the tokenizer's {len(tokenizer)} tokens, not only {rows}")
 
 
 def _value(text: str) -> Any:

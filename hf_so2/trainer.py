@@ -23,8 +23,9 @@ IGNORED_LABEL = -100
 class SecondOrderTrainer(Trainer):
     """A `transformers.Trainer` whose `args.optim` may be a name of `hf_so2.OPTIMIZERS`.
 
-    For a `_mup` name, μP is applied to the model when the Trainer is made (and to every model of `model_init`), unless the
-    model carries a μP record already; a pretrained model is not re-initialised. Other optimizers behave as in transformers.
+    For a `_mup` name, μP is applied to the model when the Trainer is made (and to every model of `model_init`), unless
+    the model carries a μP record already; a pretrained model is not re-initialised. Other optimizers behave as in
+    transformers.
 
     Raises:
         ConfigurationError: as `SecondOrderTrainingArguments` and `build_optimizer`.
@@ -113,11 +114,7 @@ class SecondOrderTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         optimizer = self._second_order_optimizer()
-        if (
-            checkpoint is None
-            or optimizer is None
-            or not os.path.isfile(os.path.join(checkpoint, "optimizer.pt"))
-        ):
+        if checkpoint is None or optimizer is None or not os.path.isfile(os.path.join(checkpoint, "optimizer.pt")):
             return
         path = os.path.join(checkpoint, self._curvature_file())
         if not os.path.isfile(path):
@@ -138,9 +135,7 @@ class SecondOrderTrainer(Trainer):
             return
         base = self.args.base_config(model.config)
         if base is None:
-            raise ConfigurationError(
-                "mup_base_width", None, f"optim={name} needs the width at which it was tuned"
-            )
+            raise ConfigurationError("mup_base_width", None, f"optim={name} needs the width at which it was tuned")
         apply_mup(model, base)
 
     def _second_order_optimizer(self) -> SecondOrderOptimizer | None:

@@ -17,8 +17,8 @@ from hf_so2.linalg import damped_inverse
 class KFAC:
     """`P(G) = (B + ρ_B I)^-1 G (A + ρ_A I)^-1` with `A = E[h hᵀ]` and `B = E[δ δᵀ]`.
 
-    State: `A`, `A_inverse` (fan_in, fan_in); `B`, `B_inverse` (fan_out, fan_out); `weight`, 0-dim, the running average of
-    1 for the bias correction. Averages are stored uncorrected.
+    State: `A`, `A_inverse` (fan_in, fan_in); `B`, `B_inverse` (fan_out, fan_out); `weight`, 0-dim, the running average
+    of 1 for the bias correction. Averages are stored uncorrected.
 
     Args:
         beta: decay of the running averages, in [0, 1).

@@ -24,10 +24,14 @@ class Adapter:
         return tensor.reshape(-1, tensor.shape[-1])
 
 
+LINEAR = Adapter()
+CONV1D = Adapter(transposed=True)
+
+
 def adapter_for(module: nn.Module) -> Adapter | None:
     """The adapter of a module whose `weight` is a plain linear map of its one input, or None."""
     if isinstance(module, nn.Linear):
-        return Adapter()
+        return LINEAR
     if isinstance(module, Conv1D):
-        return Adapter(transposed=True)
+        return CONV1D
     return None

@@ -1,7 +1,7 @@
 """Hooks that hand every layer's inputs `h` and output gradients `δ` to its curvature block.
 
-A forward hook registers a hook on the *output tensor*; both factors are summed when that tensor's gradient arrives. This
-is exact for a layer called twice, for shared weights and for both modes of gradient checkpointing: whatever is
+A forward hook registers a hook on the *output tensor*; both factors are summed when that tensor's gradient arrives.
+This is exact for a layer called twice, for shared weights and for both modes of gradient checkpointing: whatever is
 recomputed, each gradient arrives once.
 """
 
@@ -62,9 +62,7 @@ class Capture:
         self._gradient_scale: float | Tensor | None = None
         self._row_mask: Tensor | None = None
 
-    def announce(
-        self, tokens: int | Tensor, gradient_scale: float | Tensor, row_mask: Tensor | None = None
-    ) -> None:
+    def announce(self, tokens: int | Tensor, gradient_scale: float | Tensor, row_mask: Tensor | None = None) -> None:
         """What the caller knows of the next micro-batch; see `SecondOrderOptimizer.announce`."""
         self._tokens = tokens if self._tokens is None else self._tokens + tokens
         self._gradient_scale, self._row_mask = gradient_scale, row_mask
@@ -86,9 +84,7 @@ class Capture:
             handle.remove()
         self._handles.clear()
 
-    def _forward_hook(
-        self, name: str, adapter: Adapter
-    ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+    def _forward_hook(self, name: str, adapter: Adapter) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             if self.enabled and module.training and torch.is_grad_enabled() and output.requires_grad:
                 inputs = args[0].detach()

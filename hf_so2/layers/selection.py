@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from hf_so2.errors import ConfigurationError
-from hf_so2.layers.adapters import Adapter, adapter_for
+from hf_so2.layers.adapters import LINEAR, Adapter, adapter_for
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,10 @@ class Treatment:
     preconditioned: bool
     reason: str
     modules: tuple[nn.Module, ...] = ()
-    adapter: Adapter = Adapter()
+    adapter: Adapter = LINEAR
 
 
-def select(
-    model: nn.Module, skip_modules: Sequence[str] = (), max_dim: int | None = None
-) -> dict[str, Treatment]:
+def select(model: nn.Module, skip_modules: Sequence[str] = (), max_dim: int | None = None) -> dict[str, Treatment]:
     """Decide for every trainable parameter, by its name in `model.named_parameters()`.
 
     Weights of `Linear` and `Conv1D` modules are preconditioned, except the output head, weights tied to an embedding,
@@ -60,22 +58,18 @@ def select(
         modules = tuple(module for _, module in uses)
         if parameter.ndim < 2:
             return Treatment(False, "a vector: norm gain or bias" if parameter.ndim else "a scalar")
-        if any(type(module) is nn.Embedding or isinstance(module, nn.Embedding) for module in modules):
+        if any(isinstance(module, nn.Embedding) for module in modules):
             return Treatment(False, "tied to the embedding" if len(modules) > 1 else "an embedding")
         adapters = {adapter_for(module) for module in modules}
         adapter = next(iter(adapters), None)
         if adapter is None or len(adapters) > 1:
-            return Treatment(
-                False, f"{parameter.ndim}-D weight of {_kind(modules)}, which no curvature method covers"
-            )
+            return Treatment(False, f"{parameter.ndim}-D weight of {_kind(modules)}, which no curvature method covers")
         if any(module is head for module in modules):
             return Treatment(False, "the output head")
         if matched := [p.pattern for p in patterns if any(p.search(name) for name, _ in uses)]:
             return Treatment(False, f"skip_modules {matched[0]!r}")
         if max_dim is not None and max(parameter.shape) > max_dim:
-            return Treatment(
-                False, f"a dimension of {max(parameter.shape)} is above max_preconditioner_dim {max_dim}"
-            )
+            return Treatment(False, f"a dimension of {max(parameter.shape)} is above max_preconditioner_dim {max_dim}")
         return Treatment(True, f"weight of {_kind(modules)}", modules, adapter)
 
     return {name: decide(p) for name, p in model.named_parameters() if p.requires_grad}

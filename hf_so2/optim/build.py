@@ -43,10 +43,10 @@ def build_optimizer(
         name: one of `hf_so2.OPTIMIZERS`.
         model: any module; the parameters that require a gradient are optimized. Build before `torch.compile`, DDP or
             `accelerator.prepare`.
-        base_config: for `_mup` names: the config (or, for other than Hugging Face models, a module) of the width at which
-            the settings were tuned. May be left out when the model carries a μP record.
-        decay_parameters: names of the parameters that `weight_decay` applies to; by default those that the Trainer decays
-            (neither biases nor norms).
+        base_config: for `_mup` names: the config (or, for other than Hugging Face models, a module) of the width at
+            which the settings were tuned. May be left out when the model carries a μP record.
+        decay_parameters: names of the parameters that `weight_decay` applies to; by default those that the Trainer
+            decays (neither biases nor norms).
         settings: fields of `hf_so2.optim.settings.Settings` (`lr` may be spelled `learning_rate`); the others take the
             method's defaults.
 
@@ -103,25 +103,19 @@ def build_from_settings(
             )
         )
     if not groups:
-        raise ConfigurationError(
-            "model", type(model).__name__, "must have a parameter that requires a gradient"
-        )
+        raise ConfigurationError("model", type(model).__name__, "must have a parameter that requires a gradient")
     curvature = Curvature(method.block(resolved), layers) if method.block and layers else None
     return SecondOrderOptimizer(
         _base_rate_first(groups.values(), resolved.lr), resolved, curvature, CoverageReport(name, report)
     )
 
 
-def _widths(
-    name: str, model: nn.Module, base: PretrainedConfig | nn.Module | None
-) -> Mapping[str, ParameterWidth]:
+def _widths(name: str, model: nn.Module, base: PretrainedConfig | nn.Module | None) -> Mapping[str, ParameterWidth]:
     """The model's μP record, made now unless there is one."""
     record = read_mup(model)
     if record is None:
         if base is None:
-            raise ConfigurationError(
-                "base_config", None, f"{name} needs the config at whose width it was tuned"
-            )
+            raise ConfigurationError("base_config", None, f"{name} needs the config at whose width it was tuned")
         record = apply_mup(model, base)
     return record
 
@@ -132,16 +126,15 @@ def _options(
     """The hyperparameters of one parameter, width multipliers included: the keys of its group."""
     second_order = method.block is not None and treatment.preconditioned
     first_order_rule = rules.ADAM if method.first_order == "adamw" else rules.SGD
-    # A first-order method has one rate for what a curvature method would precondition and may have another for the rest.
+    # A first-order method has one rate for what a curvature method would precondition and may have another for the
+    # rest.
     lr = settings.lr if treatment.preconditioned else settings.fallback_learning_rate or settings.lr
     rule = _second_order_rule(method, settings) if second_order else first_order_rule
     scaled_lr = lr * rules.learning_rate_multiplier(rule, width)
     options: dict[str, Any] = {
         "algorithm": method.name if second_order else method.first_order,
         "lr": scaled_lr,
-        "weight_decay": settings.weight_decay * rules.weight_decay_multiplier(rule, width)
-        if is_decayed
-        else 0.0,
+        "weight_decay": settings.weight_decay * rules.weight_decay_multiplier(rule, width) if is_decayed else 0.0,
     }
     if method.first_order == "sgd":
         return {**options, "momentum": settings.momentum}
@@ -173,9 +166,7 @@ def _damping(settings: Settings, width: ParameterWidth) -> Damping:
 def _layer(name: str, parameter: nn.Parameter, treatment: Treatment, damping: Damping) -> Layer:
     fan_out, fan_in = treatment.adapter.matrix(parameter).shape
     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-    return Layer(
-        name, (fan_out, fan_in), treatment.modules, treatment.adapter, damping, parameter.device, dtype
-    )
+    return Layer(name, (fan_out, fan_in), treatment.modules, treatment.adapter, damping, parameter.device, dtype)
 
 
 def _base_rate_first(groups: Iterable[dict[str, Any]], lr: float) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The optimizers by name: one row per method. A new curvature method is one file in `hf_so2.curvature` and a row here."""
+"""The optimizers by name. A new curvature method is one file in `hf_so2.curvature` and one row here."""
 
 from __future__ import annotations
 

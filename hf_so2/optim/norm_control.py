@@ -57,13 +57,15 @@ def kl_clip(updates: Sequence[LayerUpdate], bound: float) -> None:
 def spectral(updates: Sequence[LayerUpdate], bound: float) -> None:
     """Every update gets the spectral norm `sqrt(fan_out/fan_in)` (Qiu et al. 2025, arXiv 2512.05620).
 
-    The target holds μP's width scaling, so no learning-rate multiplier is applied besides. An update of zero stays zero.
+    The target holds μP's width scaling, so no learning-rate multiplier is applied besides. An update of zero stays
+    zero.
     """
     for u in updates:
-        iterations = WARM_ITERATIONS if "power_vector" in u.state else COLD_ITERATIONS
-        start = u.state.setdefault("power_vector", u.update.new_zeros(u.update.shape[1]))
-        norm, vector = spectral_norm(u.update, start, iterations)
-        u.state["power_vector"] = vector
+        if "power_vector" in u.state:
+            start, iterations = u.state["power_vector"], WARM_ITERATIONS
+        else:
+            start, iterations = u.update.new_zeros(u.update.shape[1]), COLD_ITERATIONS
+        norm, u.state["power_vector"] = spectral_norm(u.update, start, iterations)
         target = math.sqrt(u.update.shape[0] / u.update.shape[1])
         u.update.mul_(torch.where(norm > 0, target / norm, torch.zeros_like(norm)))
 

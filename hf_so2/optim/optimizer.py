@@ -29,9 +29,9 @@ MAX_SKIPPED_IN_A_ROW = 20
 class SecondOrderOptimizer(torch.optim.Optimizer):
     """Second-order updates for the layers of a model and first-order ones for the rest, in one optimizer.
 
-    Built by `hf_so2.build_optimizer`. Beside torch's own keys a parameter group holds `algorithm` (`adamw`, `sgd` or the
-    curvature method), `param_names`, and the constants of its first-order algorithm; `lr` and `weight_decay` carry the
-    width multipliers already, so that schedulers and resumes need to know nothing of μP.
+    Built by `hf_so2.build_optimizer`. Beside torch's own keys a parameter group holds `algorithm` (`adamw`, `sgd` or
+    the curvature method), `param_names`, and the constants of its first-order algorithm; `lr` and `weight_decay` carry
+    the width multipliers already, so that schedulers and resumes need to know nothing of μP.
 
     Args:
         groups: parameter groups with the keys that `hf_so2.optim.build` writes.
@@ -75,9 +75,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         """Whether the coming step updates the curvature statistics; `announce` is of use only then."""
         return self.curvature is not None and self.curvature.capture.enabled
 
-    def announce(
-        self, tokens: int | Tensor, gradient_scale: float | Tensor, row_mask: Tensor | None = None
-    ) -> None:
+    def announce(self, tokens: int | Tensor, gradient_scale: float | Tensor, row_mask: Tensor | None = None) -> None:
         """Tell what a plain loop cannot know of the next micro-batch; call it before the forward pass, or never.
 
         Without a call, N is the number of rows that a layer saw since the last step and the loss is taken as the mean
@@ -85,9 +83,9 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
 
         Args:
             tokens: how many tokens of this micro-batch, on this rank, count in the loss.
-            gradient_scale: c, where backward hands out c times the gradient of a token's own loss: `1/N` for a mean over
-                the N tokens of the whole step, times the world size where the gradients of ranks are averaged, times the
-                scale of a loss scaler.
+            gradient_scale: c, where backward hands out c times the gradient of a token's own loss: `1/N` for a mean
+                over the N tokens of the whole step, times the world size where the gradients of ranks are averaged,
+                times the scale of a loss scaler.
             row_mask: (batch, sequence), non-zero where a token is no padding; None when there is none.
         """
         if self.curvature is not None:
@@ -123,9 +121,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
     def _gradients_are_finite(self) -> bool:
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         # The maximum norm cannot overflow where the gradients themselves have not.
-        return (
-            bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients, torch.inf))) if gradients else True
-        )
+        return bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients, torch.inf))) if gradients else True
 
     def _skip(self) -> None:
         self.discard_captures()
@@ -160,9 +156,12 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             u.weight.sub_(u.update.to(u.weight.dtype), alpha=u.lr)
 
     def _layer_update(self, group: dict[str, Any], name: str, parameter: Tensor) -> LayerUpdate:
-        assert self.curvature is not None and parameter.grad is not None
+        assert self.curvature is not None
+        assert parameter.grad is not None
         layer, state = self.curvature.layers[name], self.state[parameter]
-        moment = state.setdefault("momentum_buffer", torch.zeros_like(parameter))
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        moment = state["momentum_buffer"]
         moment.lerp_(parameter.grad.to(moment.dtype), 1 - self.settings.momentum)
         gradient = layer.adapter.matrix(moment).to(layer.state["weight"].dtype)
         update = self.curvature.block.precondition(layer.state, gradient)

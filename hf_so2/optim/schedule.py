@@ -8,5 +8,5 @@ EARLY_STEPS = frozenset({1, 2, 4, 7})
 
 
 def due(step: int, every: int) -> bool:
-    """Whether work done every `every` steps is due at step number `step`, counted from 1: early ones, then multiples."""
+    """Whether work done every `every` steps is due at step number `step`, counted from 1."""
     return step in EARLY_STEPS or step % every == 0

@@ -63,8 +63,8 @@ class Settings:
         " unit is the spectral norm of a step relative to sqrt(fan_out/fan_in)."
     )  # fmt: skip
     fallback_learning_rate: float | None = setting(
-        None, optional(POSITIVE), "AdamW learning rate of everything that is not preconditioned: embeddings, head, norms"
-        " and biases."
+        None, optional(POSITIVE), "AdamW learning rate of everything that is not preconditioned: embeddings, head,"
+        " norms and biases."
     )  # fmt: skip
     weight_decay: float = setting(
         0.0, NOT_NEGATIVE, "Decoupled weight decay, at the base width; norm gains and biases are not decayed."
@@ -72,9 +72,7 @@ class Settings:
     momentum: float = setting(
         0.9, FRACTION, "Decay of the moving average of gradients that is preconditioned.", "momentum"
     )
-    beta2: float = setting(
-        0.95, FRACTION, "Decay of the moving average of curvature statistics.", "curvature"
-    )
+    beta2: float = setting(0.95, FRACTION, "Decay of the moving average of curvature statistics.", "curvature")
     damping: float = setting(
         1e-3,
         POSITIVE,
@@ -85,9 +83,7 @@ class Settings:
         "trace", one_of(RULES), "How damping follows the factors: trace (ε·tr X), trace_mean (ε·tr X/dim), spectral"
         " (ε·λ_max), pi (Martens and Grosse), constant (ε times the width multiplier).", "curvature"
     )  # fmt: skip
-    factor_update_steps: int = setting(
-        1, COUNT, "Steps between updates of the curvature statistics.", "curvature"
-    )
+    factor_update_steps: int = setting(1, COUNT, "Steps between updates of the curvature statistics.", "curvature")
     preconditioner_update_steps: int = setting(
         10,
         COUNT,
@@ -95,8 +91,8 @@ class Settings:
         "curvature",
     )
     norm_control: str = setting(
-        "spectral", one_of(NORM_CONTROLS), "What fixes the size of a preconditioned update: none, kl_clip (one factor for"
-        " the whole model) or spectral (spectral norm sqrt(fan_out/fan_in) per layer).", "curvature"
+        "spectral", one_of(NORM_CONTROLS), "What fixes the size of a preconditioned update: none, kl_clip (one factor"
+        " for the whole model) or spectral (spectral norm sqrt(fan_out/fan_in) per layer).", "curvature"
     )  # fmt: skip
     kl_clip: float = setting(
         1e-2,
@@ -157,7 +153,5 @@ def resolve(
         needs = entry.metadata["needs"]
         if entry.name in asked and needs and needs not in parts:
             instead = "norm_control='kl_clip'" if needs == "kl_clip" else f"a method with {needs}"
-            raise ConfigurationError(
-                entry.name, asked[entry.name], f"has no effect on {method}; it needs {instead}"
-            )
+            raise ConfigurationError(entry.name, asked[entry.name], f"has no effect on {method}; it needs {instead}")
     return settings

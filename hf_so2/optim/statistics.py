@@ -121,16 +121,14 @@ class Curvature:
     def _means(self, captured: Mapping[str, LayerSums], tokens: int | Tensor | None) -> dict[str, State]:
         """Means over the global step, for every layer that saw a row on any rank.
 
-        A loss that is a mean over N tokens hands out `δ/N`. Whoever announces tokens also announces that factor, and the
-        capture has undone it already; otherwise N is the number of rows that the layer saw.
+        A loss that is a mean over N tokens hands out `δ/N`. Whoever announces tokens also announces that factor, and
+        the capture has undone it already; otherwise N is the number of rows that the layer saw.
         """
         packed: dict[str, tuple[State, Tensor, Tensor]] = {}
         for name, layer in self.layers.items():
             seen = captured.get(name) or LayerSums()
             rows = torch.as_tensor(seen.rows, device=layer.device, dtype=torch.int64)
-            count = (
-                rows if tokens is None else torch.as_tensor(tokens, device=layer.device, dtype=torch.int64)
-            )
+            count = rows if tokens is None else torch.as_tensor(tokens, device=layer.device, dtype=torch.int64)
             sums = seen.sums or {key: torch.zeros_like(layer.state[key]) for key in self.block.statistics}
             if tokens is None:
                 for key, statistic in self.block.statistics.items():
@@ -172,9 +170,7 @@ class Curvature:
             for key, value in entry["state"].items():
                 if key in layer.state and layer.state[key].shape != value.shape:
                     expected = tuple(layer.state[key].shape)
-                    raise ValueError(
-                        f"{name}: saved {key} has shape {tuple(value.shape)}, expected {expected}"
-                    )
+                    raise ValueError(f"{name}: saved {key} has shape {tuple(value.shape)}, expected {expected}")
             reference = layer.state["weight"]
             layer.state = {key: value.to(reference, copy=True) for key, value in entry["state"].items()}
             layer.refreshes, layer.failures = int(entry["refreshes"]), int(entry["failures"])
@@ -187,8 +183,6 @@ def _are_finite(observations: Sequence[State]) -> list[bool]:
     """One answer per observation, with one transfer to the host for all of them."""
     if not observations:
         return []
-    totals = [
-        torch.stack([value.sum() for value in observation.values()]).sum() for observation in observations
-    ]
+    totals = [torch.stack([value.sum() for value in observation.values()]).sum() for observation in observations]
     flags: list[bool] = torch.isfinite(torch.stack(totals)).tolist()
     return flags
