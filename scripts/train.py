@@ -59,7 +59,7 @@ def main() -> None:
     if trainer.is_world_process_zero():
         output = Path(args.output_dir)
         (output / "mup_report.txt").write_text(report + "\n", encoding="utf-8")
-        title = f"{config.model_type}, {model.num_parameters() / 1e6:.1f} M parameters, {args.optim}"
+        title = f"{config.model_type}, {model.num_parameters() / 1e6:.1f} M parameters, {args.optim.value}"
         plot_loss_curve(trainer.state.log_history, output / "loss_curve.png", title)
         print(f"Saved the model and its reports in {output}")
 
@@ -93,7 +93,7 @@ def coverage_report(trainer: SecondOrderTrainer) -> str:
     """Which weights are preconditioned, which fall back and why; before that, roles and multipliers in μP."""
     mup, coverage = read_mup(trainer.model), trainer.coverage()
     parts = [str(part) for part in (mup, coverage) if part is not None]
-    return "\n\n".join(parts) or f"{trainer.args.optim} updates every weight; no μP multipliers."
+    return "\n\n".join(parts) or f"{trainer.args.optim.value} updates every weight; no μP multipliers."
 
 
 def checkpoint_to_resume(args: SecondOrderTrainingArguments) -> str | None:

@@ -24,7 +24,7 @@ def plot_loss_curve(log_history: Iterable[Mapping[str, Any]], path: str | Path, 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     if training:
-        axes.plot(*zip(*training, strict=True), color="tab:blue", linewidth=1.5, label="training loss")
+        axes.plot(*zip(*training, strict=True), ".-", color="tab:blue", linewidth=1.5, label="training loss")
     if evaluation:
         axes.plot(*zip(*evaluation, strict=True), "o-", color="tab:orange", label="evaluation loss")
         step, loss = evaluation[-1]
