@@ -1,0 +1,132 @@
+"""Grids of training runs: every combination of some flags, through the real command line, resumable and side by
+side.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from hf_so2.errors import ConfigurationError
+
+TRAIN_SCRIPT = Path(__file__).parents[2] / "scripts" / "train.py"
+
+Flags = Mapping[str, str]
+
+
+def combinations(axes: Mapping[str, Sequence[str]]) -> list[dict[str, str]]:
+    """Every combination of the axes' values, the last axis fastest."""
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+
+
+def parse_axis(text: str) -> tuple[str, list[str]]:
+    """`"learning_rate=0.03,0.06"` as a name and its values.
+
+    Raises:
+        ConfigurationError: the text has no name, no value or an empty one.
+    """
+    name, _, values = text.partition("=")
+    parts = [value.strip() for value in values.split(",")]
+    if not name or not all(parts):
+        raise ConfigurationError("grid", text, "must be name=value,value,...")
+    return name, parts
+
+
+class GridStore:
+    """Finished runs, one JSON line each; what is in the file is not run again.
+
+    Args:
+        path: the file; made when the first run ends.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = Lock()
+        self.runs: list[dict[str, Any]] = []
+        if path.is_file():
+            self.runs = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+    def find(self, settings: str, flags: Flags) -> dict[str, Any] | None:
+        """The finished run of these flags, or None."""
+        return next((run for run in self.runs if run["settings"] == settings and run["flags"] == dict(flags)), None)
+
+    def add(self, run: dict[str, Any]) -> dict[str, Any]:
+        """Keep a run, on disk first: a killed grid loses only what was in flight."""
+        with self._lock:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(run) + "\n")
+            self.runs.append(run)
+        return run
+
+
+def run_once(settings: str, flags: Flags) -> dict[str, Any]:
+    """Train once with `scripts/train.py` on one core.
+
+    Returns:
+        `settings`, `flags`, and `metrics`: what the run left in `all_results.json`, with `eval_loss` None where
+        training diverged.
+
+    Raises:
+        ConfigurationError: the command refused its flags, or failed; the message is its last line.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(TRAIN_SCRIPT), settings, f"--output_dir={folder}/run", "--save_strategy=no"]
+        command += ["--eval_strategy=no", "--report_to=none", "--disable_tqdm=True"]
+        command += [f"--{name}={value}" for name, value in flags.items()]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        results = Path(folder, "run", "all_results.json")
+        if done.returncode == 0 and results.is_file():
+            metrics = json.loads(results.read_text(encoding="utf-8"))
+        elif "TrainingDivergedError" in done.stderr or done.returncode == 3:
+            metrics = {"eval_loss": None}
+        else:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise ConfigurationError("grid", dict(flags), f"the run failed: {last}")
+    return {"settings": settings, "flags": dict(flags), "metrics": metrics}
+
+
+def run_grid(settings: str, grid: Iterable[Flags], store: GridStore, jobs: int) -> Iterator[dict[str, Any]]:
+    """The runs of a grid in order; those that the store lacks are trained, `jobs` at a time."""
+    with ThreadPoolExecutor(jobs) as pool:
+        yield from pool.map(lambda flags: store.find(settings, flags) or store.add(run_once(settings, flags)), grid)
+
+
+def markdown_table(runs: Sequence[Mapping[str, Any]], rows: str, columns: str, metric: str = "eval_loss") -> str:
+    """The metric of each combination of two flags, averaged over whatever else was varied (seeds, say).
+
+    The best cell is in bold; a diverged run makes its cell say so.
+    """
+    row_values = list(dict.fromkeys(run["flags"][rows] for run in runs))
+    column_values = list(dict.fromkeys(run["flags"].get(columns, "") for run in runs))
+    cells: dict[tuple[str, str], float] = {}
+    for row, column in itertools.product(row_values, column_values):
+        values = [
+            run["metrics"][metric]
+            for run in runs
+            if run["flags"][rows] == row and run["flags"].get(columns, "") == column
+        ]
+        if values:
+            cells[row, column] = float("inf") if None in values else sum(values) / len(values)
+    best = min(cells.values())
+
+    def cell(row: str, column: str) -> str:
+        value = cells.get((row, column))
+        if value is None:
+            return ""
+        text = "diverged" if value == float("inf") else f"{value:.3f}"
+        return f"**{text}**" if value == best else text
+
+    lines = [f"| {rows} \\ {columns} | " + " | ".join(column_values) + " |", "|---" * (len(column_values) + 1) + "|"]
+    lines += [f"| {row} | " + " | ".join(cell(row, column) for column in column_values) + " |" for row in row_values]
+    return "\n".join(lines)
