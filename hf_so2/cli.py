@@ -9,6 +9,7 @@ checks both.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -96,11 +97,11 @@ class _Parser(HfArgumentParser):
 
     def fields_of(self, dataclass_type: type) -> list[str]:
         """The dataclass' fields that are flags."""
-        return [name for name, field in dataclass_type.__dataclass_fields__.items() if field.init]
+        return [field.name for field in dataclasses.fields(dataclass_type) if field.init]
 
     def error(self, message: str) -> NoReturn:
         _print_error(message)
-        self.exit(USAGE_ERROR)
+        raise SystemExit(USAGE_ERROR)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         # argparse lists all choices without a word on the closest one; there are some sixty optimizer names.
