@@ -20,16 +20,21 @@ def spectral_norm(matrix: Tensor, vector: Tensor, iterations: int) -> tuple[Tens
         The norm (0-dim, 0 for a zero matrix) and the unit vector for the next call. A zero matrix hands `vector` back
         unchanged, so that an update of zero does not lose the warm start.
     """
+    # Products of entries near the ends of the range would leave it; relative to the largest entry they do not.
+    largest = matrix.abs().amax()
+    unit = torch.where(largest > 0, largest, torch.ones_like(largest))
+    matrix = matrix / unit
     # The row of largest norm is never orthogonal to the leading singular vector in practice, needs no random
-    # numbers, and so is the same on every rank and after a resume.
+    # numbers, and so is the same on every rank and after a resume. It also replaces a start that the matrix maps to
+    # zero, from which there would be no way out.
     largest_row = matrix[matrix.square().sum(dim=1).argmax()]
-    candidate = torch.where(vector.any(), vector, largest_row)
+    candidate = torch.where((matrix @ vector).any(), vector, largest_row)
     image = matrix @ candidate
     for _ in range(iterations):
         candidate = matrix.mT @ _normalised(image)
         candidate = _normalised(candidate)
         image = matrix @ candidate
-    norm = torch.linalg.vector_norm(image)
+    norm = torch.linalg.vector_norm(image) * unit
     return norm, torch.where(norm > 0, candidate, vector)
 
 

@@ -23,14 +23,15 @@ def damped_inverse(matrix: Tensor, damping: Tensor | float) -> Tensor:
         The inverse, shape and dtype of `matrix`, exactly symmetric.
 
     Raises:
-        DecompositionError: `X + ρI` is not positive definite in float64 either, or is not finite.
+        DecompositionError: `X + ρI` is not positive definite in float64 either, or is not finite, or its inverse is not
+            finite in the dtype of `matrix`.
     """
     inverse = _cholesky_inverse(matrix, damping)
     if inverse is None:
         retried = _cholesky_inverse(matrix.double(), damping)
-        if retried is None:
+        inverse = None if retried is None else retried.to(matrix.dtype)
+        if inverse is None or not bool(torch.isfinite(inverse).all()):
             raise DecompositionError(f"a {tuple(matrix.shape)} factor is not positive definite after damping")
-        inverse = retried.to(matrix.dtype)
     return inverse
 
 
@@ -43,4 +44,5 @@ def _cholesky_inverse(matrix: Tensor, damping: Tensor | float) -> Tensor | None:
     if bool((info != 0).any()) or not bool(torch.isfinite(factor).all()):
         return None
     inverse = torch.cholesky_inverse(factor)
-    return (inverse + inverse.mT) / 2
+    # The inverse of denormal numbers overflows.
+    return (inverse + inverse.mT) / 2 if bool(torch.isfinite(inverse).all()) else None
