@@ -1,0 +1,148 @@
+"""Inverses, damping rules and spectral norms against NumPy in float64."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_so2.damping import Damping
+from hf_so2.linalg import DecompositionError, damped_inverse, spectral_norm
+
+SEEDS = st.integers(0, 2**31 - 1)
+SIZES = st.integers(1, 24)
+
+
+def gram(seed: int, size: int, rows: int, scale: float = 1.0) -> np.ndarray:
+    """A positive semi-definite matrix of rank at most `rows`."""
+    samples = np.random.default_rng(seed).normal(size=(rows, size)) * scale
+    return samples.T @ samples / rows
+
+
+@given(seed=SEEDS, size=SIZES, rows=st.integers(1, 40), relative=st.floats(1e-6, 10.0), scale=st.floats(1e-3, 1e3))
+@settings(max_examples=60)
+def test_damped_inverse_equals_numpy(seed: int, size: int, rows: int, relative: float, scale: float) -> None:
+    """Rank-deficient factors (fewer rows than dimensions) included."""
+    matrix = gram(seed, size, rows, scale)
+    rho = relative * np.trace(matrix)
+    expected = np.linalg.inv(matrix + rho * np.eye(size))
+    actual = damped_inverse(torch.from_numpy(matrix), torch.tensor(rho, dtype=torch.float64))
+    # The condition number is at most 1 + 1/relative, and float64 resolves 1e-16.
+    assert np.linalg.norm(actual.numpy() - expected) <= 1e-14 * size * (1 + 1 / relative) * np.linalg.norm(expected)
+    assert torch.equal(actual, actual.mT)
+
+
+@given(seed=SEEDS, size=st.integers(2, 24), rows=st.integers(1, 40))
+@settings(max_examples=40)
+def test_damped_inverse_in_float32(seed: int, size: int, rows: int) -> None:
+    matrix = gram(seed, size, rows)
+    rho = 1e-3 * np.trace(matrix)
+    expected = np.linalg.inv(matrix + rho * np.eye(size))
+    actual = damped_inverse(torch.from_numpy(matrix).float(), rho)
+    assert actual.dtype == torch.float32
+    assert np.linalg.norm(actual.numpy() - expected) <= 1e-3 * np.linalg.norm(expected)
+
+
+def test_damped_inverse_is_retried_in_float64() -> None:
+    """In float32 this matrix is exactly singular, and ρ disappears beside its entries; float64 has room for both."""
+    matrix = torch.ones(3, 3)
+    inverse = damped_inverse(matrix, 1e-9)
+    expected = np.linalg.inv(np.ones((3, 3)) + 1e-9 * np.eye(3))
+    np.testing.assert_allclose(inverse.numpy(), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0])
+def test_what_cannot_be_inverted_is_said(bad: float) -> None:
+    matrix = torch.eye(4)
+    matrix[2, 2] = bad
+    with pytest.raises(DecompositionError, match=r"\(4, 4\)"):
+        damped_inverse(matrix, 1e-3)
+
+
+def test_inverse_that_overflows_is_no_inverse() -> None:
+    """1e-40 is a (denormal) number in float32, its inverse is not: nothing non-finite may come back."""
+    try:
+        inverse = damped_inverse(torch.eye(3) * 1e-40, 1e-43)
+    except DecompositionError:
+        return
+    assert torch.isfinite(inverse).all()
+
+
+def expected_damping(rule: str, epsilon: float, a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
+    """The rules of the theory, in NumPy; π as in Martens & Grosse 2015, section 6.3, with λ = ε."""
+    if rule == "trace":
+        return epsilon * np.trace(a), epsilon * np.trace(b)
+    if rule == "trace_mean":
+        return epsilon * np.trace(a) / len(a), epsilon * np.trace(b) / len(b)
+    if rule == "spectral":
+        return epsilon * np.linalg.norm(a, 2), epsilon * np.linalg.norm(b, 2)
+    if rule == "pi":
+        pi = math.sqrt((np.trace(a) / len(a)) / (np.trace(b) / len(b)))
+        return pi * math.sqrt(epsilon), math.sqrt(epsilon) / pi
+    return epsilon * 3.0, epsilon * 0.25
+
+
+@pytest.mark.parametrize("rule", ["trace", "trace_mean", "spectral", "pi", "constant"])
+@given(seed=SEEDS, dims=st.tuples(SIZES, SIZES), rows=st.integers(1, 30), epsilon=st.floats(1e-6, 10.0))
+@settings(max_examples=25)
+def test_damping_rules_equal_numpy(rule: str, seed: int, dims: tuple[int, int], rows: int, epsilon: float) -> None:
+    a, b = gram(seed, dims[0], rows, 2.0), gram(seed + 1, dims[1], rows, 0.01)
+    damping = Damping(rule, epsilon, multiplier_a=3.0, multiplier_b=0.25)
+    actual = [float(rho) for rho in damping(torch.from_numpy(a), torch.from_numpy(b))]
+    np.testing.assert_allclose(actual, expected_damping(rule, epsilon, a, b), rtol=1e-9)
+
+
+@pytest.mark.parametrize("rule", ["trace", "trace_mean", "spectral", "pi", "constant"])
+@pytest.mark.parametrize("zero", ["a", "b", "both"])
+def test_zero_factor_is_damped_by_a_finite_number(rule: str, zero: str) -> None:
+    a, b = torch.eye(3), 2 * torch.eye(4)
+    a, b = (a * 0 if zero in ("a", "both") else a), (b * 0 if zero in ("b", "both") else b)
+    for factor, rho in zip((a, b), Damping(rule, 1e-3)(a, b), strict=True):
+        assert torch.isfinite(rho)
+        assert rho > 0
+        assert torch.isfinite(damped_inverse(factor, rho)).all()
+
+
+@given(seed=SEEDS, shape=st.tuples(SIZES, SIZES), rank=st.integers(1, 24), scale=st.sampled_from([1e-8, 1.0, 1e8]))
+@settings(max_examples=60)
+def test_power_iteration_converges_to_the_spectral_norm(
+    seed: int, shape: tuple[int, int], rank: int, scale: float
+) -> None:
+    rng = np.random.default_rng(seed)
+    matrix = rng.normal(size=(shape[0], rank)) @ rng.normal(size=(rank, shape[1])) * scale
+    norm, vector = spectral_norm(torch.from_numpy(matrix), torch.zeros(shape[1], dtype=torch.float64), 200)
+    exact = np.linalg.norm(matrix, 2)
+    assert exact * 0.995 <= float(norm) <= exact * (1 + 1e-12)
+    assert float(vector.norm()) == pytest.approx(1.0)
+
+
+def test_power_iteration_survives_a_zero_matrix() -> None:
+    warm = torch.tensor([0.6, 0.8, 0.0], dtype=torch.float64)
+    norm, vector = spectral_norm(torch.zeros(5, 3, dtype=torch.float64), warm, 2)
+    assert float(norm) == 0.0
+    assert torch.equal(vector, warm)
+    norm, vector = spectral_norm(torch.zeros(5, 3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64), 2)
+    assert float(norm) == 0.0
+    assert torch.isfinite(vector).all()
+
+
+def test_power_iteration_recovers_when_the_warm_start_is_in_the_null_space() -> None:
+    """A start orthogonal to every row gives an image of zero, which must not be read as a norm of zero."""
+    matrix = torch.diag(torch.tensor([3.0, 2.0, 0.0], dtype=torch.float64))
+    norm, _ = spectral_norm(matrix, torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64), 12)
+    assert float(norm) == pytest.approx(3.0, rel=1e-2)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_power_iteration_at_the_ends_of_float32(scale: float) -> None:
+    """Squares of such entries leave float32's range; the norm itself does not."""
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(6, 5, generator=generator)
+    exact = float(torch.linalg.matrix_norm(matrix, ord=2))
+    norm, vector = spectral_norm(matrix * scale, torch.zeros(5), 60)
+    assert float(norm) == pytest.approx(exact * scale, rel=1e-2, abs=0.0)
+    assert float(vector.norm()) == pytest.approx(1.0, rel=1e-5)
