@@ -1,5 +1,4 @@
-"""What the command-line scripts share: settings from a file and flags, and one clear line for a user's
-mistake.
+"""What the command-line scripts share: settings from a file and flags, one clear line for a user's mistake.
 
 A first argument that ends in ``.yaml``, ``.yml`` or ``.json`` is read as flags written down: every entry
 becomes the flag of that name, and flags on the command line follow and so override it. One parser therefore
@@ -30,29 +29,27 @@ SETTINGS_SUFFIXES = (".yaml", ".yml", ".json")
 
 
 def main(function: Callable[[], int | None]) -> int:
-    """Runs a script's body and turns what a user did wrong into one line and an exit code; for
-    ``sys.exit(main(run))``.
+    """Runs a script's body, turning a user's mistake into one line and an exit code: ``sys.exit(main(run))``.
 
     Returns:
         What ``function`` returned (None counts as 0), 2 after a :class:`ConfigurationError`, 3 after a
         :class:`TrainingDivergedError`. Any other exception is a defect and keeps its traceback.
     """
     try:
-        return function() or 0
+        code = function() or 0
     except ConfigurationError as error:
         _print_error(error)
-        return USAGE_ERROR
+        code = USAGE_ERROR
     except TrainingDivergedError as error:
         _print_error(error)
-        return DIVERGED
-    finally:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        code = DIVERGED
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    return code
 
 
 def parse(dataclass_types: Iterable[type], argv: Sequence[str] | None = None) -> tuple[Any, ...]:
-    """Builds one instance of each dataclass from a settings file and flags, with the semantics of
-    HfArgumentParser.
+    """Builds one instance of each dataclass from a settings file and flags, as HfArgumentParser reads them.
 
     Args:
         dataclass_types: dataclasses whose fields are the flags.
@@ -77,9 +74,9 @@ def parse(dataclass_types: Iterable[type], argv: Sequence[str] | None = None) ->
     values = vars(namespace)
     built = []
     for dataclass_type in parser.dataclass_types:
-        fields = parser.fields_of(dataclass_type)
+        names = [field.name for field in dataclasses.fields(dataclass_type) if field.init]
         try:
-            built.append(dataclass_type(**{name: values[name] for name in fields}))
+            built.append(dataclass_type(**{name: values[name] for name in names}))
         except ConfigurationError:
             raise
         except ValueError as error:  # what transformers' arguments raise for settings that contradict each other
@@ -94,10 +91,6 @@ class _Parser(HfArgumentParser):
     def flags(self) -> dict[str, argparse.Action]:
         """Every flag's action by the name of its field."""
         return {action.dest: action for action in self._actions if not isinstance(action, argparse._StoreFalseAction)}
-
-    def fields_of(self, dataclass_type: type) -> list[str]:
-        """The dataclass' fields that are flags."""
-        return [field.name for field in dataclasses.fields(dataclass_type) if field.init]
 
     def error(self, message: str) -> NoReturn:
         _print_error(message)

@@ -120,8 +120,7 @@ def build_config(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) 
 
 
 def parse_overrides(overrides: Mapping[str, Any] | str | None) -> dict[str, Any]:
-    """Config fields from a mapping, a JSON object or ``name=value,name=value``, whose values are read as JSON
-    if possible.
+    """Config fields from a mapping, a JSON object or ``name=value,name=value``; values are JSON where they can be.
 
     Raises:
         ConfigurationError: the text is none of these.
@@ -146,8 +145,7 @@ def parse_overrides(overrides: Mapping[str, Any] | str | None) -> dict[str, Any]
 
 
 def require_positions(config: PreTrainedConfig, block_size: int) -> None:
-    """Refuses blocks longer than the positions that the model knows; learned ones would fail in the middle of
-    a run.
+    """Refuses blocks longer than the model's positions: learned ones would fail in the middle of a run.
 
     Raises:
         ConfigurationError: ``block_size`` exceeds ``max_position_embeddings``.

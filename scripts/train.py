@@ -37,9 +37,7 @@ def main() -> None:
 
     with args.main_process_first(desc="data preparation"):
         corpus = load_corpus(data_args, model_args.model_name_or_path)
-    model, config = build_model_and_config(
-        model_args, corpus.tokenizer, seed=args.seed, cache_dir=data_args.cache_dir
-    )
+    model, config = build_model_and_config(model_args, corpus.tokenizer, seed=args.seed, cache_dir=data_args.cache_dir)
     require_positions(config, data_args.block_size)
 
     trainer, report = build_trainer(args, model, corpus)
@@ -104,14 +102,10 @@ def checkpoint_to_resume(args: SecondOrderTrainingArguments) -> str | None:
     if wanted.lower() in ("last", "true"):
         found = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
         if found is None:
-            raise ConfigurationError(
-                "resume_from_checkpoint", wanted, f"finds no checkpoint in {args.output_dir}"
-            )
+            raise ConfigurationError("resume_from_checkpoint", wanted, f"finds no checkpoint in {args.output_dir}")
         return found
     if not (Path(wanted) / "trainer_state.json").is_file():
-        raise ConfigurationError(
-            "resume_from_checkpoint", wanted, "must be the folder of a checkpoint, or `last`"
-        )
+        raise ConfigurationError("resume_from_checkpoint", wanted, "must be the folder of a checkpoint, or `last`")
     return wanted
 
 

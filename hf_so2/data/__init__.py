@@ -41,9 +41,7 @@ def load_corpus(arguments: DataArguments, model_name_or_path: str | None = None)
     """
     documents, held_out = load_documents(arguments)
     if model_name_or_path is None:
-        tokenizer: PreTrainedTokenizerBase = corpus_tokenizer(
-            documents, arguments.vocab_size, arguments.cache_dir
-        )
+        tokenizer: PreTrainedTokenizerBase = corpus_tokenizer(documents, arguments.vocab_size, arguments.cache_dir)
     else:
         tokenizer = checkpoint_tokenizer(model_name_or_path, arguments.cache_dir)
     train = pack_documents(documents, tokenizer, arguments.block_size, arguments.cache_dir)

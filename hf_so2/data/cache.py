@@ -30,8 +30,6 @@ def documents_digest(documents: Dataset) -> str:
     for batch in documents.iter(batch_size=1000):
         for text in batch["text"]:
             encoded = (text or "").encode("utf-8", "surrogatepass")
-            digest.update(
-                len(encoded).to_bytes(8, "little")
-            )  # or moving text between documents would go unseen
+            digest.update(len(encoded).to_bytes(8, "little"))  # or moving text between documents would go unseen
             digest.update(encoded)
     return digest.hexdigest()

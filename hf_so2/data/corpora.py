@@ -19,9 +19,7 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from hf_so2.data.cache import cache_directory
 from hf_so2.errors import ConfigurationError
 
-SPLIT_SEED = (
-    0  # not the training seed: every run, whatever its seed, is judged on the same held-out documents
-)
+SPLIT_SEED = 0  # not the training seed: every run, whatever its seed, is judged on the same held-out documents
 LOADERS = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 # Folders inside the standard library's that hold tests, or packages that do not belong to it.
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -52,9 +50,7 @@ class DataArguments:
         default=2048, metadata={"help": "size of the byte-level BPE vocabulary trained on the corpus"}
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "use only so many training blocks"})
-    max_eval_samples: int | None = field(
-        default=None, metadata={"help": "use only so many evaluation blocks"}
-    )
+    max_eval_samples: int | None = field(default=None, metadata={"help": "use only so many evaluation blocks"})
     cache_dir: str | None = field(
         default=None, metadata={"help": "folder for prepared data; hf_so2 in Hugging Face's cache by default"}
     )
@@ -65,9 +61,7 @@ class DataArguments:
         if self.validation_file is not None and self.train_file is None:
             raise ConfigurationError("validation_file", self.validation_file, "needs train_file as well")
         if self.dataset_config_name is not None and self.dataset_name is None:
-            raise ConfigurationError(
-                "dataset_config_name", self.dataset_config_name, "needs dataset_name as well"
-            )
+            raise ConfigurationError("dataset_config_name", self.dataset_config_name, "needs dataset_name as well")
         if not 0 < self.validation_split_percentage < 100:
             raise ConfigurationError(
                 "validation_split_percentage", self.validation_split_percentage, "must lie between 1 and 99"
@@ -154,9 +148,7 @@ def _load_files(name: str, pattern: str, arguments: DataArguments) -> Dataset:
     extensions = {path.suffix.lower() for path in paths}
     loaders = {LOADERS.get(extension) for extension in extensions}
     if None in loaders or len(loaders) > 1:
-        raise ConfigurationError(
-            name, pattern, f"must end in one of {', '.join(LOADERS)}, all files of one kind"
-        )
+        raise ConfigurationError(name, pattern, f"must end in one of {', '.join(LOADERS)}, all files of one kind")
     filled = [path for path in paths if path.stat().st_size]
     if not filled:
         raise ConfigurationError(name, pattern, "must not be empty")
@@ -171,9 +163,7 @@ def _load_files(name: str, pattern: str, arguments: DataArguments) -> Dataset:
             **options,
         )
     except DatasetGenerationError as error:
-        raise ConfigurationError(
-            name, pattern, f"cannot be read as {loader}: {error.__cause__ or error}"
-        ) from error
+        raise ConfigurationError(name, pattern, f"cannot be read as {loader}: {error.__cause__ or error}") from error
     return _text_only(documents, "text" if loader == "text" else arguments.text_column, name, pattern)
 
 
@@ -183,17 +173,13 @@ def _load_from_hub(arguments: DataArguments) -> tuple[Dataset, Dataset | None]:
     try:
         splits = load_dataset(name, arguments.dataset_config_name, cache_dir=_datasets_cache(arguments))
     except (DatasetNotFoundError, OfflineModeIsEnabled, ConnectionError, FileNotFoundError) as error:
-        raise ConfigurationError(
-            "dataset_name", name, f"cannot be loaded: {str(error).splitlines()[0]}"
-        ) from error
+        raise ConfigurationError("dataset_name", name, f"cannot be loaded: {str(error).splitlines()[0]}") from error
     except ValueError as error:  # datasets' answer to a configuration that is unknown or was left out
         raise ConfigurationError(
             "dataset_config_name", arguments.dataset_config_name, " ".join(str(error).split())
         ) from error
     if "train" not in splits:
-        raise ConfigurationError(
-            "dataset_name", name, f"must have a train split, but has only {sorted(splits)}"
-        )
+        raise ConfigurationError("dataset_name", name, f"must have a train split, but has only {sorted(splits)}")
     column = arguments.text_column
     train = _text_only(splits["train"], column, "dataset_name", name)
     if "validation" not in splits:
@@ -210,9 +196,7 @@ def _text_only(documents: Dataset, column: str, source_field: str, source: str |
     if len(documents) == 0:
         raise ConfigurationError(source_field, source, "must not be empty")
     if column not in documents.column_names:
-        raise ConfigurationError(
-            "text_column", column, f"must be one of the columns {documents.column_names}"
-        )
+        raise ConfigurationError("text_column", column, f"must be one of the columns {documents.column_names}")
     documents = documents.select_columns([column])
     if column != "text":
         documents = documents.rename_column(column, "text")

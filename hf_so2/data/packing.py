@@ -60,12 +60,8 @@ def pack_documents(
 
     def tokenize_and_pack(batch: Mapping[str, list[str | None]]) -> dict[str, Any]:
         texts = [text for text in batch["text"] if text]
-        encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)[
-            "input_ids"
-        ]
-        return {
-            "input_ids": packer([[*tokens, tokenizer.eos_token_id] for tokens in encoded] if texts else [])
-        }
+        encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        return {"input_ids": packer([[*tokens, tokenizer.eos_token_id] for tokens in encoded] if texts else [])}
 
     key = cache_key("blocks", block_size, _tokenizer_description(tokenizer), documents_digest(documents))
     folder = cache_directory(cache_dir) / "packed"
@@ -94,9 +90,5 @@ def collate_blocks(examples: Sequence[Mapping[str, Sequence[int]]]) -> dict[str,
 def _tokenizer_description(tokenizer: PreTrainedTokenizerBase) -> str:
     """All that decides which tokens a text becomes."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    described = (
-        backend.to_str()
-        if backend is not None
-        else f"{tokenizer.name_or_path} {sorted(tokenizer.get_vocab())}"
-    )
+    described = backend.to_str() if backend is not None else f"{tokenizer.name_or_path} {sorted(tokenizer.get_vocab())}"
     return f"{described} {tokenizer.eos_token_id}"

@@ -20,11 +20,8 @@ PADDING = "<|pad|>"
 TRAINING_CHARACTERS = 50_000_000
 
 
-def corpus_tokenizer(
-    documents: Dataset, vocab_size: int, cache_dir: str | None = None
-) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with ``vocab_size`` entries, trained on ``documents`` unless that was done
-    before.
+def corpus_tokenizer(documents: Dataset, vocab_size: int, cache_dir: str | None = None) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of ``vocab_size`` entries, trained on ``documents`` unless it was before.
 
     The trained tokenizer is cached under a key of the documents' content and the size. ``bos`` and ``eos``
     are the same token, as in GPT-2; padding has its own, so that masking it never masks the end of a
@@ -77,9 +74,7 @@ def checkpoint_tokenizer(model_name_or_path: str, cache_dir: str | None = None) 
             "model_name_or_path", model_name_or_path, f"must hold a tokenizer: {str(error).splitlines()[0]}"
         ) from error
     if tokenizer.eos_token_id is None:
-        raise ConfigurationError(
-            "model_name_or_path", model_name_or_path, "must have a tokenizer with an eos token"
-        )
+        raise ConfigurationError("model_name_or_path", model_name_or_path, "must have a tokenizer with an eos token")
     return tokenizer
 
 

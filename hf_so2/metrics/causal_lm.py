@@ -31,9 +31,7 @@ def summarize_logits(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Ten
     if isinstance(logits, tuple):
         logits = logits[0]
     predictions, targets = logits[:, :-1].float(), labels[:, 1:]
-    nll = functional.cross_entropy(
-        predictions.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none"
-    )
+    nll = functional.cross_entropy(predictions.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
     counted = targets != IGNORED
     correct = (predictions.argmax(-1) == targets) & counted
     return torch.stack([nll.sum(1), correct.sum(1).float(), counted.sum(1).float()], dim=1)

@@ -12,8 +12,7 @@ from hf_so2.errors import ConfigurationError
 
 
 class Perplexity(evaluate.Metric):
-    """``exp(Σ nll / Σ tokens)``: the geometric mean of 1/probability over all tokens, however they were
-    batched.
+    """``exp(Σ nll / Σ tokens)``: the geometric mean of 1/probability over all tokens, however batched.
 
     The mean of per-batch losses or of per-sequence perplexities is another number as soon as sequences differ
     in length; sums and counts are exact. Inputs of ``compute`` and ``add_batch``, one entry per sequence:

@@ -23,9 +23,7 @@ class TokenAccuracy(evaluate.Metric):
             description="Fraction of tokens that a language model ranked first.",
             citation="",
             inputs_description="correct: tokens predicted correctly, tokens: tokens predicted; per sequence",
-            features=datasets.Features(
-                {"correct": datasets.Value("int64"), "tokens": datasets.Value("int64")}
-            ),
+            features=datasets.Features({"correct": datasets.Value("int64"), "tokens": datasets.Value("int64")}),
         )
 
     def _compute(self, correct: Sequence[int], tokens: Sequence[int]) -> dict[str, float]:

@@ -72,6 +72,21 @@ def test_blocks_are_reused_until_text_tokenizer_or_size_changes(
     assert len(files()) == 4
 
 
+def test_an_interruption_leaves_no_blocks_behind(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails_on_the_second_batch(packer: BlockPacker, sequences: list[list[int]]) -> np.ndarray:
+        if packer.carry.size:
+            raise KeyboardInterrupt
+        packer.carry = np.ones(1, np.int32)
+        return np.ones((3, packer.block_size), np.int32)
+
+    monkeypatch.setattr(BlockPacker, "__call__", fails_on_the_second_batch)
+    with pytest.raises(KeyboardInterrupt):
+        pack_documents(Dataset.from_dict({"text": ["x"] * 150}), tokenizer, 4, str(tmp_path))
+    assert list((tmp_path / "packed").iterdir()) == []
+
+
 def test_a_batch_has_every_token_as_input_and_label() -> None:
     batch = collate_blocks([{"input_ids": [1, 2, 3]}, {"input_ids": [4, 5, 6]}])
     expected = torch.tensor([[1, 2, 3], [4, 5, 6]])
