@@ -26,12 +26,14 @@ class Damping:
         epsilon: ε ≥ 0; relative to the factor, except in `pi` and `constant`, where it has the factors' own units.
         multiplier_a: width multiplier of `ρ_A` under `constant`.
         multiplier_b: width multiplier of `ρ_B` under `constant`.
+        multiplier: width multiplier under `constant` of a single ρ on the curvature itself.
     """
 
     rule: str
     epsilon: float
     multiplier_a: float = 1.0
     multiplier_b: float = 1.0
+    multiplier: float = 1.0
 
     def __call__(self, factor_a: Tensor, factor_b: Tensor) -> tuple[Tensor, Tensor]:
         """`(ρ_A, ρ_B)`, 0-dim tensors, for factors of shape (fan_in, fan_in) and (fan_out, fan_out).
@@ -39,12 +41,16 @@ class Damping:
         A factor that is exactly zero holds no information (a LoRA `A` before its `B` has moved). It is given ρ = 1,
         which makes its side of the preconditioner the identity.
         """
-        rho_a, rho_b = RULES[self.rule](self, factor_a, factor_b)
-        return _one_if_zero(factor_a, rho_a), _one_if_zero(factor_b, rho_b)
+        rho_a, rho_b = RULES[self.rule].factored(self, factor_a, factor_b)
+        return _one_if_zero(factor_a.diagonal(), rho_a), _one_if_zero(factor_b.diagonal(), rho_b)
+
+    def single(self, diagonal: Tensor) -> Tensor:
+        """ρ, 0-dim, for a curvature whose diagonal in its own basis is `diagonal`, of any shape; 1 for a zero one."""
+        return _one_if_zero(diagonal, RULES[self.rule].single(self, diagonal))
 
 
-def _one_if_zero(factor: Tensor, rho: Tensor) -> Tensor:
-    return torch.where(factor.diagonal().any(), rho, torch.ones_like(rho))
+def _one_if_zero(diagonal: Tensor, rho: Tensor) -> Tensor:
+    return torch.where(diagonal.any(), rho, torch.ones_like(rho))
 
 
 def _trace(damping: Damping, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,11 +77,24 @@ def _constant(damping: Damping, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a.new_tensor(damping.epsilon * damping.multiplier_a), b.new_tensor(damping.epsilon * damping.multiplier_b)
 
 
-Rule = Callable[[Damping, Tensor, Tensor], tuple[Tensor, Tensor]]
+@dataclass(frozen=True)
+class Rule:
+    """One damping rule in its two forms.
+
+    Args:
+        factored: `(ρ_A, ρ_B)` for a pair of factors.
+        single: ρ for a curvature that is diagonal in some basis, given its diagonal S.
+    """
+
+    factored: Callable[[Damping, Tensor, Tensor], tuple[Tensor, Tensor]]
+    single: Callable[[Damping, Tensor], Tensor]
+
+
 RULES: dict[str, Rule] = {
-    "trace": _trace,
-    "trace_mean": _trace_mean,
-    "spectral": _spectral,
-    "pi": _pi,
-    "constant": _constant,
+    "trace": Rule(_trace, lambda damping, s: damping.epsilon * s.sum()),
+    "trace_mean": Rule(_trace_mean, lambda damping, s: damping.epsilon * s.mean()),
+    "spectral": Rule(_spectral, lambda damping, s: damping.epsilon * s.max()),
+    # Both sides of π's split multiply to ε whatever the factors, and ε is what is left where nothing is to be split.
+    "pi": Rule(_pi, lambda damping, s: s.new_tensor(damping.epsilon)),
+    "constant": Rule(_constant, lambda damping, s: s.new_tensor(damping.epsilon * damping.multiplier)),
 }

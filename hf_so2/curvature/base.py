@@ -8,7 +8,7 @@ knows nothing of modules, processes, the Trainer or μP.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -42,7 +42,10 @@ class CurvatureBlock(Protocol):
     under `weight` (0-dim) the running average of 1, zero until the first update.
     """
 
-    statistics: ClassVar[dict[str, Statistic]]
+    @property
+    def statistics(self) -> dict[str, Statistic]:
+        """What is averaged over tokens, by name."""
+        ...
 
     def init_state(self, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> State:
         """Zeroed state of a weight of `shape` (fan_out, fan_in)."""
@@ -72,6 +75,13 @@ class CurvatureBlock(Protocol):
 def update_average(state: State, name: str, value: Tensor, beta: float) -> None:
     """`X ← β X + (1-β) X̂` in place."""
     state[name].lerp_(value.to(state[name].dtype), 1 - beta)
+
+
+def update_averages(state: State, observation: State, beta: float) -> None:
+    """Move every average in `observation`, and their common `weight`."""
+    for name, value in observation.items():
+        update_average(state, name, value, beta)
+    update_average(state, "weight", torch.ones_like(state["weight"]), beta)
 
 
 def corrected_average(state: State, name: str) -> Tensor:

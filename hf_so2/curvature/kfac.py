@@ -3,56 +3,71 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from hf_so2.curvature.base import State, Statistic, corrected_average, update_average
+from hf_so2.curvature.base import State, Statistic, update_averages
+from hf_so2.curvature.moments import INDEPENDENT, Moments
 from hf_so2.damping import Damping
-from hf_so2.linalg import damped_inverse
+from hf_so2.linalg import damped_root
 
 
 @dataclass(frozen=True)
 class KFAC:
-    """`P(G) = (B + ρ_B I)^-1 G (A + ρ_A I)^-1` with `A = E[h hᵀ]` and `B = E[δ δᵀ]`.
+    """`P(G) = (B + ρ_B I)^-e_B G (A + ρ_A I)^-e_A`.
 
-    State: `A`, `A_inverse` (fan_in, fan_in); `B`, `B_inverse` (fan_out, fan_out); `weight`, 0-dim, the running average
-    of 1 for the bias correction. Averages are stored uncorrected.
+    Exponents (1, 1) are K-FAC, (½, ½) its square-root variant. A side with exponent 0 is the identity and takes no
+    statistics.
+
+    State: the averages `A` (fan_in, fan_in), `B` (fan_out, fan_out), uncorrected, with `weight`, the running average of
+    1; `A_root` and `B_root`, the powers of the damped factors.
 
     Args:
         beta: decay of the running averages, in [0, 1).
+        exponent_a: e_A ≥ 0.
+        exponent_b: e_B ≥ 0, not both zero.
+        moments: how the block is split into factors.
     """
 
     beta: float
+    exponent_a: float = 1.0
+    exponent_b: float = 1.0
+    moments: Moments = INDEPENDENT
 
-    statistics: ClassVar[dict[str, Statistic]] = {
-        "A": Statistic(gradient_degree=0, per="rows"),
-        "B": Statistic(gradient_degree=2, per="tokens"),
-    }
+    @property
+    def exponents(self) -> dict[str, float]:
+        """The exponent of each side that is not the identity."""
+        return {side: e for side, e in (("A", self.exponent_a), ("B", self.exponent_b)) if e}
+
+    @property
+    def statistics(self) -> dict[str, Statistic]:
+        idle = {"A", "B"} - self.exponents.keys()
+        return {name: statistic for name, statistic in self.moments.statistics.items() if name not in idle}
 
     def init_state(self, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> State:
-        fan_out, fan_in = shape
-        state = {"weight": torch.zeros((), device=device, dtype=dtype)}
-        for factor, dim in (("A", fan_in), ("B", fan_out)):
-            state[factor] = torch.zeros(dim, dim, device=device, dtype=dtype)
-            state[f"{factor}_inverse"] = torch.zeros(dim, dim, device=device, dtype=dtype)
-        return state
+        averages = self.moments.init_state(shape, device, dtype)
+        state = {name: averages[name] for name in ("weight", *self.statistics)}
+        return state | {f"{side}_root": torch.zeros_like(state[side]) for side in self.exponents}
 
     def observe(self, state: State, inputs: Tensor, gradients: Tensor) -> State:
-        return {"A": inputs.mT @ inputs, "B": gradients.mT @ gradients}
+        return {name: self.moments.sums[name](inputs, gradients) for name in self.statistics}
 
     def update(self, state: State, observation: State) -> None:
-        update_average(state, "A", observation["A"], self.beta)
-        update_average(state, "B", observation["B"], self.beta)
-        update_average(state, "weight", torch.ones_like(state["weight"]), self.beta)
+        update_averages(state, observation, self.beta)
 
     def refresh(self, state: State, damping: Damping) -> None:
-        a, b = corrected_average(state, "A"), corrected_average(state, "B")
+        # A side that is left alone counts as the number 1, so that a rule which compares the sides stays defined.
+        one = torch.ones_like(state["weight"]).reshape(1, 1)
+        a, b = (self.moments.factor(state, side) if side in self.exponents else one for side in "AB")
         rho_a, rho_b = damping(a, b)
-        inverse_a, inverse_b = damped_inverse(a, rho_a), damped_inverse(b, rho_b)
-        state["A_inverse"].copy_(inverse_a)
-        state["B_inverse"].copy_(inverse_b)
+        damped = {"A": (a, rho_a), "B": (b, rho_b)}
+        # All roots before any is stored: a failure of the second must not leave the first one new.
+        roots = {side: damped_root(*damped[side], exponent) for side, exponent in self.exponents.items()}
+        for side, root in roots.items():
+            state[f"{side}_root"].copy_(root)
 
     def precondition(self, state: State, gradient: Tensor) -> Tensor:
-        return state["B_inverse"] @ gradient @ state["A_inverse"]
+        if self.exponent_b:
+            gradient = state["B_root"] @ gradient
+        return gradient @ state["A_root"] if self.exponent_a else gradient

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
-class DecompositionError(ArithmeticError):
-    """A matrix that stays indefinite or non-finite in float64 after damping."""
+from hf_so2.linalg.eigen import eigh
+from hf_so2.linalg.errors import DecompositionError
 
 
 def damped_inverse(matrix: Tensor, damping: Tensor | float) -> Tensor:
@@ -33,6 +32,26 @@ def damped_inverse(matrix: Tensor, damping: Tensor | float) -> Tensor:
         if inverse is None or not bool(torch.isfinite(inverse).all()):
             raise DecompositionError(f"a {tuple(matrix.shape)} factor is not positive definite after damping")
     return inverse
+
+
+def damped_root(matrix: Tensor, damping: Tensor | float, exponent: float) -> Tensor:
+    """`(X + ρI)^-e`, by Cholesky for e = 1 and by eigendecomposition otherwise.
+
+    Args:
+        matrix: symmetric positive semi-definite, shape (n, n), float32 or float64.
+        damping: ρ > 0.
+        exponent: e > 0.
+
+    Returns:
+        The root, shape and dtype of `matrix`, symmetric.
+
+    Raises:
+        DecompositionError: the damped matrix is not positive definite, or not finite, in float64 either.
+    """
+    if exponent == 1:
+        return damped_inverse(matrix, damping)
+    values, vectors = eigh(matrix)
+    return (vectors * (values + damping).pow(-exponent)) @ vectors.mT
 
 
 def _cholesky_inverse(matrix: Tensor, damping: Tensor | float) -> Tensor | None:

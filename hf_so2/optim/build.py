@@ -88,7 +88,8 @@ def build_from_settings(
         )
         layer = None
         if method.block is not None and treatment.preconditioned:
-            layer = _layer(parameter_name, parameter, treatment, _damping(resolved, width))
+            damping = Damping(resolved.damping_rule, resolved.damping, **method.damping(width))
+            layer = _layer(parameter_name, parameter, treatment, damping)
             layers.append(layer)
         report.append(
             Coverage(
@@ -104,7 +105,7 @@ def build_from_settings(
         )
     if not groups:
         raise ConfigurationError("model", type(model).__name__, "must have a parameter that requires a gradient")
-    curvature = Curvature(method.block(resolved), layers) if method.block and layers else None
+    curvature = Curvature(method.block(resolved.beta2), layers) if method.block and layers else None
     return SecondOrderOptimizer(
         _base_rate_first(groups.values(), resolved.lr), resolved, curvature, CoverageReport(name, report)
     )
@@ -152,15 +153,6 @@ def _options(
 
 def _second_order_rule(method: Method, settings: Settings) -> rules.LearningRateRule:
     return rules.NONE if settings.norm_control == "spectral" else method.lr_rule
-
-
-def _damping(settings: Settings, width: ParameterWidth) -> Damping:
-    return Damping(
-        settings.damping_rule,
-        settings.damping,
-        rules.damping_multiplier("rho_A", width),
-        rules.damping_multiplier("rho_B", width),
-    )
 
 
 def _layer(name: str, parameter: nn.Parameter, treatment: Treatment, damping: Damping) -> Layer:

@@ -7,10 +7,28 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from hf_so2.curvature import KFAC, CurvatureBlock
+from hf_so2.curvature import EKFAC, FOOF, KFAC, TEKFAC, TKFAC, CurvatureBlock
 from hf_so2.errors import ConfigurationError
-from hf_so2.mup import rules
-from hf_so2.optim.settings import Settings
+from hf_so2.mup import ParameterWidth, rules
+
+
+def factored_damping(width: ParameterWidth) -> Mapping[str, float]:
+    """`ρ_A` on `A` and `ρ_B` on `B`."""
+    return {
+        "multiplier_a": rules.damping_multiplier("rho_A", width),
+        "multiplier_b": rules.damping_multiplier("rho_B", width),
+    }
+
+
+def trace_restricted_damping(width: ParameterWidth) -> Mapping[str, float]:
+    """`√λ` on both of TKFAC's factors."""
+    root = rules.damping_multiplier("lambda", width) ** 0.5
+    return {"multiplier_a": root, "multiplier_b": root}
+
+
+def single_damping(width: ParameterWidth) -> Mapping[str, float]:
+    """ρ on the curvature itself."""
+    return {"multiplier": rules.damping_multiplier("S", width)}
 
 
 @dataclass(frozen=True)
@@ -21,14 +39,16 @@ class Method:
         name: without `_mup`; what the coverage table and the groups call it.
         lr_rule: how its learning rate scales with the width when nothing else fixes the size of its updates.
         first_order: the algorithm of everything that it does not precondition: `adamw` or `sgd`.
-        block: makes the curvature block from the settings; None for a first-order method.
+        block: makes the curvature block for a decay of its averages; None for a first-order method.
+        damping: the width multipliers of its damping, as keywords of `hf_so2.damping.Damping`.
         defaults: settings that differ from those of `Settings`.
     """
 
     name: str
     lr_rule: rules.LearningRateRule
     first_order: str = "adamw"
-    block: Callable[[Settings], CurvatureBlock] | None = None
+    block: Callable[[float], CurvatureBlock] | None = None
+    damping: Callable[[ParameterWidth], Mapping[str, float]] = factored_damping
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -39,13 +59,15 @@ class Method:
         return frozenset({"momentum"} if self.first_order == "sgd" else ())
 
 
+# Where every update has the same spectral norm, one rate serves every method.
+SPECTRAL = {"lr": 0.06, "fallback_learning_rate": 0.04}
+
 _TABLE = (
-    Method(
-        "kfac",
-        rules.two_sided(1, 1),
-        block=lambda settings: KFAC(settings.beta2),
-        defaults={"lr": 0.06, "fallback_learning_rate": 0.02},
-    ),
+    Method("kfac", rules.KFAC, block=KFAC, defaults=SPECTRAL),
+    Method("ekfac", rules.KFAC, block=EKFAC, damping=single_damping, defaults={**SPECTRAL, "damping": 1e-5}),
+    Method("tkfac", rules.KFAC, block=TKFAC, damping=trace_restricted_damping, defaults=SPECTRAL),
+    Method("tekfac", rules.KFAC, block=TEKFAC, damping=single_damping, defaults={**SPECTRAL, "damping": 1e-5}),
+    Method("foof", rules.FOOF, block=FOOF, defaults=SPECTRAL),
     # Defaults are those of transformers' `adamw_torch` and `sgd`, which these names equal step for step.
     Method("adamw", rules.ADAM, defaults={"adam_beta2": 0.999}),
     Method("sgd", rules.SGD, first_order="sgd", defaults={"lr": 0.1, "momentum": 0.0}),

@@ -1,0 +1,75 @@
+"""EKFAC: a corrected diagonal in K-FAC's eigenbasis (George et al. 2018, arXiv 1806.03884)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_so2.curvature.base import State, Statistic, update_average, update_averages
+from hf_so2.curvature.moments import INDEPENDENT, Moments
+from hf_so2.damping import Damping
+from hf_so2.linalg import eigh
+
+
+@dataclass(frozen=True)
+class EKFAC:
+    """`P(G) = U_B [ (U_Bᵀ G U_A) / (S + ρ) ] U_Aᵀ`, where `U_A`, `U_B` are the eigenbases of the factors `A`, `B`.
+
+    `S_ij = E[(U_Bᵀ δ)_i² (U_Aᵀ h)_j²]` is the diagonal of the Fisher block in the Kronecker eigenbasis, the best
+    diagonal there in Frobenius norm (proposition 1). It is an average of its own: the first basis seeds it with the
+    Kronecker product of the eigenvalues; a later basis carries it over as the diagonal of the old approximation in the
+    new basis, which keeps its trace.
+
+    State: the averages of `moments` with their `weight`; `A_basis` (fan_in, fan_in), `B_basis` (fan_out, fan_out);
+    `S` (fan_out, fan_in); `rho`, 0-dim.
+
+    Args:
+        beta: decay of the running averages, in [0, 1).
+        moments: how the block is split into the factors whose eigenbases are used.
+    """
+
+    beta: float
+    moments: Moments = INDEPENDENT
+
+    @property
+    def statistics(self) -> dict[str, Statistic]:
+        return {**self.moments.statistics, "S": Statistic(gradient_degree=2, per="tokens")}
+
+    def init_state(self, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> State:
+        state = self.moments.init_state(shape, device, dtype)
+        state |= {f"{side}_basis": torch.zeros_like(state[side]) for side in "AB"}
+        state |= {"S": torch.zeros(shape, device=device, dtype=dtype), "rho": torch.zeros_like(state["weight"])}
+        return state
+
+    def observe(self, state: State, inputs: Tensor, gradients: Tensor) -> State:
+        sums = {name: function(inputs, gradients) for name, function in self.moments.sums.items()}
+        # Before the first refresh the bases are zero, and so is this sum.
+        rotated_inputs, rotated_gradients = inputs @ state["A_basis"], gradients @ state["B_basis"]
+        return sums | {"S": rotated_gradients.square().mT @ rotated_inputs.square()}
+
+    def update(self, state: State, observation: State) -> None:
+        update_averages(state, {name: observation[name] for name in self.moments.statistics}, self.beta)
+        # S starts from a seed, not from zero, so it needs no bias correction; until it is seeded it stays zero.
+        update_average(state, "S", torch.where(state["S"].any(), observation["S"], state["S"]), self.beta)
+
+    def refresh(self, state: State, damping: Damping) -> None:
+        values_a, basis_a = eigh(self.moments.factor(state, "A"))
+        values_b, basis_b = eigh(self.moments.factor(state, "B"))
+        carried = _overlap(basis_b, state["B_basis"]) @ state["S"] @ _overlap(basis_a, state["A_basis"]).mT
+        state["S"].copy_(torch.where(state["S"].any(), carried, values_b.outer(values_a)))
+        state["A_basis"].copy_(basis_a)
+        state["B_basis"].copy_(basis_b)
+        state["rho"].copy_(damping.single(state["S"]))
+
+    def precondition(self, state: State, gradient: Tensor) -> Tensor:
+        rotated = state["B_basis"].mT @ gradient @ state["A_basis"]
+        return state["B_basis"] @ (rotated / (state["S"] + state["rho"])) @ state["A_basis"].mT
+
+
+def _overlap(new: Tensor, old: Tensor) -> Tensor:
+    """`(U_newᵀ U_old)²` entry by entry: turns the diagonal of a matrix in the old basis into its diagonal in the
+    new.
+    """
+    return (new.mT @ old).square()

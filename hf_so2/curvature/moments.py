@@ -1,0 +1,68 @@
+"""Two ways to split a layer's Fisher block into a Kronecker product `F ≈ A ⊗ B` of averages over tokens.
+
+`INDEPENDENT` treats inputs and gradients as independent: `A = E[h hᵀ]`, `B = E[δ δᵀ]` (Martens & Grosse 2015,
+arXiv 1503.05671). `TRACE_RESTRICTED` weighs each by the size of the other and keeps the trace of the exact block:
+`F ≈ τ Φ ⊗ Ψ` with `τ = E[|h|² |δ|²]`, `Φ = E[|δ|² h hᵀ]/τ`, `Ψ = E[|h|² δ δᵀ]/τ` (Gao et al. 2020, arXiv 2011.10741,
+equation 11); here as `A = √τ Φ`, `B = √τ Ψ`.
+
+The sums are additive over rows; the state keeps their running averages under the same names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_so2.curvature.base import State, Statistic, corrected_average
+
+
+@dataclass(frozen=True)
+class Moments:
+    """One way to split.
+
+    Args:
+        statistics: what is averaged; always `A` (fan_in, fan_in) and `B` (fan_out, fan_out), and any 0-dim scalars.
+        sums: maps rows `h` (rows, fan_in) and `δ` (rows, fan_out) to each statistic's sum.
+        factor: the factor `A` or `B` of `F ≈ A ⊗ B` from the state.
+    """
+
+    statistics: Mapping[str, Statistic]
+    sums: Mapping[str, Callable[[Tensor, Tensor], Tensor]]
+    factor: Callable[[State, str], Tensor]
+
+    def init_state(self, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> State:
+        """Zeroed averages and their `weight`."""
+        fan_out, fan_in = shape
+        sizes = {"A": (fan_in, fan_in), "B": (fan_out, fan_out)}
+        names = ("weight", *self.statistics)
+        return {name: torch.zeros(sizes.get(name, ()), device=device, dtype=dtype) for name in names}
+
+
+def _squared_length(rows: Tensor) -> Tensor:
+    return rows.square().sum(dim=1, keepdim=True)
+
+
+def _trace_restricted_factor(state: State, name: str) -> Tensor:
+    tau = corrected_average(state, "tau")
+    # τ = 0 only where every token's h or δ is zero, and the factors with it.
+    return corrected_average(state, name) / torch.where(tau > 0, tau, torch.ones_like(tau)).sqrt()
+
+
+INDEPENDENT = Moments(
+    statistics={"A": Statistic(gradient_degree=0, per="rows"), "B": Statistic(gradient_degree=2, per="tokens")},
+    sums={"A": lambda h, delta: h.mT @ h, "B": lambda h, delta: delta.mT @ delta},
+    factor=corrected_average,
+)
+
+TRACE_RESTRICTED = Moments(
+    statistics={name: Statistic(gradient_degree=2, per="tokens") for name in ("A", "B", "tau")},
+    sums={
+        "A": lambda h, delta: (h * _squared_length(delta)).mT @ h,
+        "B": lambda h, delta: (delta * _squared_length(h)).mT @ delta,
+        "tau": lambda h, delta: (_squared_length(h) * _squared_length(delta)).sum(),
+    },
+    factor=_trace_restricted_factor,
+)

@@ -1,0 +1,11 @@
+"""TEKFAC: EKFAC's corrected diagonal in the eigenbasis of TKFAC's factors (Gao et al. 2020, arXiv 2011.13609)."""
+
+from __future__ import annotations
+
+from hf_so2.curvature.ekfac import EKFAC
+from hf_so2.curvature.moments import TRACE_RESTRICTED
+
+
+def TEKFAC(beta: float) -> EKFAC:  # noqa: N802  named as the method, like its siblings
+    """`P(G)` as in EKFAC, with `U_A`, `U_B` the eigenbases of `Φ`, `Ψ`; see `EKFAC` for the state."""
+    return EKFAC(beta, moments=TRACE_RESTRICTED)

@@ -1,0 +1,11 @@
+"""TKFAC: K-FAC with factors that keep the trace of the exact block (Gao et al. 2020, arXiv 2011.10741)."""
+
+from __future__ import annotations
+
+from hf_so2.curvature.kfac import KFAC
+from hf_so2.curvature.moments import TRACE_RESTRICTED
+
+
+def TKFAC(beta: float) -> KFAC:  # noqa: N802  named as the method, like its siblings
+    """`P(G) = (√τ Ψ + ρ_B I)^-1 G (√τ Φ + ρ_A I)^-1`; see `KFAC` for the state, which holds `tau` besides."""
+    return KFAC(beta, moments=TRACE_RESTRICTED)
