@@ -13,7 +13,7 @@ from hf_so2.curvature import State
 from hf_so2.linalg import spectral_norm
 
 # A cold start has to find the leading direction, a warm one only to follow it from one step to the next.
-COLD_ITERATIONS, WARM_ITERATIONS = 12, 2
+COLD_ITERATIONS, WARM_ITERATIONS = 20, 4
 
 
 @dataclass
