@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -102,30 +103,39 @@ def run_grid(settings: str, grid: Iterable[Flags], store: GridStore, jobs: int) 
         yield from pool.map(lambda flags: store.find(settings, flags) or store.add(run_once(settings, flags)), grid)
 
 
-def markdown_table(runs: Sequence[Mapping[str, Any]], rows: str, columns: str, metric: str = "eval_loss") -> str:
-    """The metric of each combination of two flags, averaged over whatever else was varied (seeds, say).
+def mean_losses(runs: Iterable[Mapping[str, Any]], rows: str, columns: str) -> dict[tuple[str, str], float]:
+    """Validation loss by the values of two flags, averaged over whatever else was varied (seeds, say).
 
-    The best cell is in bold; a diverged run makes its cell say so.
+    A diverged run makes its mean infinite. Keys come in the order of the runs.
     """
-    row_values = list(dict.fromkeys(run["flags"][rows] for run in runs))
-    column_values = list(dict.fromkeys(run["flags"].get(columns, "") for run in runs))
-    cells: dict[tuple[str, str], float] = {}
-    for row, column in itertools.product(row_values, column_values):
-        values = [
-            run["metrics"][metric]
-            for run in runs
-            if run["flags"][rows] == row and run["flags"].get(columns, "") == column
-        ]
-        if values:
-            cells[row, column] = float("inf") if None in values else sum(values) / len(values)
-    best = min(cells.values())
+    losses: dict[tuple[str, str], list[float]] = {}
+    for run in runs:
+        loss = run["metrics"]["eval_loss"]
+        key = run["flags"][rows], run["flags"].get(columns, "")
+        losses.setdefault(key, []).append(math.inf if loss is None else loss)
+    return {key: sum(values) / len(values) for key, values in losses.items()}
+
+
+def optima(losses: Mapping[tuple[str, str], float]) -> dict[str, str]:
+    """For every value of the second flag, the first flag's value of least loss."""
+    lines: dict[str, dict[str, float]] = {}
+    for (x, line), loss in losses.items():
+        lines.setdefault(line, {})[x] = loss
+    return {line: min(points, key=points.__getitem__) for line, points in lines.items()}
+
+
+def markdown_table(losses: Mapping[tuple[str, str], float], rows: str, columns: str) -> str:
+    """`mean_losses` with the first flag down and the second across; the best of each column is in bold."""
+    row_values = list(dict.fromkeys(row for row, _ in losses))
+    column_values = list(dict.fromkeys(column for _, column in losses))
+    best = optima(losses)
 
     def cell(row: str, column: str) -> str:
-        value = cells.get((row, column))
-        if value is None:
+        if (row, column) not in losses:
             return ""
-        text = "diverged" if value == float("inf") else f"{value:.3f}"
-        return f"**{text}**" if value == best else text
+        loss = losses[row, column]
+        text = "diverged" if math.isinf(loss) else f"{loss:.3f}"
+        return f"**{text}**" if best[column] == row else text
 
     lines = [f"| {rows} \\ {columns} | " + " | ".join(column_values) + " |", "|---" * (len(column_values) + 1) + "|"]
     lines += [f"| {row} | " + " | ".join(cell(row, column) for column in column_values) + " |" for row in row_values]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from matplotlib import colormaps
 from matplotlib.figure import Figure  # not pyplot: no window, no global state, whatever the user's backend is
 
 
@@ -40,4 +42,31 @@ def plot_loss_curve(log_history: Iterable[Mapping[str, Any]], path: str | Path, 
     axes.grid(alpha=0.3)
     if training or evaluation:
         axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def plot_losses(panels: Mapping[str, Mapping[tuple[str, str], float]], path: str | Path, x: str, line: str) -> None:
+    """Draws validation loss against one flag, a curve for each value of another, a panel for each optimizer.
+
+    Args:
+        panels: by title: losses (nats per token) by the values of the two flags, as `hf_so2.transfer.grid.mean_losses`
+            gives them; infinite ones are left out.
+        path: the PNG to write.
+        x: name of the first flag; its values are numbers and the axis is logarithmic.
+        line: name of the second flag.
+    """
+    figure = Figure(figsize=(5 * len(panels), 4.2), layout="constrained")
+    grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (title, losses) in zip(grid, panels.items(), strict=True):
+        values = list(dict.fromkeys(second for _, second in losses))
+        for index, value in enumerate(values):
+            color = colormaps["viridis"](0.85 * index / max(1, len(values) - 1))
+            points = sorted((float(first), loss) for (first, second), loss in losses.items() if second == value)
+            finite = [(first, loss) for first, loss in points if math.isfinite(loss)]
+            axes.plot(*zip(*finite, strict=True), "o-", color=color, label=f"{line} {value}")
+            axes.plot(*min(finite, key=lambda point: point[1]), "*", color=color, markersize=15)
+        axes.set(xscale="log", xlabel=x, title=title)
+        axes.grid(alpha=0.3, which="both")
+        axes.legend()
+    grid[0].set_ylabel("validation loss (nats per token)")
     figure.savefig(path, dpi=150)
