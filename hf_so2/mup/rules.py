@@ -10,7 +10,7 @@ input  token embedding               no           yes
 hidden attention and MLP projections yes          yes
 output LM head, MoE router           yes          no
 vector norm gain, bias               no           yes (or no)
-scalar one number                    no           no
+scalar what has no width in it       no           no
 ====== ============================= ============ ============
 
 Every multiplier is `m_in^a * m_out^b`. The exponents `(a, b)`:

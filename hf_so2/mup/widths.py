@@ -7,6 +7,7 @@ vision and audio towers. Fields a family derives from others (`head_dim=None`, `
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
@@ -18,22 +19,28 @@ from transformers import PretrainedConfig
 from hf_so2.errors import ConfigurationError
 
 HeadGrowth: TypeAlias = Literal["count", "size"]
-Path: TypeAlias = tuple[str, ...]
+Path: TypeAlias = tuple[str | int, ...]
+
+RECORD_FIELD = "so2_mup"
+"""Name of the configuration field that records what `apply_mup` did."""
 
 # Names as the families' own configuration classes spell them. A name means the same in every family that has it.
 STREAM_FIELDS = frozenset(
     """hidden_size d_model n_embd emb_dim embedding_size embedding_dim word_embed_proj_dim input_embedding_size
-    output_embedding_size pronunciation_embed_dim shape_embed_dim attention_hidden_size lru_width mamba_d_ssm
+    output_embedding_size pronunciation_embed_dim shape_embed_dim hidden_size_global encoder_cross_output_size
+    attention_hidden_size lru_width mamba_d_ssm axial_pos_embds_dim backbone_hidden_size
     intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim ffn_hidden_size n_inner d_inner dff dim_ff feed_forward_size
     moe_intermediate_size shared_expert_intermediate_size moe_shared_expert_intermediate_size shared_intermediate_size
-    shared_experts_intermediate_size dense_intermediate_size intermediate_size_mlp expert_ffn_hidden_size
-    q_lora_rank kv_lora_rank o_lora_rank time_step_rank mamba_dt_rank""".split()
+    shared_experts_intermediate_size dense_intermediate_size intermediate_size_mlp expert_ffn_hidden_size prompt_mid_dim
+    q_lora_rank kv_lora_rank o_lora_rank laurel_rank adapter_rank hc_lowrank gated_norm_rank moe_latent_size
+    hidden_size_per_layer_input ple_embed_dim time_step_rank mamba_dt_rank""".split()
 )
 # Heads of softmax attention: they multiply with head="count" and stay with head="size".
 HEAD_COUNT_FIELDS = frozenset(
     """num_attention_heads num_key_value_heads n_head n_heads num_heads attention_heads decoder_attention_heads
     encoder_attention_heads num_encoder_attention_heads num_decoder_attention_heads num_kv_heads kv_n_heads
-    swa_num_attention_heads swa_num_key_value_heads num_attention_heads_per_layer num_global_key_value_heads""".split()
+    swa_num_attention_heads swa_num_key_value_heads num_attention_heads_per_layer num_global_key_value_heads
+    index_n_heads indexer_n_heads""".split()
 )
 # Heads of recurrent layers: their size is part of the recurrence's state, so they always grow in number.
 RECURRENT_HEAD_FIELDS = frozenset(
@@ -41,12 +48,17 @@ RECURRENT_HEAD_FIELDS = frozenset(
 )
 HEAD_SIZE_FIELDS = frozenset(
     """head_dim v_head_dim qk_nope_head_dim qk_rope_head_dim qk_head_dim d_head d_kv attention_head_dim attention_head_size
-    kv_channels dim_head swa_head_dim global_head_dim rotary_dim""".split()
+    kv_channels dim_head swa_head_dim swa_v_head_dim global_head_dim rotary_dim""".split()
 )
-# Sub-configurations that belong to the language model; towers of other modalities keep their size.
-NESTED_CONFIGS = frozenset("text_config decoder attn_config ffn_config".split())
-
-_RECORD = "so2_mup"
+# Sub-configurations of the language model, scaled throughout. Towers of other modalities keep their size, except where they
+# project into the language model's width.
+LANGUAGE_CONFIGS = frozenset(
+    """text_config decoder attn_config ffn_config depth_decoder_config encoder_config decoder_config global_config
+    patcher_config""".split()
+)
+TOWER_CONFIGS = frozenset("vision_config audio_config".split())
+TOWER_OUTPUT_FIELDS = frozenset("adapter_out_dim out_hidden_size".split())
+PER_LAYER_CONFIG = "per_layer_config"
 
 
 def text_width(config: PretrainedConfig) -> int:
@@ -55,53 +67,12 @@ def text_width(config: PretrainedConfig) -> int:
     Raises:
         ConfigurationError: the configuration has no such field.
     """
-    width = getattr(config.get_text_config(decoder=True), "hidden_size", None)
+    text = config.get_text_config(decoder=True)
+    # A byte-latent transformer has no width of its own: its global model holds the stream.
+    width = getattr(getattr(text, "global_config", text), "hidden_size", None)
     if not isinstance(width, int) or width < 1:
-        raise ConfigurationError("config", type(config).__name__, "must have a hidden_size (or a name for it in attribute_map)")
+        raise ConfigurationError("config", type(config).__name__, "must have hidden_size, or another name for it in attribute_map")
     return width
-
-
-def width_fields(config: Mapping[str, Any], head: HeadGrowth = "count", path: Path = ()) -> Iterator[tuple[Path, int]]:
-    """Yields `(path, value)` of every integer in `config.to_dict()` that grows with the width; list entries one by one."""
-    growing = STREAM_FIELDS | RECURRENT_HEAD_FIELDS | (HEAD_COUNT_FIELDS if head == "count" else HEAD_SIZE_FIELDS)
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            if name in NESTED_CONFIGS:
-                yield from width_fields(value, head, (*path, name))
-        elif name in growing:
-            for index, entry in enumerate(value) if isinstance(value, (list, tuple)) else ((None, value),):
-                if isinstance(entry, int) and not isinstance(entry, bool) and entry > 0:
-                    yield (*path, name) if index is None else (*path, name, str(index)), entry
-
-
-def rebuild(config: PretrainedConfig, values: Mapping[Path, int | float]) -> PretrainedConfig:
-    """A new configuration of the same class with some fields replaced, built anew so that derived fields are derived again.
-
-    Args:
-        config: the configuration to start from; it is not changed.
-        values: new values by path in `config.to_dict()`.
-
-    Raises:
-        ConfigurationError: the class rejects the new values.
-    """
-    fields = config.to_dict()
-    for path, value in values.items():
-        inner: Any = fields
-        for key in path[:-1]:
-            inner = inner[int(key)] if isinstance(inner, list) else inner[key]
-        if isinstance(inner, list):
-            inner[int(path[-1])] = value
-        else:
-            inner[path[-1]] = value
-    fields.pop(_RECORD, None)
-    try:
-        new = type(config)(**fields)
-    except (ValueError, TypeError, StrictDataclassError) as error:
-        changed = ", ".join(f"{'.'.join(path)}={value}" for path, value in values.items())
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise ConfigurationError("config", type(config).__name__, f"rejects {changed}: {reason}") from error
-    new._attn_implementation = config._attn_implementation
-    return new
 
 
 def scale_width(
@@ -110,49 +81,120 @@ def scale_width(
     """A configuration of the same family, `multiplier` times as wide.
 
     Args:
-        config: the base; it is not changed. Any muP record in it is left behind.
+        config: the base; it is not changed. A muP record in it is left behind.
         width: the new hidden size; or
         multiplier: the ratio of the new hidden size to the old one. Exactly one of the two. Below 1 shrinks.
-        head: `"count"` multiplies the number of attention heads (and KV heads) and keeps their size, `"size"` the other way
-            round.
+        head: `"count"` multiplies the number of attention heads and KV heads and keeps their size, `"size"` the other way round.
 
     Raises:
         ConfigurationError: the configuration has no width, or some width does not come out whole (the message names the
-            nearest widths that do).
+            nearest widths that do), or the class rejects the result.
     """
-    if (width is None) == (multiplier is None):
-        raise ConfigurationError("width", width, "give exactly one of width and multiplier")
     if head not in ("count", "size"):
         raise ConfigurationError("head", head, "must be 'count' or 'size'")
+    if (width is None) == (multiplier is None):
+        raise ConfigurationError("width", width, "give exactly one of width and multiplier")
     base = text_width(config)
-    if width is not None:
-        field, value, ratio = "width", width, Fraction(width, base)
-    else:
-        assert multiplier is not None
-        field, value, ratio = "multiplier", multiplier, Fraction(multiplier).limit_denominator(base)
-    if ratio <= 0:
-        raise ConfigurationError(field, value, "must be positive")
-    if ratio == 1:
+    field, value, target = ("width", width, width) if width is not None else ("multiplier", multiplier, (multiplier or 0) * base)
+    if not isinstance(target, (int, float)) or isinstance(target, bool) or not 0 < target < math.inf:
+        raise ConfigurationError(field, value, "must be a positive number")
+    if target == base:
         return rebuild(config, {})
 
-    growing = dict(width_fields(config.to_dict(), head))
-    divisor = math.gcd(*growing.values(), *_implied_head_sizes(config, head))
-    if any((entry * ratio).denominator != 1 for entry in (divisor,)):
-        unit = base // divisor
-        below = int(base * ratio) // unit * unit
+    growing = dict(width_fields(declared_fields(config), head))
+    # Every width is a multiple of base/divisor exactly when all growing fields come out whole.
+    divisor = math.gcd(*growing.values(), _implied_head_size(config, growing, head))
+    unit = base // divisor
+    if abs(target / unit - round(target / unit)) > 1e-6:
+        below = int(target // unit) * unit
         nearest = " or ".join(str(option) for option in (below, below + unit) if option > 0)
-        culprits = sorted({f"{path[-1]}={entry}" for path, entry in growing.items() if (entry * ratio).denominator != 1})
-        raise ConfigurationError(
-            field, value, f"the base ({', '.join(culprits) or 'its head size'}) does not divide; nearest widths are {nearest}"
-        )
+        raise ConfigurationError(field, value, f"hidden size must be a multiple of {unit} (nearest: {nearest}) to divide into heads")
+    ratio = Fraction(round(target / unit) * unit, base)
     return rebuild(config, {path: int(entry * ratio) for path, entry in growing.items()})
 
 
-def _implied_head_sizes(config: PretrainedConfig, head: HeadGrowth) -> tuple[int, ...]:
-    """Half the head size where it is derived from the width: rotary embeddings need it even."""
-    text = config.get_text_config(decoder=True)
-    heads = getattr(text, "num_attention_heads", None)
-    if head == "count" or not isinstance(heads, int) or heads < 1:
-        return ()
+def width_fields(fields: Mapping[Any, Any], head: HeadGrowth = "count", path: Path = ()) -> Iterator[tuple[Path, int]]:
+    """Yields `(path, value)` of every integer in a configuration's dictionary that grows with the width."""
+    growing = STREAM_FIELDS | RECURRENT_HEAD_FIELDS | (HEAD_COUNT_FIELDS if head == "count" else HEAD_SIZE_FIELDS)
+    yield from _positive_integers(fields, growing, path)
+    for name, value in fields.items():
+        if not isinstance(value, Mapping):
+            continue
+        if name in LANGUAGE_CONFIGS:
+            yield from width_fields(value, head, (*path, name))
+        elif name == PER_LAYER_CONFIG:
+            for layer, overrides in value.items():
+                yield from _positive_integers(overrides, growing, (*path, name, layer))
+        elif name in TOWER_CONFIGS:
+            yield from _positive_integers(value, TOWER_OUTPUT_FIELDS, (*path, name))
+
+
+def _positive_integers(fields: Mapping[str, Any], names: frozenset[str], path: Path) -> Iterator[tuple[Path, int]]:
+    for name, value in fields.items():
+        if name not in names:
+            continue
+        entries: list[tuple[Path, Any]] = [((*path, name), value)]
+        if isinstance(value, (list, tuple)):
+            entries = [((*path, name, index), entry) for index, entry in enumerate(value)]
+        for entry_path, entry in entries:
+            # Zero, None and "auto" mean that the family has no such width or derives it.
+            if isinstance(entry, int) and not isinstance(entry, bool) and entry > 0:
+                yield entry_path, entry
+
+
+def declared_fields(config: PretrainedConfig) -> dict[str, Any]:
+    """`config.to_dict()` without what the class derives from other fields and would not derive again if it were passed."""
+    fields = config.to_dict()
+    fields.pop(RECORD_FIELD, None)
+    for name in fields:
+        nested = vars(config).get(name)
+        if isinstance(nested, PretrainedConfig):
+            fields[name] = declared_fields(nested)
+    declared = {field.name for field in dataclasses.fields(config)} | {PER_LAYER_CONFIG}  # type: ignore[arg-type]
+    extra = {name: value for name, value in fields.items() if name not in declared}
+    if any(isinstance(value, (int, float)) and not isinstance(value, bool) for value in extra.values()):
+        derived = _construct(type(config), {name: value for name, value in fields.items() if name in declared}).to_dict()
+        fields = {name: value for name, value in fields.items() if name not in extra or derived.get(name) != value}
+    return fields
+
+
+def rebuild(config: PretrainedConfig, values: Mapping[Path, Any]) -> PretrainedConfig:
+    """A new configuration of the same class with some fields replaced, built anew so that derived fields are derived again.
+
+    Args:
+        config: the configuration to start from; it is not changed. A muP record in it is left behind.
+        values: new values by path in `declared_fields(config)`.
+
+    Raises:
+        ConfigurationError: the class rejects the new values.
+    """
+    fields = declared_fields(config)
+    for path, value in values.items():
+        inner: Any = fields
+        for step, following in zip(path[:-1], path[1:], strict=True):
+            if isinstance(inner[step], tuple) and isinstance(following, int):
+                inner[step] = list(inner[step])
+            inner = inner[step]
+        inner[path[-1]] = value
+    new = _construct(type(config), fields)
+    new._attn_implementation = config._attn_implementation
+    return new
+
+
+def _construct(config_class: type[PretrainedConfig], fields: Mapping[str, Any]) -> PretrainedConfig:
+    try:
+        return config_class(**fields)
+    except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise ConfigurationError("config", config_class.__name__, f"rejects these widths: {reason}") from error
+
+
+def _implied_head_size(config: PretrainedConfig, growing: Mapping[Path, int], head: HeadGrowth) -> int:
+    """Half the head size where the class derives it from the width (rotary embeddings need it even), else 0."""
+    if head == "count" or any(path[-1] in HEAD_SIZE_FIELDS for path in growing):
+        return 0
+    heads = getattr(config.get_text_config(decoder=True), "num_attention_heads", None)
+    if not isinstance(heads, int) or heads < 1:
+        return 0
     size = text_width(config) // heads
-    return (size // 2 if size % 2 == 0 else size,)
+    return size // 2 if size % 2 == 0 else size

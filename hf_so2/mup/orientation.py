@@ -1,0 +1,86 @@
+"""Which dimension of each parameter is fan_out, which is fan_in, and which only enumerates (experts, heads of a block diagonal)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+
+@dataclass(frozen=True)
+class Orientation:
+    """Dimensions of one parameter by what they are to its layer.
+
+    Args:
+        fan_out: dimensions whose product is fan_out.
+        fan_in: dimensions whose product is fan_in; empty for vectors (gains, biases, per-channel kernels).
+        batch: dimensions that enumerate independent matrices. They are no fan, but outputs multiply with them.
+        tied: an embedding shares the parameter with a module of another kind, its head.
+    """
+
+    fan_out: tuple[int, ...]
+    fan_in: tuple[int, ...] = ()
+    batch: tuple[int, ...] = ()
+    tied: bool = False
+
+
+# Bare parameters whose use the module's type does not tell: local name -> (fan_out, fan_in) by class name.
+_BARE_MATRICES: dict[tuple[str, str], tuple[tuple[int, ...], tuple[int, ...]]] = {
+    ("DbrxExpertGLU", "w2"): ((1,), (0,)),
+    ("Gemma3MultiModalProjector", "mm_input_projection_weight"): ((1,), (0,)),
+    **{("XLNetRelativeAttention", name): ((1, 2), (0,)) for name in "qkvr"},
+    ("XLNetRelativeAttention", "o"): ((0,), (1, 2)),
+}
+# Experts stored (expert, fan_in, fan_out) without saying so by an `is_transposed` attribute.
+_TRANSPOSED_EXPERTS = frozenset({"Llama4TextExperts", "RecurrentGemmaRglru"})
+# Parameters of two and more dimensions that are used entry by entry, or added to something, so that no dimension is contracted.
+_ELEMENTWISE = frozenset(
+    """A_log D dt_bias dt_proj_bias scale static_weight relative_attention_bias r_r_bias r_s_bias r_w_bias seg_embed mask_emb
+    position_bias pos_embed rel_pos_h rel_pos_w probe e_score_correction_bias""".split()
+)
+
+
+def orientations(model: nn.Module) -> dict[str, Orientation]:
+    """The orientation of every parameter by its name in `model.named_parameters()`.
+
+    A parameter that an embedding shares with other modules is oriented as the embedding has it.
+    """
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for local, parameter in module.named_parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append((module, local))
+    found = {}
+    for name, parameter in model.named_parameters():
+        shared = owners[id(parameter)]
+        embeddings = [owner for owner in shared if isinstance(owner[0], nn.Embedding)]
+        module, local = (embeddings or shared)[0]
+        orientation = _orient(module, local, parameter)
+        tied = bool(embeddings) and len(embeddings) < len(shared)
+        found[name] = Orientation(orientation.fan_out, orientation.fan_in, orientation.batch, tied)
+    return found
+
+
+def _orient(module: nn.Module, local: str, parameter: nn.Parameter) -> Orientation:
+    rank, class_name = parameter.ndim, type(module).__name__
+    every = tuple(range(rank))
+    if (class_name, local) in _BARE_MATRICES:
+        fan_out, fan_in = _BARE_MATRICES[class_name, local]
+        return Orientation(fan_out, fan_in)
+    if rank < 2 or local in _ELEMENTWISE or "bias" in local:
+        return Orientation(every)
+    if isinstance(module, nn.Linear):
+        return Orientation((0,), (1,))
+    if isinstance(module, (nn.Embedding, Conv1D)):
+        return Orientation((1,), (0,))
+    if local != "weight" and sum(size > 1 for size in parameter.shape) < 2:
+        return Orientation(every)
+    if isinstance(module, nn.modules.conv._ConvNd):
+        if module.groups == module.in_channels:
+            return Orientation(every)
+        return Orientation((1,), (0,)) if module.transposed else Orientation((0,), (1,))
+    if rank == 2:
+        return Orientation((0,), (1,))
+    transposed = getattr(module, "is_transposed", class_name in _TRANSPOSED_EXPERTS)
+    fan_out, fan_in = (rank - 1, rank - 2) if transposed else (rank - 2, rank - 1)
+    return Orientation((fan_out,), (fan_in,), every[:-2])
