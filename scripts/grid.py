@@ -38,7 +38,7 @@ def main() -> None:
     for optim in args.optim:
         runs = []
         grid = [{"optim": optim, **flags} for flags in combinations(axes)]
-        for run in run_grid(args.settings, grid, store, args.jobs):
+        for run in run_grid(Path(__file__).with_name("train.py"), args.settings, grid, store, args.jobs):
             shown = " ".join(f"{name}={run['flags'][name]}" for name in axes)
             print(f"{optim} {shown}: eval_loss {run['metrics']['eval_loss']}", flush=True)
             runs.append(run)

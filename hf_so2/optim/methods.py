@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from hf_so2.curvature import EKFAC, FOOF, KFAC, TEKFAC, TKFAC, CurvatureBlock
 from hf_so2.errors import ConfigurationError
 from hf_so2.mup import ParameterWidth, rules
+from hf_so2.spelling import did_you_mean
 
 
 def factored_damping(width: ParameterWidth) -> Mapping[str, float]:
@@ -86,7 +86,6 @@ def parse_name(name: str) -> tuple[Method, bool]:
         ConfigurationError: the name is not in `OPTIMIZERS`.
     """
     if name not in OPTIMIZERS:
-        near = difflib.get_close_matches(str(name), OPTIMIZERS, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise ConfigurationError("optim", name, f"{hint}must be one of {', '.join(OPTIMIZERS)}")
+        hint = did_you_mean(str(name), OPTIMIZERS)
+        raise ConfigurationError("optim", name, f"must be one of {', '.join(OPTIMIZERS)}{hint}")
     return METHODS[name.removesuffix(MUP_SUFFIX)], name.endswith(MUP_SUFFIX)

@@ -5,7 +5,6 @@ Keywords of `build_optimizer` and fields of `SecondOrderTrainingArguments` are g
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -14,6 +13,7 @@ from typing import Any
 from hf_so2.damping import RULES
 from hf_so2.errors import ConfigurationError
 from hf_so2.optim.norm_control import NORM_CONTROLS
+from hf_so2.spelling import did_you_mean
 
 Check = tuple[Callable[[Any], bool], str]
 
@@ -142,9 +142,8 @@ def resolve(
     for name, value in given.items():
         field_name = aliases.get(name, name)
         if field_name not in SETTING_NAMES:
-            near = difflib.get_close_matches(name, [*SETTING_NAMES, *aliases], n=1)
-            hint = f"did you mean {near[0]}?" if near else f"settings are {', '.join(SETTING_NAMES)}"
-            raise ConfigurationError(name, value, f"is no setting of an optimizer; {hint}")
+            known = [*SETTING_NAMES, *aliases]
+            raise ConfigurationError(name, value, f"must be one of {', '.join(known)}{did_you_mean(name, known)}")
         if value is not None:
             asked[field_name] = value
     settings = Settings(**{**defaults, **asked})

@@ -19,8 +19,6 @@ from typing import Any
 
 from hf_so2.errors import ConfigurationError
 
-TRAIN_SCRIPT = Path(__file__).parents[2] / "scripts" / "train.py"
-
 Flags = Mapping[str, str]
 
 
@@ -70,8 +68,8 @@ class GridStore:
         return run
 
 
-def run_once(settings: str, flags: Flags) -> dict[str, Any]:
-    """Train once with `scripts/train.py` on one core.
+def run_once(script: Path, settings: str, flags: Flags) -> dict[str, Any]:
+    """Train once on one core, with the training script and a settings file.
 
     Returns:
         `settings`, `flags`, and `metrics`: what the run left in `all_results.json`, with `eval_loss` None where
@@ -81,7 +79,7 @@ def run_once(settings: str, flags: Flags) -> dict[str, Any]:
         ConfigurationError: the command refused its flags, or failed; the message is its last line.
     """
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(TRAIN_SCRIPT), settings, f"--output_dir={folder}/run", "--save_strategy=no"]
+        command = [sys.executable, str(script), settings, f"--output_dir={folder}/run", "--save_strategy=no"]
         command += ["--eval_strategy=no", "--report_to=none", "--disable_tqdm=True"]
         command += [f"--{name}={value}" for name, value in flags.items()]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -97,10 +95,16 @@ def run_once(settings: str, flags: Flags) -> dict[str, Any]:
     return {"settings": settings, "flags": dict(flags), "metrics": metrics}
 
 
-def run_grid(settings: str, grid: Iterable[Flags], store: GridStore, jobs: int) -> Iterator[dict[str, Any]]:
+def run_grid(
+    script: Path, settings: str, grid: Iterable[Flags], store: GridStore, jobs: int
+) -> Iterator[dict[str, Any]]:
     """The runs of a grid in order; those that the store lacks are trained, `jobs` at a time."""
+
+    def run(flags: Flags) -> dict[str, Any]:
+        return store.find(settings, flags) or store.add(run_once(script, settings, flags))
+
     with ThreadPoolExecutor(jobs) as pool:
-        yield from pool.map(lambda flags: store.find(settings, flags) or store.add(run_once(settings, flags)), grid)
+        yield from pool.map(run, grid)
 
 
 def mean_losses(runs: Iterable[Mapping[str, Any]], rows: str, columns: str) -> dict[tuple[str, str], float]:
