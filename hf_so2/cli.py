@@ -1,8 +1,8 @@
 """What the command-line scripts share: settings from a file and flags, one clear line for a user's mistake.
 
-A first argument that ends in ``.yaml``, ``.yml`` or ``.json`` is read as flags written down: every entry
-becomes the flag of that name, and flags on the command line follow and so override it. One parser therefore
-checks both.
+A first argument that ends in ``.yaml``, ``.yml`` or ``.json`` is read as flags written down: every entry becomes the
+flag of that name (``null``: no flag, so the default holds), and flags on the command line follow and so override it.
+One parser therefore checks both.
 """
 
 from __future__ import annotations
@@ -98,10 +98,10 @@ class _Parser(HfArgumentParser):
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         # argparse lists all choices without a word on the closest one; there are some sixty optimizer names.
-        choices = (
-            None if action.choices is None else [str(getattr(choice, "value", choice)) for choice in action.choices]
-        )
-        if choices is not None and str(getattr(value, "value", value)) not in choices:
+        if action.choices is None:
+            return
+        choices = [str(getattr(choice, "value", choice)) for choice in action.choices]
+        if str(getattr(value, "value", value)) not in choices:
             raise ConfigurationError(
                 action.dest, value, f"must be one of {', '.join(choices)}{did_you_mean(str(value), choices)}"
             )

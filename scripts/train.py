@@ -50,7 +50,8 @@ def main() -> None:
     trainer.save_metrics("train", result.metrics)
     metrics = trainer.evaluate()
     for name in ("perplexity", "token_accuracy"):
-        metrics[name] = metrics.pop(f"eval_{name}")
+        if f"eval_{name}" in metrics:  # not under --prediction_loss_only
+            metrics[name] = metrics.pop(f"eval_{name}")
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)
     trainer.save_state()

@@ -33,7 +33,7 @@ def plot_loss_curve(log_history: Iterable[Mapping[str, Any]], path: str | Path, 
         axes.annotate(
             f"{loss:.3f}",
             (step, loss),
-            xytext=(0, 8),
+            xytext=(0, -14),
             textcoords="offset points",
             ha="right",
             color="tab:orange",
