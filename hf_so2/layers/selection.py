@@ -56,6 +56,8 @@ def select(model: nn.Module, skip_modules: Sequence[str] = (), max_dim: int | No
     def decide(parameter: nn.Parameter) -> Treatment:
         uses = users.get(id(parameter), [])
         modules = tuple(module for _, module in uses)
+        if not parameter.numel():
+            return Treatment(False, "empty")
         if parameter.ndim < 2:
             return Treatment(False, "a vector: norm gain or bias" if parameter.ndim else "a scalar")
         if any(isinstance(module, nn.Embedding) for module in modules):

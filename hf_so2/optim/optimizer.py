@@ -119,7 +119,8 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         return loss
 
     def _gradients_are_finite(self) -> bool:
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        # An empty tensor has no maximum.
+        gradients = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None and p.grad.numel()]
         # The maximum norm cannot overflow where the gradients themselves have not.
         return bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients, torch.inf))) if gradients else True
 
