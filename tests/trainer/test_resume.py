@@ -83,7 +83,7 @@ def test_missing_curvature_file_is_said(tmp_path: Path) -> None:
     trained(llama(), rows, tmp_path, **short)
     checkpoint = tmp_path / "checkpoint-2"
     (checkpoint / "curvature.pt").unlink()
-    with pytest.raises(hf_so2.ConfigurationError, match="resume_from_checkpoint.*curvature"):
+    with pytest.raises(hf_so2.ConfigurationError, match=r"resume_from_checkpoint.*curvature"):
         trained(llama(), rows, tmp_path / "again", resume=str(checkpoint), **SCHEDULE)
 
 
