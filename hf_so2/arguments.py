@@ -118,7 +118,10 @@ class SecondOrderTrainingArguments(_OwnFields):
             ConfigurationError: the family of `config` cannot be scaled to that width, or the file cannot be read.
         """
         if self.mup_base_width is not None:
-            return scale_width(config, width=self.mup_base_width)
+            try:
+                return scale_width(config, width=self.mup_base_width)
+            except ConfigurationError as error:
+                raise ConfigurationError("mup_base_width", self.mup_base_width, error.allowed) from None
         if isinstance(self.mup_base_config, dict):
             return AutoConfig.for_model(**self.mup_base_config)
         if self.mup_base_config is not None:

@@ -33,16 +33,24 @@ class SecondOrderTrainer(Trainer):
 
     args: SecondOrderTrainingArguments
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if not isinstance(self.args, SecondOrderTrainingArguments):
-            raise ConfigurationError("args", type(self.args).__name__, "must be SecondOrderTrainingArguments")
-        self._apply_mup(self.model)
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | None = None,
+        args: SecondOrderTrainingArguments | None = None,
+        *positional: Any,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(args, SecondOrderTrainingArguments):
+            raise ConfigurationError("args", type(args).__name__, "must be SecondOrderTrainingArguments")
+        # Before the Trainer makes its output folder, so that a refusal leaves nothing behind.
+        if model is not None:
+            _apply_mup(model, args)
+        super().__init__(model, args, *positional, **kwargs)
         self.add_callback(DiscardStaleCaptures())
 
     def call_model_init(self, trial: Any = None) -> PreTrainedModel:
         model = super().call_model_init(trial)
-        self._apply_mup(model)
+        _apply_mup(model, self.args)
         return model
 
     def coverage(self) -> CoverageReport | None:
@@ -129,15 +137,17 @@ class SecondOrderTrainer(Trainer):
     def _curvature_file() -> str:
         return "curvature.pt"
 
-    def _apply_mup(self, model: nn.Module) -> None:
-        name = str(getattr(self.args.optim, "value", self.args.optim))
-        if not (self.args.is_ours(name) and name.endswith(MUP_SUFFIX)) or read_mup(model) is not None:
-            return
-        base = self.args.base_config(model.config)
-        if base is None:
-            raise ConfigurationError("mup_base_width", None, f"optim={name} needs the width at which it was tuned")
-        apply_mup(model, base)
-
     def _second_order_optimizer(self) -> SecondOrderOptimizer | None:
         inner = getattr(self.optimizer, "optimizer", self.optimizer)
         return inner if isinstance(inner, SecondOrderOptimizer) else None
+
+
+def _apply_mup(model: nn.Module, args: SecondOrderTrainingArguments) -> None:
+    """Put a model into μP where the optimizer's name asks for it and nobody has done so."""
+    name = str(args.optim.value)
+    if not (args.is_ours(name) and name.endswith(MUP_SUFFIX)) or read_mup(model) is not None:
+        return
+    base = args.base_config(model.config)
+    if base is None:
+        raise ConfigurationError("mup_base_width", None, f"optim={name} needs the width at which it was tuned")
+    apply_mup(model, base)

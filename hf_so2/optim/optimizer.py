@@ -139,6 +139,10 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         if self.curvature is None:
             return
         if due(self.steps, self.settings.factor_update_steps):
+            for group in self.param_groups:
+                for name, parameter in zip(group["param_names"], group["params"], strict=True):
+                    if name in self.curvature.layers:
+                        self.curvature.layers[name].move_to(parameter.device)
             self.curvature.update()
         if due(self.steps, self.settings.preconditioner_update_steps):
             self.curvature.refresh()

@@ -144,8 +144,11 @@ def resolve(
         if field_name not in SETTING_NAMES:
             known = [*SETTING_NAMES, *aliases]
             raise ConfigurationError(name, value, f"must be one of {', '.join(known)}{did_you_mean(name, known)}")
-        if value is not None:
-            asked[field_name] = value
+        if value is None:
+            continue
+        if field_name in asked:
+            raise ConfigurationError(name, value, f"must not be given beside {field_name}, which is the same setting")
+        asked[field_name] = value
     settings = Settings(**{**defaults, **asked})
     parts = uses | {settings.norm_control} if "curvature" in uses else uses
     for entry in fields(Settings):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,6 +53,12 @@ class Layer:
     refreshes: int = 0
     failures: int = 0
 
+    def move_to(self, device: torch.device) -> None:
+        """Follow a model that was moved after its optimizer had been built."""
+        if self.device != device:
+            self.device = device
+            self.state = {name: tensor.to(device) for name, tensor in self.state.items()}
+
 
 class Curvature:
     """The statistics and preconditioners of all layers of a model.
@@ -79,8 +85,12 @@ class Curvature:
             {layer.name: layer.dtype for layer in layers},
         )
 
-    def _observer(self, layer: Layer) -> Any:
-        return lambda inputs, gradients: self.block.observe(layer.state, inputs, gradients)
+    def _observer(self, layer: Layer) -> Callable[[Tensor, Tensor], State]:
+        def observe(inputs: Tensor, gradients: Tensor) -> State:
+            layer.move_to(inputs.device)
+            return self.block.observe(layer.state, inputs, gradients)
+
+        return observe
 
     def update(self) -> None:
         """Move the running averages by what was captured since the last step, on all ranks."""
@@ -171,8 +181,7 @@ class Curvature:
                 if key in layer.state and layer.state[key].shape != value.shape:
                     expected = tuple(layer.state[key].shape)
                     raise ValueError(f"{name}: saved {key} has shape {tuple(value.shape)}, expected {expected}")
-            reference = layer.state["weight"]
-            layer.state = {key: value.to(reference, copy=True) for key, value in entry["state"].items()}
+            layer.state = {key: value.to(layer.device, layer.dtype, copy=True) for key, value in entry["state"].items()}
             layer.refreshes, layer.failures = int(entry["refreshes"]), int(entry["failures"])
         self.dropped_statistics = int(state["dropped_statistics"])
         self.failed_refreshes = int(state["failed_refreshes"])
