@@ -1,4 +1,4 @@
-"""Arrows point one way: linalg ← damping ← curvature ← optim ← trainer ← scripts, with leaves that know none of them."""
+"""Arrows point one way: linalg ← damping ← curvature ← optim ← trainer ← scripts; leaves know none of them."""
 
 from __future__ import annotations
 
