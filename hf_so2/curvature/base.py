@@ -67,6 +67,11 @@ class CurvatureBlock(Protocol):
         """
         ...
 
+    @property
+    def refreshed(self) -> list[str]:
+        """The names in the state that `refresh` writes: what a rank that did not refresh needs to be sent."""
+        ...
+
     def precondition(self, state: State, gradient: Tensor) -> Tensor:
         """`P(G)` for `G` of shape (fan_out, fan_in)."""
         ...

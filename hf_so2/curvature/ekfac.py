@@ -63,6 +63,10 @@ class EKFAC:
         state["B_basis"].copy_(basis_b)
         state["rho"].copy_(damping.single(state["S"]))
 
+    @property
+    def refreshed(self) -> list[str]:
+        return ["A_basis", "B_basis", "S", "rho"]
+
     def precondition(self, state: State, gradient: Tensor) -> Tensor:
         rotated = state["B_basis"].mT @ gradient @ state["A_basis"]
         return state["B_basis"] @ (rotated / (state["S"] + state["rho"])) @ state["A_basis"].mT

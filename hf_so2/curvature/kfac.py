@@ -67,6 +67,10 @@ class KFAC:
         for side, root in roots.items():
             state[f"{side}_root"].copy_(root)
 
+    @property
+    def refreshed(self) -> list[str]:
+        return [f"{side}_root" for side in self.exponents]
+
     def precondition(self, state: State, gradient: Tensor) -> Tensor:
         if self.exponent_b:
             gradient = state["B_root"] @ gradient

@@ -1,5 +1,6 @@
-"""Work shared between processes; every collective of the package is in `communicator`."""
+"""Work shared between processes: who refreshes what, and every collective of the package."""
 
-from hf_so2.distributed.communicator import sum_over_ranks
+from hf_so2.distributed.assignment import assign
+from hf_so2.distributed.communicator import send_from_owners, sum_over_ranks, world
 
-__all__ = ["sum_over_ranks"]
+__all__ = ["assign", "send_from_owners", "sum_over_ranks", "world"]

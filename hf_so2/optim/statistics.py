@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hf_so2.curvature import CurvatureBlock, State
 from hf_so2.damping import Damping
-from hf_so2.distributed import sum_over_ranks
+from hf_so2.distributed import assign, send_from_owners, sum_over_ranks, world
 from hf_so2.errors import TrainingDivergedError
 from hf_so2.layers import Adapter, Capture
 from hf_so2.layers.capture import LayerSums
@@ -105,28 +105,45 @@ class Curvature:
                 logger.warning("%s: the statistics of this step are not finite and were left out", name)
 
     def refresh(self) -> None:
-        """Rebuild every preconditioner that has statistics.
+        """Rebuild every preconditioner that has statistics; each rank does its share and the results are sent round.
 
         Raises:
-            TrainingDivergedError: a layer has failed `MAX_FAILURES_IN_A_ROW` times in a row.
+            TrainingDivergedError: a layer has failed `MAX_FAILURES_IN_A_ROW` times in a row; on every rank alike.
         """
-        for layer in self.layers.values():
-            if not bool(layer.state["weight"] > 0):
-                continue
-            try:
-                self.block.refresh(layer.state, layer.damping)
-            except DecompositionError as error:
-                self.failed_refreshes += 1
-                layer.failures += 1
-                logger.warning("%s: refresh failed, the last preconditioner stays: %s", layer.name, error)
-                if layer.failures >= MAX_FAILURES_IN_A_ROW:
-                    raise TrainingDivergedError(
-                        f"{layer.name}: its factors could not be decomposed {layer.failures} times in a row ({error});"
-                        f" raise damping (now {layer.damping.epsilon}) or lower the learning rate"
-                    ) from error
-            else:
-                layer.failures = 0
-                layer.refreshes += 1
+        due = [layer for layer in self.layers.values() if bool(layer.state["weight"] > 0)]
+        rank, ranks = world()
+        # Both factors are decomposed at cubic cost, whatever the method.
+        owners = assign({layer.name: sum(dim**3 for dim in layer.shape) for layer in due}, ranks)
+        errors = {layer.name: self._refresh(layer) for layer in due if owners[layer.name] == rank}
+        failed = torch.tensor([errors.get(layer.name) is not None for layer in due], dtype=torch.int64)
+        if due:
+            failed = failed.to(due[0].device)
+            sum_over_ranks([failed])
+        send_from_owners([(layer.state[k], owners[layer.name]) for layer in due for k in self.block.refreshed])
+        for layer, has_failed in zip(due, failed.tolist(), strict=True):
+            self._count(layer, errors.get(layer.name) or "on another rank" if has_failed else None)
+
+    def _refresh(self, layer: Layer) -> str | None:
+        """Rebuild one preconditioner; what went wrong, if anything did."""
+        try:
+            self.block.refresh(layer.state, layer.damping)
+        except DecompositionError as error:
+            return str(error)
+        return None
+
+    def _count(self, layer: Layer, error: str | None) -> None:
+        if error is None:
+            layer.failures = 0
+            layer.refreshes += 1
+            return
+        self.failed_refreshes += 1
+        layer.failures += 1
+        logger.warning("%s: refresh failed, the last preconditioner stays: %s", layer.name, error)
+        if layer.failures >= MAX_FAILURES_IN_A_ROW:
+            raise TrainingDivergedError(
+                f"{layer.name}: its factors could not be decomposed {layer.failures} times in a row ({error});"
+                f" raise damping (now {layer.damping.epsilon}) or lower the learning rate"
+            )
 
     def _means(self, captured: Mapping[str, LayerSums], tokens: int | Tensor | None) -> dict[str, State]:
         """Means over the global step, for every layer that saw a row on any rank.
