@@ -10,7 +10,7 @@ from torch import Tensor
 from hf_so2.curvature.base import State, Statistic, update_average, update_averages
 from hf_so2.curvature.moments import INDEPENDENT, Moments
 from hf_so2.damping import Damping
-from hf_so2.linalg import eigh
+from hf_so2.linalg import DecompositionError, eigenspace_mean, eigh
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,12 @@ class EKFAC:
     Kronecker product of the eigenvalues; a later basis carries it over as the diagonal of the old approximation in the
     new basis, which keeps its trace.
 
-    State: the averages of `moments` with their `weight`; `A_basis` (fan_in, fan_in), `B_basis` (fan_out, fan_out);
-    `S` (fan_out, fan_in); `rho`, 0-dim.
+    Within an eigenspace of a repeated eigenvalue, every basis is an eigenbasis and S depends on which one the
+    decomposition happened to return: in the null spaces of the first steps, with fewer tokens than dimensions, another
+    split of the same batch would give another update. There S is averaged over the eigenspace, which keeps its trace.
+
+    State: the averages of `moments` with their `weight`; `A_basis` (fan_in, fan_in), `B_basis` (fan_out, fan_out) and
+    their eigenvalues `A_values` (fan_in,), `B_values` (fan_out,); `S` (fan_out, fan_in); `rho`, 0-dim.
 
     Args:
         beta: decay of the running averages, in [0, 1).
@@ -40,6 +44,7 @@ class EKFAC:
     def init_state(self, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> State:
         state = self.moments.init_state(shape, device, dtype)
         state |= {f"{side}_basis": torch.zeros_like(state[side]) for side in "AB"}
+        state |= {f"{side}_values": torch.zeros_like(state[side][0]) for side in "AB"}
         state |= {"S": torch.zeros(shape, device=device, dtype=dtype), "rho": torch.zeros_like(state["weight"])}
         return state
 
@@ -52,20 +57,25 @@ class EKFAC:
     def update(self, state: State, observation: State) -> None:
         update_averages(state, {name: observation[name] for name in self.moments.statistics}, self.beta)
         # S starts from a seed, not from zero, so it needs no bias correction; until it is seeded it stays zero.
-        update_average(state, "S", torch.where(state["S"].any(), observation["S"], state["S"]), self.beta)
+        observed = _over_eigenspaces(observation["S"], state["B_values"], state["A_values"])
+        update_average(state, "S", torch.where(state["S"].any(), observed, state["S"]), self.beta)
 
     def refresh(self, state: State, damping: Damping) -> None:
         values_a, basis_a = eigh(self.moments.factor(state, "A"))
         values_b, basis_b = eigh(self.moments.factor(state, "B"))
         carried = _overlap(basis_b, state["B_basis"]) @ state["S"] @ _overlap(basis_a, state["A_basis"]).mT
-        state["S"].copy_(torch.where(state["S"].any(), carried, values_b.outer(values_a)))
-        state["A_basis"].copy_(basis_a)
-        state["B_basis"].copy_(basis_b)
+        s = torch.where(state["S"].any(), carried, values_b.outer(values_a))
+        if not bool(torch.isfinite(s).all()):
+            raise DecompositionError(f"the eigenvalues of a {tuple(s.shape)} block are not finite")
+        state["S"].copy_(_over_eigenspaces(s, values_b, values_a))
+        for side, values, basis in (("A", values_a, basis_a), ("B", values_b, basis_b)):
+            state[f"{side}_values"].copy_(values)
+            state[f"{side}_basis"].copy_(basis)
         state["rho"].copy_(damping.single(state["S"]))
 
     @property
     def refreshed(self) -> list[str]:
-        return ["A_basis", "B_basis", "S", "rho"]
+        return ["A_values", "B_values", "A_basis", "B_basis", "S", "rho"]
 
     def precondition(self, state: State, gradient: Tensor) -> Tensor:
         rotated = state["B_basis"].mT @ gradient @ state["A_basis"]
@@ -77,3 +87,8 @@ def _overlap(new: Tensor, old: Tensor) -> Tensor:
     new.
     """
     return (new.mT @ old).square()
+
+
+def _over_eigenspaces(s: Tensor, values_b: Tensor, values_a: Tensor) -> Tensor:
+    """S averaged over each pair of eigenspaces."""
+    return eigenspace_mean(values_b) @ s @ eigenspace_mean(values_a)
