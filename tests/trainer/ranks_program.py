@@ -1,0 +1,34 @@
+"""One rank of `test_two_ranks.py`: trains, checks that it is one of two, and saves what it ended with."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from helpers import captured_factors, llama, optimizer_of, token_rows, trained
+
+
+def main(output: Path) -> None:
+    torch.set_num_threads(1)
+    trainer = trained(
+        llama(),
+        token_rows(padded=True),
+        output,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        damping=1e-2,
+        ddp_backend="gloo",
+    )
+    assert trainer.args.world_size == torch.distributed.get_world_size() == 2
+    optimizer = optimizer_of(trainer)
+    result = {"parameters": dict(trainer.model.state_dict()), "factors": captured_factors(optimizer)}
+    torch.save(result, output / f"rank-{trainer.args.process_index}.pt")
+    trainer.accelerator.wait_for_everyone()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
