@@ -64,6 +64,9 @@ def orientations(model: nn.Module) -> dict[str, Orientation]:
 def _orient(module: nn.Module, local: str, parameter: nn.Parameter) -> Orientation:
     rank, class_name = parameter.ndim, type(module).__name__
     every = tuple(range(rank))
+    if (class_name, local) == ("Inkling2BlockAttentionResidual", "query"):
+        # Contracted with the stream; several queries make a matrix of it, one query leaves a vector.
+        return Orientation(every[:-1], every[-1:])
     if (class_name, local) in _BARE_MATRICES:
         fan_out, fan_in = _BARE_MATRICES[class_name, local]
         return Orientation(fan_out, fan_in)

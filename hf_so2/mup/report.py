@@ -2,37 +2,49 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from hf_so2.errors import ConfigurationError
+
 from . import rules
-from .roles import pattern_of
+from .roles import Shape, pattern_of
 from .rules import ParameterWidth
+
+_COLUMNS = {
+    "lr_adam": lambda width: rules.learning_rate_multiplier(rules.ADAM, width),
+    "lr_sgd": lambda width: rules.learning_rate_multiplier(rules.SGD, width),
+    "lr_spectral": lambda width: rules.learning_rate_multiplier(rules.SPECTRAL, width),
+    "damping_A": lambda width: rules.damping_multiplier("rho_A", width),
+    "damping_B": lambda width: rules.damping_multiplier("rho_B", width),
+}
 
 
 class MupReport(Mapping[str, ParameterWidth]):
-    """Role and width ratios by parameter name, with the multipliers that follow from them.
+    """Role and width ratios by parameter name, with the multipliers that follow from them. Printing it gives the table.
 
     Args:
         widths: by parameter name.
         shapes: by parameter name.
-        base_width: hidden size of the base model.
-        width: hidden size of the model.
+        base_width: hidden size of the base model, 0 for a model from outside transformers.
+        width: hidden size of the model, likewise.
         pretrained: the weights came from a checkpoint, so nothing was re-initialised.
+        notes: what was done beside rescaling initial weights, one sentence each.
     """
 
     def __init__(
         self,
         widths: Mapping[str, ParameterWidth],
-        shapes: Mapping[str, tuple[int, ...]],
+        shapes: Mapping[str, Shape],
         *,
         base_width: int,
         width: int,
         pretrained: bool = False,
+        notes: Sequence[str] = (),
     ) -> None:
         self._widths, self._shapes = dict(widths), dict(shapes)
-        self.base_width, self.width, self.pretrained = base_width, width, pretrained
+        self.base_width, self.width, self.pretrained, self.notes = base_width, width, pretrained, tuple(notes)
 
     def __getitem__(self, name: str) -> ParameterWidth:
         return self._widths[name]
@@ -44,60 +56,101 @@ class MupReport(Mapping[str, ParameterWidth]):
         return len(self._widths)
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row per pattern and width: counts, shape, role, ratios and multipliers."""
-        keys = {name: (pattern_of(name), self._shapes[name], width) for name, width in self.items()}
-        rows = []
-        for (pattern, shape, width), count in Counter(keys.values()).items():
-            rows.append(
-                {
-                    "pattern": pattern,
-                    "count": count,
-                    "shape": list(shape),
-                    "role": width.role,
-                    "tied": width.tied,
-                    "m_in": width.m_in,
-                    "m_out": width.m_out,
-                    "init": rules.init_multiplier(width),
-                    "lr_adam": rules.learning_rate_multiplier(rules.ADAM, width),
-                    "lr_sgd": rules.learning_rate_multiplier(rules.SGD, width),
-                    "lr_spectral": rules.learning_rate_multiplier(rules.SPECTRAL, width),
-                    "damping_A": rules.damping_multiplier("rho_A", width),
-                    "damping_B": rules.damping_multiplier("rho_B", width),
-                }
-            )
-        return rows
+        """One row per pattern of names with equal shape and width.
+
+        Returns:
+            Dictionaries with `pattern`, `count`, `shape`, `role`, `tied`, `m_in`, `m_out`, `init` (factor on the initial
+            standard deviation of the base model), `lr_adam`, `lr_sgd`, `lr_spectral` and `damping_A`, `damping_B`.
+        """
+        groups: dict[tuple[str, Shape, ParameterWidth], int] = defaultdict(int)
+        for name, width in self.items():
+            groups[pattern_of(name), self._shapes[name], width] += 1
+        return [
+            {
+                "pattern": pattern,
+                "count": count,
+                "shape": list(shape),
+                "role": width.role,
+                "tied": width.tied,
+                "m_in": width.m_in,
+                "m_out": width.m_out,
+                "init": 1.0 if self.pretrained else rules.init_multiplier(width),
+                **{column: multiplier(width) for column, multiplier in _COLUMNS.items()},
+            }
+            for (pattern, shape, width), count in groups.items()
+        ]
 
     def __str__(self) -> str:
         rows = self.rows()
-        header = list(rows[0]) if rows else []
-        cells = [header] + [[_cell(value) for value in row.values()] for row in rows]
-        lengths = [max(len(line[i]) for line in cells) for i in range(len(header))]
-        return "\n".join("  ".join(text.ljust(n) for text, n in zip(line, lengths, strict=True)).rstrip() for line in cells)
+        for row in rows:
+            row["role"] += " (tied)" if row.pop("tied") else ""
+        cells = [list(rows[0])] + [[_cell(value) for value in row.values()] for row in rows] if rows else []
+        lengths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        table = ["  ".join(text.ljust(length) for text, length in zip(line, lengths, strict=True)) for line in cells]
+        weights = "pretrained weights, not rescaled" if self.pretrained else "initial weights rescaled"
+        title = f"μP: base width {self.base_width}, width {self.width}, {weights}"
+        return "\n".join(line.rstrip() for line in [title, *table, *self.notes])
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready record, from which `from_dict` and the model's parameter names give the report back."""
+        """Everything as JSON-ready values: the record's fields and the table's `rows`."""
+        names = {
+            name: {"width": _pack(width), "shape": list(self._shapes[name])} for name, width in self._widths.items()
+        }
+        return {**self._header(), "rows": self.rows(), "parameters": names}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> MupReport:
+        """The report that `to_dict` described."""
+        parameters = values["parameters"]
+        return cls(
+            {name: _unpack(entry["width"]) for name, entry in parameters.items()},
+            {name: tuple(entry["shape"]) for name, entry in parameters.items()},
+            **{name: values[name] for name in ("base_width", "width", "pretrained", "notes")},
+        )
+
+    def record(self) -> dict[str, Any]:
+        """A short form for the model's configuration: widths by pattern, by name where a pattern has several."""
+        by_pattern = defaultdict(list)
+        for name, width in self._widths.items():
+            by_pattern[pattern_of(name)].append((name, width))
+        parameters = {}
+        for pattern, members in by_pattern.items():
+            uniform = len({width for _, width in members}) == 1
+            parameters.update({pattern: _pack(members[0][1])} if uniform else {n: _pack(w) for n, w in members})
+        return {**self._header(), "parameters": parameters}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any], shapes: Mapping[str, Shape]) -> MupReport:
+        """The report of a model with parameters of these names and shapes, from its record.
+
+        Raises:
+            ConfigurationError: the record does not know one of the parameters.
+        """
+        parameters = record["parameters"]
+        widths = {}
+        for name in shapes:
+            packed = parameters.get(name, parameters.get(pattern_of(name)))
+            if packed is None:
+                raise ConfigurationError("so2_mup", name, "parameter is not in the muP record of the configuration")
+            widths[name] = _unpack(packed)
+        header = {name: record[name] for name in ("base_width", "width", "pretrained", "notes")}
+        return cls(widths, shapes, **header)
+
+    def _header(self) -> dict[str, Any]:
         return {
             "base_width": self.base_width,
             "width": self.width,
             "pretrained": self.pretrained,
-            "rows": self.rows(),
-            "names": {
-                name: [w.role, w.m_in, w.m_out, w.tied, w.scale_in, w.scale_out, list(self._shapes[name])]
-                for name, w in self.items()
-            },
+            "notes": list(self.notes),
         }
 
-    @classmethod
-    def from_dict(cls, record: Mapping[str, Any]) -> MupReport:
-        """The report that `to_dict` recorded."""
-        names = record["names"]
-        return cls(
-            {name: ParameterWidth(*entry[:6]) for name, entry in names.items()},
-            {name: tuple(entry[6]) for name, entry in names.items()},
-            base_width=record["base_width"],
-            width=record["width"],
-            pretrained=record["pretrained"],
-        )
+
+def _pack(width: ParameterWidth) -> list[Any]:
+    return [width.role, width.m_in, width.m_out, width.tied, width.scale_in, width.scale_out]
+
+
+def _unpack(values: Iterable[Any]) -> ParameterWidth:
+    return ParameterWidth(*values)
 
 
 def _cell(value: object) -> str:

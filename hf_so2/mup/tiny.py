@@ -11,6 +11,8 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
+from .widths import DEPTH_FIELDS
+
 VOCABULARY = 128
 
 _SIZES: dict[str, int] = {
@@ -55,10 +57,6 @@ _SIZES: dict[str, int] = {
     **dict.fromkeys("state_size mamba_d_state ssm_state_size".split(), 4),
     **dict.fromkeys("chunk_size mamba_chunk_size block_size sliding_window index_topk".split(), 16),
 }
-_DEPTH_FIELDS = frozenset(
-    """num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_encoder_layers num_decoder_layers
-    num_blocks num_layers_per_stack""".split()
-)
 _DEPTH = 2
 
 # What the general rules cannot know: validators that tie fields together, periods of hybrid layers, fields that are None.
@@ -127,7 +125,7 @@ def tiny_config(model_type: str, **overrides: Any) -> PretrainedConfig:
 
 
 def _shrink(fields: Mapping[str, Any]) -> dict[str, Any]:
-    depth = max((fields[name] for name in _DEPTH_FIELDS if isinstance(fields.get(name), int)), default=0)
+    depth = max((fields[name] for name in DEPTH_FIELDS if isinstance(fields.get(name), int)), default=0)
     keep = _one_layer_of_each_kind(fields, depth)
     small: dict[str, Any] = {}
     for name, value in fields.items():
@@ -141,7 +139,7 @@ def _shrink(fields: Mapping[str, Any]) -> dict[str, Any]:
             small[name] = [_clip(name, value[index]) for index in keep]
         elif isinstance(value, bool) or not isinstance(value, int):
             small[name] = value
-        elif name in _DEPTH_FIELDS:
+        elif name in DEPTH_FIELDS:
             small[name] = len(keep) if value == depth else min(value, _DEPTH)
         elif name.endswith(("_token_id", "_token_index")):
             small[name] = value % VOCABULARY

@@ -42,13 +42,14 @@ HEAD_COUNT_FIELDS = frozenset(
     swa_num_attention_heads swa_num_key_value_heads num_attention_heads_per_layer num_global_key_value_heads
     index_n_heads indexer_n_heads""".split()
 )
+_HEAD_NUMBERS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads", "attention_heads")
 # Heads of recurrent layers: their size is part of the recurrence's state, so they always grow in number.
 RECURRENT_HEAD_FIELDS = frozenset(
     "mamba_n_heads mamba_num_heads linear_num_key_heads linear_num_value_heads linear_num_heads".split()
 )
 HEAD_SIZE_FIELDS = frozenset(
     """head_dim v_head_dim qk_nope_head_dim qk_rope_head_dim qk_head_dim d_head d_kv attention_head_dim attention_head_size
-    kv_channels dim_head swa_head_dim swa_v_head_dim global_head_dim rotary_dim""".split()
+    kv_channels dim_head swa_head_dim swa_v_head_dim global_head_dim rotary_dim index_head_dim indexer_head_dim""".split()
 )
 # Sub-configurations of the language model, scaled throughout. Towers of other modalities keep their size, except where they
 # project into the language model's width.
@@ -59,6 +60,10 @@ LANGUAGE_CONFIGS = frozenset(
 TOWER_CONFIGS = frozenset("vision_config audio_config".split())
 TOWER_OUTPUT_FIELDS = frozenset("adapter_out_dim out_hidden_size".split())
 PER_LAYER_CONFIG = "per_layer_config"
+DEPTH_FIELDS = frozenset(
+    """num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_encoder_layers num_decoder_layers
+    num_blocks num_layers_per_stack""".split()
+)
 
 
 def text_width(config: PretrainedConfig) -> int:
@@ -181,6 +186,31 @@ def rebuild(config: PretrainedConfig, values: Mapping[Path, Any]) -> PretrainedC
     return new
 
 
+def with_depth_of(config: PretrainedConfig, model_config: PretrainedConfig) -> PretrainedConfig:
+    """`config` with the number of layers, and the kinds of layers, of `model_config`; itself where these are equal."""
+    own, other = declared_fields(config), declared_fields(model_config)
+    changed: dict[Path, Any] = {}
+    _differences_in_depth(own, other, (), changed)
+    for name in LANGUAGE_CONFIGS & own.keys() & other.keys():
+        if isinstance(own[name], Mapping) and isinstance(other[name], Mapping):
+            _differences_in_depth(own[name], other[name], (name,), changed)
+    return rebuild(config, changed) if changed else config
+
+
+def _differences_in_depth(
+    own: Mapping[str, Any], other: Mapping[str, Any], path: Path, changed: dict[Path, Any]
+) -> None:
+    depths = {name: value for name, value in own.items() if name in DEPTH_FIELDS and value != other.get(name)}
+    widths = STREAM_FIELDS | HEAD_COUNT_FIELDS | HEAD_SIZE_FIELDS | RECURRENT_HEAD_FIELDS
+    for name, value in own.items() if depths else ():
+        theirs = other.get(name)
+        if name in depths or name == PER_LAYER_CONFIG:
+            changed[*path, name] = theirs
+        elif isinstance(value, (list, tuple)) and isinstance(theirs, (list, tuple)) and len(value) != len(theirs):
+            # A list of widths keeps its own widths, a list of layer kinds is the other's.
+            changed[*path, name] = [value[0]] * len(theirs) if name in widths else theirs
+
+
 def _construct(config_class: type[PretrainedConfig], fields: Mapping[str, Any]) -> PretrainedConfig:
     try:
         return config_class(**fields)
@@ -189,12 +219,21 @@ def _construct(config_class: type[PretrainedConfig], fields: Mapping[str, Any]) 
         raise ConfigurationError("config", config_class.__name__, f"rejects these widths: {reason}") from error
 
 
+def head_sizes(config: PretrainedConfig) -> dict[Path, int]:
+    """The sizes of attention heads by field; where the class derives them, the quotient of width and number of heads."""
+    fields = declared_fields(config)
+    growing = width_fields(fields, "size")
+    sizes = {path: size for path, size in growing if path[-1] in HEAD_SIZE_FIELDS}
+    text = config.get_text_config(decoder=True).to_dict()
+    heads = next((text[name] for name in _HEAD_NUMBERS if isinstance(text.get(name), int) and text[name] > 0), 0)
+    if not sizes and heads:
+        sizes[("hidden_size", "/", "num_attention_heads")] = text_width(config) // heads
+    return sizes
+
+
 def _implied_head_size(config: PretrainedConfig, growing: Mapping[Path, int], head: HeadGrowth) -> int:
     """Half the head size where the class derives it from the width (rotary embeddings need it even), else 0."""
     if head == "count" or any(path[-1] in HEAD_SIZE_FIELDS for path in growing):
         return 0
-    heads = getattr(config.get_text_config(decoder=True), "num_attention_heads", None)
-    if not isinstance(heads, int) or heads < 1:
-        return 0
-    size = text_width(config) // heads
+    size = next(iter(head_sizes(config).values()), 0)
     return size // 2 if size % 2 == 0 else size

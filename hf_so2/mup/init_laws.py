@@ -1,0 +1,142 @@
+"""How a family's own initial weights depend on the width.
+
+Most families draw every matrix with one standard deviation, some divide by the square root of fan_in. The table of `rules` speaks
+of the standard deviation relative to the base model's, so what the family does already must not be done twice. The scale of
+each random draw is read by running the family's own initialisation on the meta device, where nothing is drawn: only the
+arguments of the random operations are recorded. That costs no memory and no randomness, and is exact.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PretrainedConfig, PreTrainedModel, initialization
+
+from hf_so2.errors import ConfigurationError
+
+from .widths import rebuild, with_depth_of
+
+_FACTORS = {"aten::mul_": 1, "aten::mul": 1, "aten::div_": -1, "aten::div": -1}
+
+
+class InitRecorder(TorchDispatchMode):
+    """Follows the scale of tensors through random draws and the arithmetic that initialisers do on them.
+
+    A scale is the standard deviation up to a constant that depends on the kind of the distribution only; it is None where
+    the values are constants or were computed in a way that is not followed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Tensors are known by their storage, which views share and a parameter keeps; the storage is held so that its
+        # identity is not given to another.
+        self._scales: dict[int, tuple[float | None, torch.UntypedStorage]] = {}
+
+    def scale(self, tensor: torch.Tensor) -> float | None:
+        return self._scales.get(tensor.untyped_storage()._cdata, (None, None))[0]
+
+    def _set(self, tensor: torch.Tensor, scale: float | None) -> None:
+        storage = tensor.untyped_storage()
+        if tensor.numel() * tensor.element_size() * 2 > storage.nbytes():  # not a padding row or another small part
+            self._scales[storage._cdata] = (scale, storage)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not args or not isinstance(args[0], torch.Tensor):
+            return result
+        target, name, values = args[0], func._schema.name, args[1:]
+        number = next((float(v) for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)), None)
+        if name == "aten::normal_":
+            self._set(target, float(values[1]) if len(values) > 1 else 1.0)
+        elif name == "aten::uniform_":
+            low, high = values if len(values) == 2 else (0.0, 1.0)
+            self._set(target, (high - low) / math.sqrt(12))
+        elif name == "aten::erfinv_":
+            self._set(target, 1.0)  # of a uniform draw: the second half of a truncated normal
+        elif name in ("aten::fill_", "aten::zero_"):
+            self._set(target, None)
+        elif name == "aten::copy_":
+            self._set(target, self.scale(values[0]))
+        elif name in _FACTORS and number is not None and (scale := self.scale(target)) is not None:
+            self._set(result, scale * number ** _FACTORS[name])
+        return result
+
+
+def _trunc_normal_(
+    tensor: torch.Tensor, mean: float = 0.0, std: float = 1.0, a: float = -2.0, b: float = 2.0, generator: Any = None
+) -> torch.Tensor:
+    """Stands in for `torch.nn.init.trunc_normal_`, which draws nothing on the meta device; bounds go with the std."""
+    with torch.no_grad():
+        return tensor.normal_(mean, std)
+
+
+def _orthogonal_(tensor: torch.Tensor, gain: float = 1.0, generator: Any = None) -> torch.Tensor:
+    """The same for `torch.nn.init.orthogonal_`: the entries of an orthogonal matrix by its longer side."""
+    rows = tensor.shape[0]
+    with torch.no_grad():
+        return tensor.normal_(0.0, gain * max(rows, tensor.numel() // rows) ** -0.5)
+
+
+@contextmanager
+def _drawing_on_meta() -> Iterator[None]:
+    stand_ins = {"trunc_normal_": _trunc_normal_, "orthogonal_": _orthogonal_}
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(initialization.TORCH_INIT_FUNCTIONS, stand_ins))
+        for name, function in stand_ins.items():
+            stack.enter_context(mock.patch.object(nn.init, name, function))
+        yield
+
+
+def init_scales(model_class: type[PreTrainedModel], config: PretrainedConfig) -> dict[str, float | None]:
+    """The scale of each parameter's random initial values by name; None where they are not random."""
+    with (
+        torch.random.fork_rng(devices=[]),
+        _drawing_on_meta(),
+        InitRecorder() as recorder,
+        torch.device("meta"),
+        initialization.meta_device_safe_creation_ops(),
+    ):
+        model = model_class(rebuild(config, {}))
+        # The constructor leaves this out on the meta device.
+        model.initialize_weights()
+    return {name: recorder.scale(parameter) for name, parameter in model.named_parameters()}
+
+
+def natural_growth(model: nn.Module, base: PretrainedConfig | nn.Module) -> dict[str, float]:
+    """The ratio of each parameter's initial standard deviation to the base's, before muP, by the model's names.
+
+    Args:
+        model: the model, fresh.
+        base: its base configuration (only the family's code is asked) or, for a model from outside transformers, the base
+            module, whose own initial weights are compared with the model's. A module's vectors are taken as they are.
+
+    Raises:
+        ConfigurationError: a base module is on the meta device.
+    """
+    if isinstance(base, PretrainedConfig):
+        assert isinstance(model, PreTrainedModel)
+        scales = init_scales(type(model), model.config)
+        # Some families also divide by the depth, which is no matter of width.
+        base_scales = init_scales(type(model), with_depth_of(base, model.config))
+        pairs = {name: (scales[name], base_scales.get(name)) for name in scales}
+    else:
+        base_weights = dict(base.named_parameters())
+        if any(weight.is_meta for weight in base_weights.values()):
+            raise ConfigurationError("base_config", "a module on the meta device", "must hold its initial weights")
+        pairs = {
+            name: (_root_mean_square(weight), _root_mean_square(base_weights[name]))
+            for name, weight in model.named_parameters()
+            if weight.ndim > 1 and name in base_weights
+        }
+    return {name: own / of_base if own and of_base else 1.0 for name, (own, of_base) in pairs.items()}
+
+
+def _root_mean_square(weight: torch.Tensor) -> float:
+    return float(weight.detach().double().square().mean().sqrt())
