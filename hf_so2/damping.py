@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_so2.linalg import largest_eigenvalue
+
 
 @dataclass(frozen=True)
 class Damping:
@@ -40,6 +42,9 @@ class Damping:
 
         A factor that is exactly zero holds no information (a LoRA `A` before its `B` has moved). It is given ρ = 1,
         which makes its side of the preconditioner the identity.
+
+        Raises:
+            DecompositionError: under `spectral`, a factor that has no eigenvalues.
         """
         rho_a, rho_b = RULES[self.rule].factored(self, factor_a, factor_b)
         return _one_if_zero(factor_a.diagonal(), rho_a), _one_if_zero(factor_b.diagonal(), rho_b)
@@ -62,7 +67,7 @@ def _trace_mean(damping: Damping, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _spectral(damping: Damping, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    return damping.epsilon * torch.linalg.eigvalsh(a)[-1], damping.epsilon * torch.linalg.eigvalsh(b)[-1]
+    return damping.epsilon * largest_eigenvalue(a), damping.epsilon * largest_eigenvalue(b)
 
 
 def _pi(damping: Damping, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -65,13 +65,16 @@ class EKFAC:
         values_b, basis_b = eigh(self.moments.factor(state, "B"))
         carried = _overlap(basis_b, state["B_basis"]) @ state["S"] @ _overlap(basis_a, state["A_basis"]).mT
         s = torch.where(state["S"].any(), carried, values_b.outer(values_a))
-        if not bool(torch.isfinite(s).all()):
-            raise DecompositionError(f"the eigenvalues of a {tuple(s.shape)} block are not finite")
-        state["S"].copy_(_over_eigenspaces(s, values_b, values_a))
+        s = _over_eigenspaces(s, values_b, values_a)
+        rho = damping.single(s)
+        # Products of eigenvalues overflow before the factors do, and a small share of denormal numbers is zero.
+        if not bool(torch.isfinite(s.sum() + rho) & (rho > 0)):
+            raise DecompositionError(f"the eigenvalues of a {tuple(s.shape)} block leave the range of {s.dtype}")
+        state["S"].copy_(s)
+        state["rho"].copy_(rho)
         for side, values, basis in (("A", values_a, basis_a), ("B", values_b, basis_b)):
             state[f"{side}_values"].copy_(values)
             state[f"{side}_basis"].copy_(basis)
-        state["rho"].copy_(damping.single(state["S"]))
 
     @property
     def refreshed(self) -> list[str]:

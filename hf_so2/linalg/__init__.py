@@ -1,8 +1,16 @@
 """Pure functions of tensors: inverses, roots and norms. Nothing here knows of layers, optimizers or processes."""
 
-from hf_so2.linalg.eigen import eigenspace_mean, eigh
+from hf_so2.linalg.eigen import eigenspace_mean, eigh, largest_eigenvalue
 from hf_so2.linalg.errors import DecompositionError
 from hf_so2.linalg.power_iteration import spectral_norm
 from hf_so2.linalg.roots import damped_inverse, damped_root
 
-__all__ = ["DecompositionError", "damped_inverse", "damped_root", "eigenspace_mean", "eigh", "spectral_norm"]
+__all__ = [
+    "DecompositionError",
+    "damped_inverse",
+    "damped_root",
+    "eigenspace_mean",
+    "eigh",
+    "largest_eigenvalue",
+    "spectral_norm",
+]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,16 +26,26 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         DecompositionError: the matrix is not finite, or the iteration does not converge in float64 either.
     """
+    values, vectors = _decomposed(torch.linalg.eigh, matrix)
+    return values.clamp(min=0).to(matrix.dtype), vectors.to(matrix.dtype)
+
+
+def largest_eigenvalue(matrix: Tensor) -> Tensor:
+    """λ_max of a symmetric positive semi-definite matrix, shape (...,) for (..., n, n); fails and retries as `eigh`."""
+    values: Tensor = _decomposed(torch.linalg.eigvalsh, matrix)
+    return values[..., -1].clamp(min=0).to(matrix.dtype)
+
+
+def _decomposed(decompose: Callable[[Tensor], Any], matrix: Tensor) -> Any:
     if not bool(torch.isfinite(matrix).all()):
         raise DecompositionError(f"a {tuple(matrix.shape)} factor is not finite")
     try:
-        values, vectors = torch.linalg.eigh(matrix)
+        return decompose(matrix)
     except torch.linalg.LinAlgError:
         try:
-            values, vectors = (part.to(matrix.dtype) for part in torch.linalg.eigh(matrix.double()))
+            return decompose(matrix.double())
         except torch.linalg.LinAlgError as error:
             raise DecompositionError(f"a {tuple(matrix.shape)} factor has no eigendecomposition: {error}") from error
-    return values.clamp(min=0), vectors
 
 
 def eigenspace_mean(values: Tensor) -> Tensor:

@@ -46,12 +46,16 @@ def damped_root(matrix: Tensor, damping: Tensor | float, exponent: float) -> Ten
         The root, shape and dtype of `matrix`, symmetric.
 
     Raises:
-        DecompositionError: the damped matrix is not positive definite, or not finite, in float64 either.
+        DecompositionError: the damped matrix is not positive definite, or not finite, in float64 either, or its root is
+            not finite in the dtype of `matrix`.
     """
     if exponent == 1:
         return damped_inverse(matrix, damping)
     values, vectors = eigh(matrix)
-    return (vectors * (values + damping).pow(-exponent)) @ vectors.mT
+    root = (vectors * (values + damping).pow(-exponent)) @ vectors.mT
+    if not bool(torch.isfinite(root).all()):
+        raise DecompositionError(f"a {tuple(matrix.shape)} factor has no finite power -{exponent} after damping")
+    return root
 
 
 def _cholesky_inverse(matrix: Tensor, damping: Tensor | float) -> Tensor | None:
