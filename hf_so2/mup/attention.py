@@ -1,9 +1,10 @@
 """The attention scale where the head size grows: `1/d` instead of `1/sqrt(d)`, equal at the base model's head size.
 
-With `d` the head size, the scores of a model in muP are `base_scale * (base_d / d) * q.k`, that is the family's own scale times
-`sqrt(base_d / d)` where that is `1/sqrt(d)` (Yang et al. 2022, arXiv 2203.03466, section 4). A module's `.scaling` is not saved,
-so the factor has to take a form that plain transformers loads: a configuration field where the family has one, else it is
-folded into weights (`folding`). Which weights, is tried on a small model of the family and proved by its logits.
+With `d` the head size, the scores of a model in muP are `base_scale * (base_d / d) * q.k`, that is the family's own
+scale times `sqrt(base_d / d)` where that is `1/sqrt(d)` (Yang et al. 2022, arXiv 2203.03466, section 4). A module's
+`.scaling` is not saved, so the factor has to take a form that plain transformers loads: a configuration field where the
+family has one, else it is folded into weights (`folding`). Which weights, is tried on a small model of the family and
+proved by its logits.
 """
 
 from __future__ import annotations
@@ -73,7 +74,9 @@ def attention_factors(model: PreTrainedModel, base_model: PreTrainedModel) -> di
         if abs(factor - 1) > 1e-9:  # some families have 1/d by themselves
             factors[name] = factor
     if grown != base_grown and not found:
-        sizes, base_sizes = (", ".join(str(size) for size in found_sizes.values()) for found_sizes in (grown, base_grown))
+        sizes, base_sizes = (
+            ", ".join(str(size) for size in found_sizes.values()) for found_sizes in (grown, base_grown)
+        )
         raise ConfigurationError(
             "head_dim", sizes, f"scale of {type(model).__name__}'s attention not found; must stay {base_sizes}"
         )
@@ -88,10 +91,9 @@ def _head_size(module: nn.Module | None) -> int | None:
     return next((size for name in _HEAD_SIZES if isinstance(size := getattr(module, name, None), int)), None)
 
 
-def scale_field(
-    model: PreTrainedModel, factors: Mapping[str, float]
-) -> tuple[PretrainedConfig, str, float] | None:
-    """The configuration, field and value that give every attention module its scale, or None where the family has none."""
+def scale_field(model: PreTrainedModel, factors: Mapping[str, float]) -> tuple[PretrainedConfig, str, float] | None:
+    """The configuration, field and value that give every attention module its scale, or None where the family has
+    none."""
     text = model.config.get_text_config(decoder=True)
     modules = dict(model.named_modules())
     for field, power in _SCALE_FIELDS.items():

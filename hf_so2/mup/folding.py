@@ -1,8 +1,9 @@
 """Puts a factor into weights that plain transformers saves and loads, and proves on the model itself that it is there.
 
-A factor `c` on a layer's output that no configuration field can express is multiplied into the layer's weights: `W_stored = c W`.
-The table of `rules` speaks of `W`, so the parameter's `ParameterWidth.scale_out` becomes `1 / c` and every optimizer's rate
-follows (SGD's with `c^2`, Adam's with `c`): the model and its training are those of the factor outside, exactly.
+A factor `c` on a layer's output that no configuration field can express is multiplied into the layer's weights:
+`W_stored = c W`. The table of `rules` speaks of `W`, so the parameter's `ParameterWidth.scale_out` becomes `1 / c` and
+every optimizer's rate follows (SGD's with `c^2`, Adam's with `c`): the model and its training are those of the factor
+outside, exactly.
 """
 
 from __future__ import annotations

@@ -1,15 +1,16 @@
 """How a family's own initial weights depend on the width.
 
-Most families draw every matrix with one standard deviation, some divide by the square root of fan_in. The table of `rules` speaks
-of the standard deviation relative to the base model's, so what the family does already must not be done twice. The scale of
-each random draw is read by running the family's own initialisation on the meta device, where nothing is drawn: only the
-arguments of the random operations are recorded. That costs no memory and no randomness, and is exact.
+Most families draw every matrix with one standard deviation, some divide by the square root of fan_in. The table of
+`rules` speaks of the standard deviation relative to the base model's, so what the family does already must not be done
+twice. The scale of each random draw is read by running the family's own initialisation on the meta device, where
+nothing is drawn: only the arguments of the random operations are recorded. That costs no memory and no randomness, and
+is exact.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
@@ -21,6 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel, initialization
 
 from hf_so2.errors import ConfigurationError
 
+from .rules import ParameterWidth
 from .widths import rebuild, with_depth_of
 
 _FACTORS = {"aten::mul_": 1, "aten::mul": 1, "aten::div_": -1, "aten::div": -1}
@@ -29,8 +31,8 @@ _FACTORS = {"aten::mul_": 1, "aten::mul": 1, "aten::div_": -1, "aten::div": -1}
 class InitRecorder(TorchDispatchMode):
     """Follows the scale of tensors through random draws and the arithmetic that initialisers do on them.
 
-    A scale is the standard deviation up to a constant that depends on the kind of the distribution only; it is None where
-    the values are constants or were computed in a way that is not followed.
+    A scale is the standard deviation up to a constant that depends on the kind of the distribution only; it is None
+    where the values are constants or were computed in a way that is not followed.
     """
 
     def __init__(self) -> None:
@@ -109,16 +111,19 @@ def init_scales(model_class: type[PreTrainedModel], config: PretrainedConfig) ->
     return {name: recorder.scale(parameter) for name, parameter in model.named_parameters()}
 
 
-def natural_growth(model: nn.Module, base: PretrainedConfig | nn.Module) -> dict[str, float]:
+def natural_growth(
+    model: nn.Module, base: PretrainedConfig | nn.Module, widths: Mapping[str, ParameterWidth]
+) -> dict[str, float]:
     """The ratio of each parameter's initial standard deviation to the base's, before muP, by the model's names.
 
     Args:
         model: the model, fresh.
-        base: its base configuration (only the family's code is asked) or, for a model from outside transformers, the base
-            module, whose own initial weights are compared with the model's. A module's vectors are taken as they are.
+        base: its base configuration (only the family's code is asked) or, for a model from outside transformers, the
+            base module, whose own initial weights are compared with the model's. A module's vectors are taken as they are.
+        widths: growth of each parameter's dimensions.
 
     Raises:
-        ConfigurationError: a base module is on the meta device.
+        ConfigurationError: a base module is on the meta device, or its weights follow no power of the width.
     """
     if isinstance(base, PretrainedConfig):
         assert isinstance(model, PreTrainedModel)
@@ -126,17 +131,33 @@ def natural_growth(model: nn.Module, base: PretrainedConfig | nn.Module) -> dict
         # Some families also divide by the depth, which is no matter of width.
         base_scales = init_scales(type(model), with_depth_of(base, model.config))
         pairs = {name: (scales[name], base_scales.get(name)) for name in scales}
-    else:
-        base_weights = dict(base.named_parameters())
-        if any(weight.is_meta for weight in base_weights.values()):
-            raise ConfigurationError("base_config", "a module on the meta device", "must hold its initial weights")
-        pairs = {
-            name: (_root_mean_square(weight), _root_mean_square(base_weights[name]))
-            for name, weight in model.named_parameters()
-            if weight.ndim > 1 and name in base_weights
-        }
-    return {name: own / of_base if own and of_base else 1.0 for name, (own, of_base) in pairs.items()}
+        return {name: own / of_base if own and of_base else 1.0 for name, (own, of_base) in pairs.items()}
+    base_weights = dict(base.named_parameters())
+    if any(weight.is_meta for weight in base_weights.values()):
+        raise ConfigurationError("base_config", "a module on the meta device", "must hold its initial weights")
+    return {
+        name: _power_law(name, weight, base_weights[name], widths[name])
+        for name, weight in model.named_parameters()
+        if weight.ndim > 1 and name in base_weights
+    }
 
 
-def _root_mean_square(weight: torch.Tensor) -> float:
-    return float(weight.detach().double().square().mean().sqrt())
+def _power_law(name: str, weight: torch.Tensor, base_weight: torch.Tensor, width: ParameterWidth) -> float:
+    """The power of the width that two random draws' standard deviations differ by, free of their sampling error."""
+    own, of_base = (float(tensor.detach().double().square().mean().sqrt()) for tensor in (weight, base_weight))
+    if own == 0 or of_base == 0:
+        return 1.0
+    measured = math.log(own / of_base)
+    laws = [
+        (power_in, power_out, power_in * math.log(width.m_in) + power_out * math.log(width.m_out))
+        for power_in, power_out in ((0, 0), (-0.5, 0), (0, -0.5), (-0.25, -0.25), (-1, 0))
+    ]
+    power_in, power_out, nearest = min(laws, key=lambda law: abs(law[2] - measured))
+    sampling_error = math.sqrt(0.5 / weight.numel() + 0.5 / base_weight.numel())
+    if abs(nearest - measured) > 5 * sampling_error:
+        raise ConfigurationError(
+            "base_config",
+            name,
+            f"is initialised {own / of_base:.3g} times as large in the model, no power of its width",
+        )
+    return width.m_in**power_in * width.m_out**power_out

@@ -1,8 +1,9 @@
 """Factors that a family puts between a stored weight and its layer, from its own configuration.
 
-Granite, Cohere, MiniCPM and Falcon-H1 have multipliers of their own, Gemma and others multiply embeddings by the square root of
-the width. Where such a factor differs between base and model, the table of `rules` must hold for its product with the weight, so
-the ratio goes into `ParameterWidth.scale_in` or `scale_out`: nothing is applied twice, and nothing of the family's own is undone.
+Granite, Cohere, MiniCPM and Falcon-H1 have multipliers of their own, Gemma and others multiply embeddings by the square
+root of the width. Where such a factor differs between base and model, the table of `rules` must hold for its product
+with the weight, so the ratio goes into `ParameterWidth.scale_in` or `scale_out`: nothing is applied twice, and nothing
+of the family's own is undone.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ class NativeFactor:
 
     Args:
         families: `model_type` of the language model's configuration, as a regular expression.
-        parameters: names of the weights concerned, as a regular expression to search for; `EMBEDDING` and `HEAD` stand for
-            the model's input and output embeddings.
+        parameters: names of the weights concerned, as a regular expression to search for; `EMBEDDING` and `HEAD` stand
+            for the model's input and output embeddings.
         value: the factor, from the configuration.
         on_input: the factor multiplies the layer's input; otherwise its output.
     """

@@ -1,4 +1,5 @@
-"""Which dimension of each parameter is fan_out, which is fan_in, and which only enumerates (experts, heads of a block diagonal)."""
+"""Which dimension of each parameter is fan_out, which is fan_in, and which only enumerates (experts, heads of a block
+diagonal)."""
 
 from __future__ import annotations
 
@@ -34,10 +35,11 @@ _BARE_MATRICES: dict[tuple[str, str], tuple[tuple[int, ...], tuple[int, ...]]] =
 }
 # Experts stored (expert, fan_in, fan_out) without saying so by an `is_transposed` attribute.
 _TRANSPOSED_EXPERTS = frozenset({"Llama4TextExperts", "RecurrentGemmaRglru"})
-# Parameters of two and more dimensions that are used entry by entry, or added to something, so that no dimension is contracted.
+# Parameters of two and more dimensions that are used entry by entry, or added to something, so that no dimension is
+# contracted.
 _ELEMENTWISE = frozenset(
-    """A_log D dt_bias dt_proj_bias scale static_weight relative_attention_bias r_r_bias r_s_bias r_w_bias seg_embed mask_emb
-    position_bias pos_embed rel_pos_h rel_pos_w probe e_score_correction_bias""".split()
+    """A_log D dt_bias dt_proj_bias scale static_weight relative_attention_bias r_r_bias r_s_bias r_w_bias seg_embed
+    mask_emb position_bias pos_embed rel_pos_h rel_pos_w probe e_score_correction_bias""".split()
 )
 
 
@@ -85,5 +87,5 @@ def _orient(module: nn.Module, local: str, parameter: nn.Parameter) -> Orientati
     if rank == 2:
         return Orientation((0,), (1,))
     transposed = getattr(module, "is_transposed", class_name in _TRANSPOSED_EXPERTS)
-    fan_out, fan_in = (rank - 1, rank - 2) if transposed else (rank - 2, rank - 1)
-    return Orientation((fan_out,), (fan_in,), every[:-2])
+    second, last = every[-2:-1], every[-1:]
+    return Orientation(last, second, every[:-2]) if transposed else Orientation(second, last, every[:-2])

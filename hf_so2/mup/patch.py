@@ -55,13 +55,13 @@ def apply_mup(
 
     Initial weights are rescaled by the table of `rules` (on top of what the family's own initialisation does with the
     width), attention scales follow the head size, and the logits of a tied head are divided by the growth of the width.
-    Factors take forms that plain transformers saves and loads: a reload computes the same logits without this package. The
-    record goes into `model.config.so2_mup`. At the base width nothing changes.
+    Factors take forms that plain transformers saves and loads: a reload computes the same logits without this package.
+    The record goes into `model.config.so2_mup`. At the base width nothing changes.
 
     Args:
         model: a transformers model of any family, fresh or pretrained, or any module. Weights on a real device.
-        base_config: the base model's configuration, of the same family and not wider, depth free; for a module from outside
-            transformers the base module with its initial weights.
+        base_config: the base model's configuration, of the same family and not wider, depth free; for a module from
+            outside transformers the base module with its initial weights.
         pretrained: keep the weights, so that only learning rates, damping and decay scale. None: detected.
 
     Returns:
@@ -88,9 +88,7 @@ def apply_mup(
         for name, parameter in model.named_parameters():
             if init.get(name, 1.0) != 1.0:
                 parameter.mul_(init[name])
-    report = MupReport(
-        widths, shapes_of(model), base_width=base_width, width=width, pretrained=pretrained, notes=notes
-    )
+    report = MupReport(widths, shapes_of(model), base_width=base_width, width=width, pretrained=pretrained, notes=notes)
     vars(model)[_APPLIED] = report.to_dict()
     if isinstance(model, PreTrainedModel):
         setattr(model.config, RECORD_FIELD, report.record())
@@ -116,15 +114,18 @@ def _checked_base(base: PretrainedConfig, config: PretrainedConfig) -> Pretraine
     if record is not None and record["width"] != record["base_width"]:
         raise ConfigurationError("base_config", record["width"], f"is itself scaled from width {record['base_width']}")
     if text_width(base) > text_width(config):
-        raise ConfigurationError("base_config", text_width(base), f"must not be wider than the model, {text_width(config)}")
+        raise ConfigurationError(
+            "base_config", text_width(base), f"must not be wider than the model, {text_width(config)}"
+        )
     return base
 
 
 def _init_factors(
     model: nn.Module, base: PretrainedConfig | nn.Module, widths: Mapping[str, ParameterWidth]
 ) -> dict[str, float]:
-    """What to multiply each initial weight with, so that its standard deviation is the base's times the table's factor."""
-    growth = natural_growth(model, base)
+    """What to multiply each initial weight with, so that its standard deviation is the base's times the table's
+    factor."""
+    growth = natural_growth(model, base, widths)
     factors = {name: init_multiplier(width) / growth.get(name, 1.0) for name, width in widths.items()}
     return {name: 1.0 if abs(factor - 1) < 1e-9 else factor for name, factor in factors.items()}
 

@@ -1,8 +1,9 @@
 """Roles and width ratios of every parameter, read off shapes on the meta device.
 
-A dimension is a width when it grows from the base configuration to the same configuration made twice as wide. Its ratio is the
-model's own dimension over the base's, so affine dimensions (a fused QKV with one KV head, Mamba's `in_proj`) get their true
-growth. What no width moves (vocabulary, experts, positions, SSM state) is no width, also where base and model differ in it.
+A dimension is a width when it grows from the base configuration to the same configuration made twice as wide. Its ratio
+is the model's own dimension over the base's, so affine dimensions (a fused QKV with one KV head, Mamba's `in_proj`) get
+their true growth. What no width moves (vocabulary, experts, positions, SSM state) is no width, also where base and
+model differ in it.
 """
 
 from __future__ import annotations
@@ -42,9 +43,20 @@ def build_on_meta(model_class: type[PreTrainedModel], config: PretrainedConfig) 
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"), initialization.meta_device_safe_creation_ops():
             return model_class(config)
-    except (ValueError, TypeError, AttributeError, KeyError, IndexError, RuntimeError, AssertionError, ImportError) as error:
+    except (
+        ValueError,
+        TypeError,
+        AttributeError,
+        KeyError,
+        IndexError,
+        RuntimeError,
+        AssertionError,
+        ImportError,
+    ) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigurationError("config", type(config).__name__, f"{model_class.__name__} cannot be built: {reason}") from error
+        raise ConfigurationError(
+            "config", type(config).__name__, f"{model_class.__name__} cannot be built: {reason}"
+        ) from error
 
 
 def same_family(base: PretrainedConfig, config: PretrainedConfig) -> PretrainedConfig:
@@ -64,7 +76,8 @@ def infer_widths(model: nn.Module, base: PretrainedConfig | nn.Module) -> dict[s
 
     Args:
         model: the model to be trained; only shapes are read.
-        base: the base model's configuration (for a transformers model) or the base model itself, of any device. Depth may
+        base: the base model's configuration (for a transformers model) or the base model itself, of any device. Depth
+            may
             differ: a layer that the base does not have is compared with one of the same structure that it has. A base
             module of the model's own shapes shows no growth, so every multiplier is 1 and only vectors and embeddings
             are told apart.
@@ -77,7 +90,9 @@ def infer_widths(model: nn.Module, base: PretrainedConfig | nn.Module) -> dict[s
     """
     if isinstance(base, PretrainedConfig):
         if not isinstance(model, PreTrainedModel):
-            raise ConfigurationError("base_config", type(base).__name__, "a model from outside transformers needs a base module")
+            raise ConfigurationError(
+                "base_config", type(base).__name__, "a model from outside transformers needs a base module"
+            )
         base = same_family(base, model.config)
         check_comparable(model.config, base)
         base_model: nn.Module = build_on_meta(type(model), base)
@@ -98,7 +113,9 @@ def infer_widths(model: nn.Module, base: PretrainedConfig | nn.Module) -> dict[s
     widths = {}
     for name, base_name in counterparts.items():
         if orientation[name].tied != base_orientation[base_name].tied:
-            raise ConfigurationError("base_config", base_name, "must be tied to the head as it is in the model, or not tied")
+            raise ConfigurationError(
+                "base_config", base_name, "must be tied to the head as it is in the model, or not tied"
+            )
         is_width = [
             any(shape[i] != size for shape in grown[base_name]) for i, size in enumerate(base_shapes[base_name])
         ]
@@ -126,7 +143,8 @@ def _grown_shapes(
     pairs: Collection[tuple[Shape, str]],
     base_shapes: Mapping[str, Shape],
 ) -> dict[str, list[Shape]]:
-    """The base's shapes at twice its width, with more heads and, where the model needs it to be explained, with larger ones."""
+    """The base's shapes at twice its width, with more heads and, where the model needs it to be explained, with larger
+    ones."""
 
     def grow(head: HeadGrowth) -> dict[str, Shape]:
         doubled = shapes_of(build_on_meta(model_class, scale_width(base, multiplier=2, head=head)))
@@ -156,11 +174,17 @@ def _match_names(shapes: Mapping[str, Shape], base_shapes: Mapping[str, Shape]) 
     for name, shape in shapes.items():
         candidates = [name] if name in base_shapes else by_pattern.get(pattern_of(name), [])
         if not candidates:
-            raise ConfigurationError("base_config", name, "is a parameter of the model that the base model does not have")
+            raise ConfigurationError(
+                "base_config", name, "is a parameter of the model that the base model does not have"
+            )
         if len({base_shapes[candidate] for candidate in candidates}) > 1:
-            raise ConfigurationError("base_config", name, "has no counterpart, and the base's other layers differ in shape")
+            raise ConfigurationError(
+                "base_config", name, "has no counterpart, and the base's other layers differ in shape"
+            )
         if len(base_shapes[candidates[0]]) != len(shape):
-            raise ConfigurationError("base_config", base_shapes[candidates[0]], f"shape of {name} must have the rank of {shape}")
+            raise ConfigurationError(
+                "base_config", base_shapes[candidates[0]], f"shape of {name} must have the rank of {shape}"
+            )
         matched[name] = candidates[0]
     return matched
 

@@ -1,7 +1,7 @@
 """The one table of muP: how every hyperparameter of every method scales with width.
 
-A weight matrix `W` of shape `(fan_out, fan_in)` computes `u = W h`. `m_in = fan_in / base fan_in` where that dimension is a
-width, else 1; `m_out` likewise. A role says which of the two are widths:
+A weight matrix `W` of shape `(fan_out, fan_in)` computes `u = W h`. `m_in = fan_in / base fan_in` where that dimension
+is a width, else 1; `m_out` likewise. A role says which of the two are widths:
 
 ====== ============================= ============ ============
 role   example                       fan_in width fan_out width
@@ -34,17 +34,18 @@ damping: Adam's epsilon                        (0, -1) in every role
 weight decay                                   1 / learning rate
 ============================================== ================= ================= =================
 
-Because `m_in = 1` for input and `m_out = 1` for output roles, one pair of exponents gives all three columns of the usual
-tables. Vectors follow the input column with their own growth as `m_out`; scalars never scale.
+Because `m_in = 1` for input and `m_out = 1` for output roles, one pair of exponents gives all three columns of the
+usual tables. Vectors follow the input column with their own growth as `m_out`; scalars never scale.
 
-**A factor between the stored weight and the layer.** Some models compute `u = nu * W_stored h` with a factor `nu` that the base
-model does not have (Gemma multiplies embeddings by `sqrt(hidden_size)`, MiniCPM divides the head's input by the width), and
-`apply_mup` folds the tied head's multiplier into the last norm. The table speaks of the product `nu * W_stored`; what is stored
-is divided by `nu`, so the learning rate takes another power of `nu` (`ParameterWidth.scale_in` when the factor multiplies the
-layer's input, `scale_out` when it multiplies its output). For a method with `P(c G) = c^{1-k} P(G)` per side that power is
-`k - 2`: Adam `-1`, SGD `-2`, two-sided `2 e - 2`.
+**A factor between the stored weight and the layer.** Some models compute `u = nu * W_stored h` with a factor `nu` that
+the base model does not have (Gemma multiplies embeddings by `sqrt(hidden_size)`, MiniCPM divides the head's input by
+the width), and `apply_mup` folds the tied head's multiplier into the last norm. The table speaks of the product `nu *
+W_stored`; what is stored is divided by `nu`, so the learning rate takes another power of `nu`
+(`ParameterWidth.scale_in` when the factor multiplies the layer's input, `scale_out` when it multiplies its output). For
+a method with `P(c G) = c^{1-k} P(G)` per side that power is `k - 2`: Adam `-1`, SGD `-2`, two-sided `2 e - 2`.
 
-Sources: Yang & Hu 2020, arXiv 2011.14522 (abc-parametrizations, the SGD column); Yang et al. 2022, arXiv 2203.03466, table 8 (Adam,
+Sources: Yang & Hu 2020, arXiv 2011.14522 (abc-parametrizations, the SGD column); Yang et al. 2022, arXiv 2203.03466,
+    table 8 (Adam,
 decay, epsilon); Ishikawa & Karakida 2023, arXiv 2312.12226 (K-FAC, Shampoo and their damping); Qiu et al. 2025,
 arXiv 2512.05620 (spectrally normalised methods, SOAP).
 """
@@ -70,8 +71,8 @@ class ParameterWidth:
         role: which of the parameter's dimensions are widths.
         m_in: growth of fan_in over the base model, 1.0 where fan_in is not a width.
         m_out: growth of fan_out over the base model, 1.0 where fan_out is not a width.
-        tied: the matrix serves as embedding and as LM head. It keeps the input role; the head's share of the scaling is a
-            multiplier on the logits.
+        tied: the matrix serves as embedding and as LM head. It keeps the input role; the head's share of the scaling is
+            a multiplier on the logits.
         scale_in: factor the model puts on this layer's input and its base does not (`nu` in the module docstring).
         scale_out: the same on the layer's output, or on a vector's effect.
     """
@@ -170,7 +171,8 @@ def learning_rate_multiplier(rule: LearningRateRule, width: ParameterWidth) -> f
 
 
 def weight_decay_multiplier(rule: LearningRateRule, width: ParameterWidth) -> float:
-    """Factor on decoupled weight decay: the inverse of the learning rate's, so that `lr * weight_decay` is free of width."""
+    """Factor on decoupled weight decay: the inverse of the learning rate's, so that `lr * weight_decay` is free of
+    width."""
     multiplier = learning_rate_multiplier(rule, width)
     return 1.0 if multiplier == 1.0 else 1.0 / multiplier
 

@@ -1,6 +1,7 @@
 """A very small configuration of any causal-LM family in transformers, for tests and for the coverage table.
 
-The sizes are chosen so that every kind of layer a family has occurs once or twice and the width doubles and quadruples freely.
+The sizes are chosen so that every kind of layer a family has occurs once or twice and the width doubles and quadruples
+freely.
 """
 
 from __future__ import annotations
@@ -17,8 +18,12 @@ VOCABULARY = 128
 
 _SIZES: dict[str, int] = {
     **dict.fromkeys(("vocab_size", "pronunciation_vocab_size", "shape_vocab_size", "decoder_vocab_size"), VOCABULARY),
-    **dict.fromkeys(("vocab_size_per_layer_input", "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"), 128),
-    **dict.fromkeys(("max_target_positions", "max_source_positions", "context_length", "encoder_hash_byte_group_vocab"), 128),
+    **dict.fromkeys(
+        ("vocab_size_per_layer_input", "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"), 128
+    ),
+    **dict.fromkeys(
+        ("max_target_positions", "max_source_positions", "context_length", "encoder_hash_byte_group_vocab"), 128
+    ),
     **dict.fromkeys(
         """hidden_size d_model n_embd emb_dim embedding_size embedding_dim word_embed_proj_dim output_embedding_size
         attention_hidden_size lru_width pronunciation_embed_dim shape_embed_dim""".split(),
@@ -38,14 +43,18 @@ _SIZES: dict[str, int] = {
     **dict.fromkeys("kv_lora_rank o_lora_rank hidden_size_per_layer_input laurel_rank time_step_rank".split(), 8),
     **dict.fromkeys(
         """num_attention_heads n_head n_heads num_heads attention_heads decoder_attention_heads encoder_attention_heads
-        num_encoder_attention_heads num_decoder_attention_heads swa_num_attention_heads index_n_heads num_attention_heads_per_layer""".split(),
+        num_encoder_attention_heads num_decoder_attention_heads swa_num_attention_heads index_n_heads
+        num_attention_heads_per_layer""".split(),
         4,
     ),
-    **dict.fromkeys("num_key_value_heads num_kv_heads kv_n_heads swa_num_key_value_heads linear_num_key_heads".split(), 2),
+    **dict.fromkeys(
+        "num_key_value_heads num_kv_heads kv_n_heads swa_num_key_value_heads linear_num_key_heads".split(), 2
+    ),
     **dict.fromkeys("linear_num_value_heads linear_num_heads".split(), 4),
     **dict.fromkeys(
         """head_dim v_head_dim d_head attention_head_dim attention_head_size kv_channels dim_head swa_head_dim
-        global_head_dim mamba_d_head mamba_head_dim linear_key_head_dim linear_value_head_dim linear_head_dim index_head_dim""".split(),
+        global_head_dim mamba_d_head mamba_head_dim linear_key_head_dim linear_value_head_dim linear_head_dim
+        index_head_dim""".split(),
         8,
     ),
     **dict.fromkeys("qk_nope_head_dim qk_rope_head_dim".split(), 8),
@@ -59,7 +68,8 @@ _SIZES: dict[str, int] = {
 }
 _DEPTH = 2
 
-# What the general rules cannot know: validators that tie fields together, periods of hybrid layers, fields that are None.
+# What the general rules cannot know: validators that tie fields together, periods of hybrid layers, fields that are
+# None.
 _OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {"mamba_n_heads": 8, "attn_layer_indices": [1]},
     "falcon_h1": {"mamba_n_heads": 8},
@@ -98,7 +108,12 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "xlstm": {"hidden_size": 128, "embedding_dim": 128, "ffn_round_up_to_multiple_of": 8},
     "xmod": {"default_language": "en_XX"},
     "gemma3n_text": {"num_kv_shared_layers": 0, "altup_num_inputs": 2},
-    "zamba": {"attention_hidden_size": 64, "attention_head_dim": 16, "num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"]},
+    "zamba": {
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+    },
 }
 
 

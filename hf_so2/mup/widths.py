@@ -1,13 +1,15 @@
 """Which fields of a configuration are widths, and how to build a wider or narrower configuration of the same family.
 
-Everything that is a width grows by one multiplier: the residual stream, the MLP, low-rank bottlenecks, and the number of heads
-(or, on request, their size). Everything else stays: depth, vocabulary, experts, positions, SSM state, convolution kernels,
-vision and audio towers. Fields a family derives from others (`head_dim=None`, `n_inner=None`) are left for it to derive.
+Everything that is a width grows by one multiplier: the residual stream, the MLP, low-rank bottlenecks, and the number
+of heads (or, on request, their size). Everything else stays: depth, vocabulary, experts, positions, SSM state,
+convolution kernels, vision and audio towers. Fields a family derives from others (`head_dim=None`, `n_inner=None`) are
+left for it to derive.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
@@ -29,11 +31,11 @@ STREAM_FIELDS = frozenset(
     """hidden_size d_model n_embd emb_dim embedding_size embedding_dim word_embed_proj_dim input_embedding_size
     output_embedding_size pronunciation_embed_dim shape_embed_dim hidden_size_global encoder_cross_output_size
     attention_hidden_size lru_width mamba_d_ssm axial_pos_embds_dim backbone_hidden_size
-    intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim ffn_hidden_size n_inner d_inner dff dim_ff feed_forward_size
-    moe_intermediate_size shared_expert_intermediate_size moe_shared_expert_intermediate_size shared_intermediate_size
-    shared_experts_intermediate_size dense_intermediate_size intermediate_size_mlp expert_ffn_hidden_size prompt_mid_dim
-    q_lora_rank kv_lora_rank o_lora_rank laurel_rank adapter_rank hc_lowrank gated_norm_rank moe_latent_size
-    hidden_size_per_layer_input ple_embed_dim time_step_rank mamba_dt_rank""".split()
+    intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim ffn_hidden_size n_inner d_inner dff dim_ff
+    feed_forward_size moe_intermediate_size shared_expert_intermediate_size moe_shared_expert_intermediate_size
+    shared_intermediate_size shared_experts_intermediate_size dense_intermediate_size intermediate_size_mlp
+    expert_ffn_hidden_size prompt_mid_dim q_lora_rank kv_lora_rank o_lora_rank laurel_rank adapter_rank hc_lowrank
+    gated_norm_rank moe_latent_size hidden_size_per_layer_input ple_embed_dim time_step_rank mamba_dt_rank""".split()
 )
 # Heads of softmax attention: they multiply with head="count" and stay with head="size".
 HEAD_COUNT_FIELDS = frozenset(
@@ -48,11 +50,12 @@ RECURRENT_HEAD_FIELDS = frozenset(
     "mamba_n_heads mamba_num_heads linear_num_key_heads linear_num_value_heads linear_num_heads".split()
 )
 HEAD_SIZE_FIELDS = frozenset(
-    """head_dim v_head_dim qk_nope_head_dim qk_rope_head_dim qk_head_dim d_head d_kv attention_head_dim attention_head_size
-    kv_channels dim_head swa_head_dim swa_v_head_dim global_head_dim rotary_dim index_head_dim indexer_head_dim""".split()
+    """head_dim v_head_dim qk_nope_head_dim qk_rope_head_dim qk_head_dim d_head d_kv attention_head_dim
+    attention_head_size kv_channels dim_head swa_head_dim swa_v_head_dim global_head_dim rotary_dim index_head_dim
+    indexer_head_dim""".split()
 )
-# Sub-configurations of the language model, scaled throughout. Towers of other modalities keep their size, except where they
-# project into the language model's width.
+# Sub-configurations of the language model, scaled throughout. Towers of other modalities keep their size, except where
+# they project into the language model's width.
 LANGUAGE_CONFIGS = frozenset(
     """text_config decoder attn_config ffn_config depth_decoder_config encoder_config decoder_config global_config
     patcher_config""".split()
@@ -76,7 +79,9 @@ def text_width(config: PretrainedConfig) -> int:
     # A byte-latent transformer has no width of its own: its global model holds the stream.
     width = getattr(getattr(text, "global_config", text), "hidden_size", None)
     if not isinstance(width, int) or width < 1:
-        raise ConfigurationError("config", type(config).__name__, "must have hidden_size, or another name for it in attribute_map")
+        raise ConfigurationError(
+            "config", type(config).__name__, "must have hidden_size, or another name for it in attribute_map"
+        )
     return width
 
 
@@ -89,7 +94,8 @@ def scale_width(
         config: the base; it is not changed. A muP record in it is left behind.
         width: the new hidden size; or
         multiplier: the ratio of the new hidden size to the old one. Exactly one of the two. Below 1 shrinks.
-        head: `"count"` multiplies the number of attention heads and KV heads and keeps their size, `"size"` the other way round.
+        head: `"count"` multiplies the number of attention heads and KV heads and keeps their size, `"size"` the other
+            way round.
 
     Raises:
         ConfigurationError: the configuration has no width, or some width does not come out whole (the message names the
@@ -100,7 +106,9 @@ def scale_width(
     if (width is None) == (multiplier is None):
         raise ConfigurationError("width", width, "give exactly one of width and multiplier")
     base = text_width(config)
-    field, value, target = ("width", width, width) if width is not None else ("multiplier", multiplier, (multiplier or 0) * base)
+    field, value, target = (
+        ("width", width, width) if width is not None else ("multiplier", multiplier, (multiplier or 0) * base)
+    )
     if not isinstance(target, (int, float)) or isinstance(target, bool) or not 0 < target < math.inf:
         raise ConfigurationError(field, value, "must be a positive number")
     if target == base:
@@ -113,7 +121,9 @@ def scale_width(
     if abs(target / unit - round(target / unit)) > 1e-6:
         below = int(target // unit) * unit
         nearest = " or ".join(str(option) for option in (below, below + unit) if option > 0)
-        raise ConfigurationError(field, value, f"hidden size must be a multiple of {unit} (nearest: {nearest}) to divide into heads")
+        raise ConfigurationError(
+            field, value, f"hidden size must be a multiple of {unit} (nearest: {nearest}) to divide into heads"
+        )
     ratio = Fraction(round(target / unit) * unit, base)
     return rebuild(config, {path: int(entry * ratio) for path, entry in growing.items()})
 
@@ -148,23 +158,27 @@ def _positive_integers(fields: Mapping[str, Any], names: frozenset[str], path: P
 
 
 def declared_fields(config: PretrainedConfig) -> dict[str, Any]:
-    """`config.to_dict()` without what the class derives from other fields and would not derive again if it were passed."""
+    """`config.to_dict()` without what the class derives from other fields and would not derive again if it were
+    passed."""
     fields = config.to_dict()
     fields.pop(RECORD_FIELD, None)
     for name in fields:
         nested = vars(config).get(name)
         if isinstance(nested, PretrainedConfig):
             fields[name] = declared_fields(nested)
-    declared = {field.name for field in dataclasses.fields(config)} | {PER_LAYER_CONFIG}  # type: ignore[arg-type]
+    declared = {field.name for field in dataclasses.fields(config)} | {PER_LAYER_CONFIG}
     extra = {name: value for name, value in fields.items() if name not in declared}
     if any(isinstance(value, (int, float)) and not isinstance(value, bool) for value in extra.values()):
-        derived = _construct(type(config), {name: value for name, value in fields.items() if name in declared}).to_dict()
+        derived = _construct(
+            type(config), {name: value for name, value in fields.items() if name in declared}
+        ).to_dict()
         fields = {name: value for name, value in fields.items() if name not in extra or derived.get(name) != value}
     return fields
 
 
 def rebuild(config: PretrainedConfig, values: Mapping[Path, Any]) -> PretrainedConfig:
-    """A new configuration of the same class with some fields replaced, built anew so that derived fields are derived again.
+    """A new configuration of the same class with some fields replaced, built anew so that derived fields are derived
+    again.
 
     Args:
         config: the configuration to start from; it is not changed. A muP record in it is left behind.
@@ -176,7 +190,7 @@ def rebuild(config: PretrainedConfig, values: Mapping[Path, Any]) -> PretrainedC
     fields = declared_fields(config)
     for path, value in values.items():
         inner: Any = fields
-        for step, following in zip(path[:-1], path[1:], strict=True):
+        for step, following in itertools.pairwise(path):
             if isinstance(inner[step], tuple) and isinstance(following, int):
                 inner[step] = list(inner[step])
             inner = inner[step]
@@ -220,7 +234,8 @@ def _construct(config_class: type[PretrainedConfig], fields: Mapping[str, Any]) 
 
 
 def head_sizes(config: PretrainedConfig) -> dict[Path, int]:
-    """The sizes of attention heads by field; where the class derives them, the quotient of width and number of heads."""
+    """The sizes of attention heads by field; where the class derives them, the quotient of width and number of
+    heads."""
     fields = declared_fields(config)
     growing = width_fields(fields, "size")
     sizes = {path: size for path, size in growing if path[-1] in HEAD_SIZE_FIELDS}
