@@ -1,4 +1,4 @@
-"""The spectral norm by warm-started power iteration."""
+"""The spectral norm by warm-started subspace iteration."""
 
 from __future__ import annotations
 
@@ -6,39 +6,35 @@ import torch
 from torch import Tensor
 
 
-def spectral_norm(matrix: Tensor, vector: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
-    """Largest singular value of `X` by power iteration on `XᵀX`.
+def spectral_norm(matrix: Tensor, basis: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+    """Largest singular value of `X` by block power iteration on `XᵀX` with a Rayleigh-Ritz estimate at the end.
 
-    The estimate approaches the norm from below; a vector kept from a nearby matrix makes one or two iterations enough.
+    The estimate approaches the norm from below, by the ratio of the first singular value to the one after the block: a
+    single vector is caught between neighbouring singular values, which updates of K-FAC have many of.
 
     Args:
         matrix: X, shape (m, n).
-        vector: start, shape (n,), of any non-negative length; all zeros asks for a cold start.
+        basis: start, shape (n, k) with k ≤ min(m, n), orthonormal columns from the last call; all zeros asks for a cold
+            start.
         iterations: how many products with `XᵀX`.
 
     Returns:
-        The norm (0-dim, 0 for a zero matrix) and the unit vector for the next call. A zero matrix hands `vector` back
-        unchanged, so that an update of zero does not lose the warm start.
+        The norm (0-dim, 0 for a zero matrix) and the orthonormal basis for the next call. A zero matrix hands `basis`
+        back unchanged, so that an update of zero does not lose the warm start.
     """
     # Products of entries near the ends of the range would leave it; relative to the largest entry they do not.
     largest = matrix.abs().amax()
     unit = torch.where(largest > 0, largest, torch.ones_like(largest))
     matrix = matrix / unit
-    # The row of largest norm is never orthogonal to the leading singular vector in practice, needs no random
-    # numbers, and so is the same on every rank and after a resume. It also replaces a start that the matrix maps to
+    # The rows of largest norm are never all orthogonal to the leading singular vector in practice, need no random
+    # numbers, and so are the same on every rank and after a resume. They also replace a start that the matrix maps to
     # zero, from which there would be no way out.
-    largest_row = matrix[matrix.square().sum(dim=1).argmax()]
-    candidate = torch.where((matrix @ vector).any(), vector, largest_row)
-    image = matrix @ candidate
+    rows = matrix[matrix.square().sum(dim=1).topk(basis.shape[1]).indices]
+    candidates = torch.where((matrix @ basis).any(), basis, rows.mT)
     for _ in range(iterations):
-        candidate = matrix.mT @ _normalised(image)
-        candidate = _normalised(candidate)
-        image = matrix @ candidate
-    norm = torch.linalg.vector_norm(image) * unit
-    return norm, torch.where(norm > 0, candidate, vector)
-
-
-def _normalised(vector: Tensor) -> Tensor:
-    """`v/|v|`, and zero for the zero vector."""
-    length = torch.linalg.vector_norm(vector)
-    return vector / torch.where(length > 0, length, torch.ones_like(length))
+        candidates = torch.linalg.qr(matrix.mT @ (matrix @ candidates)).Q
+    image = matrix @ candidates
+    # LAPACK refuses what is not finite; the caller gets it back as a norm that is not finite either.
+    gram = (image.mT @ image).nan_to_num()
+    norm = torch.linalg.eigvalsh(gram)[-1].clamp(min=0).sqrt() * unit
+    return norm, torch.where(norm > 0, candidates, basis)
