@@ -33,9 +33,6 @@ ALLOWED: dict[str, set[str]] = {
     "cli": set(),
     "models": {"mup", "cli"},
     "transfer": {"arguments", "trainer", "optim", "cli", "models", *LEAVES},
-    # The proof that μP works trains models, so it sits above the optimizers, wherever its file lies.
-    "mup.coord_check": {"optim", "mup", "data", "transfer", "cli", "models"},
-    "mup.tiny": {"optim", "mup"},
 }
 
 
