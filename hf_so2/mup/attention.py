@@ -91,9 +91,8 @@ def _head_size(module: nn.Module | None) -> int | None:
     return next((size for name in _HEAD_SIZES if isinstance(size := getattr(module, name, None), int)), None)
 
 
-def scale_field(model: PreTrainedModel, factors: Mapping[str, float]) -> tuple[PretrainedConfig, str, float] | None:
-    """The configuration, field and value that give every attention module its scale, or None where the family has
-    none."""
+def scale_field(model: PreTrainedModel, factors: Mapping[str, float]) -> tuple[str, float] | None:
+    """The text configuration's field and its value that give every attention module its scale, or None where the family has none."""
     text = model.config.get_text_config(decoder=True)
     modules = dict(model.named_modules())
     for field, power in _SCALE_FIELDS.items():
@@ -109,7 +108,7 @@ def scale_field(model: PreTrainedModel, factors: Mapping[str, float]) -> tuple[P
         rebuilt = dict(build_on_meta(type(model), rebuild(model.config, {path: value})).named_modules())
         # A field that is there but not read would leave the scale as it was.
         if all(abs(rebuilt[name].scaling / (modules[name].scaling * f) - 1) < 1e-6 for name, f in factors.items()):
-            return text, field, value
+            return field, value
     return None
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -81,6 +83,7 @@ def apply_mup(
     init = {} if pretrained else _init_factors(model, base_config, widths)
     if isinstance(model, PreTrainedModel) and isinstance(base_config, PretrainedConfig):
         attention = _AttentionPatch(model, base_config, pretrained)
+        _own_config(model)
         # The one change that tries before it knows. It comes before all others and undoes itself when it fails.
         _scale_tied_logits(model, base_config, widths, notes, pretrained)
         attention.apply(widths, notes)
@@ -118,6 +121,16 @@ def _checked_base(base: PretrainedConfig, config: PretrainedConfig) -> Pretraine
             "base_config", text_width(base), f"must not be wider than the model, {text_width(config)}"
         )
     return base
+
+
+def _own_config(model: PreTrainedModel) -> None:
+    """Gives the model a configuration of its own: the one it was built from may serve for other models as well."""
+    copies: dict[int, Any] = {}
+    copy.deepcopy(model.config, copies)
+    for module in model.modules():
+        own = copies.get(id(vars(module).get("config")))
+        if own is not None:
+            module.config = own
 
 
 def _init_factors(
@@ -177,8 +190,8 @@ class _AttentionPatch:
             return
         summary = ", ".join(sorted({f"{factor:g}" for factor in self._factors.values()}))
         if self._field is not None:
-            config, field, value = self._field
-            setattr(config, field, value)
+            field, value = self._field
+            setattr(self._model.config.get_text_config(decoder=True), field, value)
             for name, factor in self._factors.items():
                 self._model.get_submodule(name).scaling *= factor
             notes.append(f"attention scale times {summary}: config.{field} = {value:g}")

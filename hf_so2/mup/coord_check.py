@@ -1,0 +1,341 @@
+"""The coordinate check: does one step of training change every layer's outputs by the same amount at every width?
+
+In muP the change of each pre-activation since initialisation neither grows nor vanishes with the width, in every layer and after
+every step (Yang et al. 2022, arXiv 2203.03466, appendix D.1). The change is measured as its root mean square over a fixed batch,
+and fitted as a power of the width. For the head the change of the weights alone is read, `dW x`: in muP at small widths the
+logits' own change still falls with the width through `W0 dh`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from hf_so2.errors import ConfigurationError
+
+from .roles import infer_widths, pattern_of
+from .rules import ParameterWidth, Role
+from .widths import HeadGrowth, rebuild, scale_width, text_width
+
+BuildOptimizer: TypeAlias = Callable[[PreTrainedModel, PretrainedConfig], torch.optim.Optimizer]
+Quantity: TypeAlias = Literal["activation", "update"]
+
+# What has to stay level: the whole change where the width is on both sides, the weights' share of it in the head.
+JUDGED: Mapping[Role, Quantity] = {"hidden": "activation", "output": "update"}
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The change of one kind of layer in one run.
+
+    Args:
+        width: hidden size.
+        seed: of weights and data.
+        step: optimizer steps taken.
+        layer: module name with layer indices as `*`.
+        role: of its weight; `output` for a tied head.
+        activation: root mean square of the change of its output since step 0, over the batch and the layers of this name.
+        update: the same of `(W - W0) x` with the present input `x`; None where it cannot be computed (experts).
+    """
+
+    width: int
+    seed: int
+    step: int
+    layer: str
+    role: Role
+    activation: float
+    update: float | None
+
+
+@dataclass(frozen=True)
+class CoordinateCheck:
+    """Measurements over widths, the exponents fitted to them and the verdict. Printing it gives a table.
+
+    Args:
+        optim: the optimizer's name.
+        widths: hidden sizes.
+        seeds: how many runs each width had.
+        steps: after how many steps was measured.
+        tolerance: how far an exponent may be from 0.
+        measurements: all of them.
+    """
+
+    optim: str
+    widths: tuple[int, ...]
+    seeds: int
+    steps: tuple[int, ...]
+    tolerance: float
+    measurements: tuple[Measurement, ...] = field(repr=False)
+
+    def curve(self, role: Role, quantity: Quantity, step: int, layer: str | None = None) -> dict[int, float]:
+        """Geometric mean over layers and seeds by width; NaN where training diverged, empty where nothing was measured."""
+        logs: dict[int, list[float]] = defaultdict(list)
+        for m in self.measurements:
+            value = getattr(m, quantity)
+            if m.role == role and m.step == step and (layer is None or m.layer == layer) and value is not None:
+                logs[m.width].append(math.log(value) if value > 0 else math.nan)
+        return {width: math.exp(sum(values) / len(values)) for width, values in sorted(logs.items())}
+
+    def slope(self, role: Role, quantity: Quantity, step: int | None = None, layer: str | None = None) -> float:
+        """The exponent of the width in `curve`, by least squares on logarithms; at the last step by default."""
+        curve = self.curve(role, quantity, self.steps[-1] if step is None else step, layer)
+        x = torch.tensor([math.log(width) for width in curve], dtype=torch.float64)
+        y = torch.tensor([math.log(value) for value in curve.values()], dtype=torch.float64)
+        if len(curve) < 2:
+            return math.nan
+        x = x - x.mean()
+        return float((x * y).sum() / (x * x).sum())
+
+    def layers(self) -> dict[str, Role]:
+        """The kinds of layers that were measured, with their roles."""
+        return {m.layer: m.role for m in self.measurements}
+
+    @property
+    def passed(self) -> bool:
+        """Whether each judged role's exponent at the last step is within the tolerance."""
+        present = set(self.layers().values())
+        return all(
+            abs(self.slope(role, quantity)) <= self.tolerance for role, quantity in JUDGED.items() if role in present
+        )
+
+    def __str__(self) -> str:
+        title = f"{self.optim}: exponents of the change against width {self.widths[0]}-{self.widths[-1]}, {self.seeds} seeds"
+        rows = [["role", "change of", *(f"step {step}" for step in self.steps), ""]]
+        for role in ("input", "hidden", "output"):
+            for quantity in ("activation", "update"):
+                slopes = [self.slope(role, quantity, step) for step in self.steps]
+                if all(math.isnan(slope) for slope in slopes) and role not in self.layers().values():
+                    continue
+                judged = JUDGED.get(role) == quantity
+                verdict = (
+                    ("ok" if abs(slopes[-1]) <= self.tolerance else f"beyond ±{self.tolerance:g}") if judged else ""
+                )
+                rows.append([role, quantity, *(f"{slope:+.3f}" for slope in slopes), verdict])
+        lengths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        table = ["  ".join(cell.ljust(n) for cell, n in zip(row, lengths, strict=True)).rstrip() for row in rows]
+        return "\n".join([title, *table])
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: settings, verdict, exponents by role, quantity and step, exponents by layer, and the measurements."""
+        roles = sorted(set(self.layers().values()))
+        quantities: tuple[Quantity, ...] = ("activation", "update")
+        return {
+            "optim": self.optim,
+            "widths": list(self.widths),
+            "seeds": self.seeds,
+            "steps": list(self.steps),
+            "tolerance": self.tolerance,
+            "passed": self.passed,
+            "slopes": {
+                role: {q: {str(step): _finite(self.slope(role, q, step)) for step in self.steps} for q in quantities}
+                for role in roles
+            },
+            "layer_slopes": {
+                layer: {"role": role, **{q: _finite(self.slope(role, q, layer=layer)) for q in quantities}}
+                for layer, role in self.layers().items()
+            },
+            "measurements": [asdict(m) for m in self.measurements],
+        }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def run_coordinate_check(
+    base_config: PretrainedConfig,
+    optim: str,
+    build_optimizer: BuildOptimizer,
+    *,
+    widths: Sequence[int],
+    seeds: int = 3,
+    steps: Sequence[int] = (1, 2, 4, 8),
+    tolerance: float = 0.1,
+    batch_size: int = 8,
+    sequence_length: int = 64,
+    head: HeadGrowth = "count",
+    device: str | torch.device = "cpu",
+) -> CoordinateCheck:
+    """Trains models of several widths for a few steps and measures how much their layers' outputs change.
+
+    Args:
+        base_config: any width of the family; the narrowest of `widths` is the base of muP.
+        optim: name for the report.
+        build_optimizer: makes the optimizer of a fresh model, given the base's configuration; it puts the model in muP.
+        widths: hidden sizes, at least two.
+        seeds: runs per width; each has its own weights and data, the data are the same at every width.
+        steps: after how many steps to measure.
+        tolerance: how far an exponent may be from 0.
+        batch_size: sequences per step.
+        sequence_length: tokens per sequence.
+        head: what grows with the width, the number of heads or their size.
+        device: where to train.
+
+    Raises:
+        ConfigurationError: fewer than two widths, no seed or step, or a width that the family cannot have.
+    """
+    if len(set(widths)) < 2:
+        raise ConfigurationError("widths", list(widths), "must be at least two different hidden sizes")
+    if seeds < 1:
+        raise ConfigurationError("seeds", seeds, "must be at least 1")
+    if not steps or min(steps) < 1:
+        raise ConfigurationError("steps", list(steps), "must be positive numbers of optimizer steps")
+    ordered, measured_steps = sorted(set(widths)), sorted(set(steps))
+    quiet = _without_dropout(base_config)
+    base = quiet if ordered[0] == text_width(quiet) else scale_width(quiet, width=ordered[0], head=head)
+    measurements: list[Measurement] = []
+    for width in ordered:
+        config = scale_width(base, width=width, head=head)
+        for seed in range(seeds):
+            batches = synthetic_batches(config, max(measured_steps), batch_size, sequence_length, seed)
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(config).to(device).train()
+            run = _Run(model, infer_widths(model, base), build_optimizer(model, base), batches)
+            for step, changes in run.train(measured_steps):
+                measurements += [Measurement(width, seed, step, *change) for change in changes]
+    return CoordinateCheck(optim, tuple(ordered), seeds, tuple(measured_steps), tolerance, tuple(measurements))
+
+
+def synthetic_batches(
+    config: PretrainedConfig, count: int, batch_size: int, sequence_length: int, seed: int
+) -> list[Tensor]:
+    """Token ids `(batch_size, sequence_length)` of text in which each token follows from the last, four times out of five.
+
+    Something can be learned from it, so gradients of successive steps agree as they do on real text.
+    """
+    vocabulary = config.get_text_config(decoder=True).vocab_size
+    generator = torch.Generator().manual_seed(seed)
+    successor = torch.randperm(vocabulary, generator=generator)
+    ranks = torch.arange(1, vocabulary + 1, dtype=torch.float64)
+    batches = []
+    for _ in range(count):
+        tokens = torch.multinomial(1 / ranks, batch_size * sequence_length, replacement=True, generator=generator)
+        tokens = tokens.view(batch_size, sequence_length)
+        follows = torch.rand(batch_size, sequence_length, generator=generator) < 0.8
+        for position in range(1, sequence_length):
+            last = successor[tokens[:, position - 1]]
+            tokens[:, position] = torch.where(follows[:, position], last, tokens[:, position])
+        batches.append(tokens)
+    return batches
+
+
+def _without_dropout(config: PretrainedConfig) -> PretrainedConfig:
+    rates = {
+        (name,): 0.0
+        for name, value in config.to_dict().items()
+        if isinstance(value, float) and ("dropout" in name or name.endswith("_pdrop")) and value > 0
+    }
+    return rebuild(config, rates)
+
+
+Change: TypeAlias = tuple[str, Role, float, float | None]
+
+
+class _Run:
+    """One model in training, its layers' outputs compared with those at step 0 on the first batch."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        widths: Mapping[str, ParameterWidth],
+        optimizer: torch.optim.Optimizer,
+        batches: Sequence[Tensor],
+    ) -> None:
+        self._model, self._optimizer = model, optimizer
+        self._batches = [batch.to(model.device) for batch in batches]
+        self._roles = {name: role for name, role in _layer_roles(model, widths)}
+        self._weights = {name: _weight(module).detach().clone() for name, module in self._layers()}
+        self._outputs = {name: output for name, _, output in self._observe()}
+
+    def train(self, measured_steps: Sequence[int]) -> Iterator[tuple[int, list[Change]]]:
+        for step, batch in enumerate(self._batches, start=1):
+            self._optimizer.zero_grad()
+            self._model(input_ids=batch, labels=batch).loss.backward()
+            self._optimizer.step()
+            if step in measured_steps:
+                yield step, self._changes()
+
+    def _layers(self) -> Iterator[tuple[str, nn.Module]]:
+        for name in self._roles:
+            yield name, self._model.get_submodule(name)
+
+    def _changes(self) -> list[Change]:
+        squares: dict[tuple[str, Role], list[tuple[float, float | None]]] = defaultdict(list)
+        for name, inputs, output in self._observe():
+            change = output - self._outputs[name]
+            module = self._model.get_submodule(name)
+            update = _apply_weight(module, _weight(module).detach() - self._weights[name], inputs)
+            mean_square = None if update is None else float(update.square().mean())
+            squares[pattern_of(name), self._roles[name]].append((float(change.square().mean()), mean_square))
+        changes: list[Change] = []
+        for (layer, role), values in squares.items():
+            activation = math.sqrt(sum(value for value, _ in values) / len(values))
+            updates = [update for _, update in values if update is not None]
+            changes.append((layer, role, activation, math.sqrt(sum(updates) / len(updates)) if updates else None))
+        return changes
+
+    def _observe(self) -> list[tuple[str, Tensor, Tensor]]:
+        """(name, input, output) of every layer on the first batch, in float64."""
+        seen: list[tuple[str, Tensor, Tensor]] = []
+
+        def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Any], None]:
+            def record(_module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
+                if isinstance(output, Tensor) and inputs:
+                    value = inputs[0].detach()
+                    seen.append(
+                        (name, value if value.dtype == torch.long else value.double(), output.detach().double())
+                    )
+
+            return record
+
+        handles = [module.register_forward_hook(hook(name)) for name, module in self._layers()]
+        try:
+            with _evaluating(self._model), torch.no_grad():
+                self._model(input_ids=self._batches[0], use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return seen
+
+
+def _layer_roles(model: nn.Module, widths: Mapping[str, ParameterWidth]) -> Iterator[tuple[str, Role]]:
+    """Modules that hold a matrix, with the matrix's role; a tied matrix has the output role in its head."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for name, module in model.named_modules():
+        matrices = [p for p in module.parameters(recurse=False) if p.ndim > 1 and id(p) in names]
+        for matrix in matrices[:1]:
+            width = widths[names[id(matrix)]]
+            if width.role in ("input", "hidden", "output"):
+                yield name, "output" if width.tied and not isinstance(module, nn.Embedding) else width.role
+
+
+def _weight(module: nn.Module) -> Tensor:
+    return next(parameter for parameter in module.parameters(recurse=False) if parameter.ndim > 1)
+
+
+def _apply_weight(module: nn.Module, weight: Tensor, inputs: Tensor) -> Tensor | None:
+    if isinstance(module, nn.Embedding):
+        return nn.functional.embedding(inputs, weight.double())
+    if isinstance(module, nn.Linear):
+        return nn.functional.linear(inputs, weight.double())
+    if isinstance(module, Conv1D):
+        return inputs @ weight.double()
+    return None
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()

@@ -1,0 +1,43 @@
+"""The coordinate check of an optimizer by its name; `hf_so2.mup.coord_check` explains and measures it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PretrainedConfig, PreTrainedModel
+
+from hf_so2.mup.coord_check import CoordinateCheck, run_coordinate_check
+from hf_so2.optim import SecondOrderOptimizer, build_optimizer
+
+# Arguments that go to the check; all others are the optimizer's settings.
+_CHECK = ("seeds", "steps", "tolerance", "batch_size", "sequence_length", "head", "device")
+
+
+def coordinate_check(
+    base_config: PretrainedConfig,
+    optim: str = "kfac_mup",
+    widths: Sequence[int] = (64, 128, 256, 512),
+    **arguments: Any,
+) -> CoordinateCheck:
+    """Trains models of several widths for a few steps and fits how their layers' changes depend on the width.
+
+    Args:
+        base_config: a configuration of the family, of any width; the narrowest of `widths` is the base of muP.
+        optim: a name of `hf_so2.OPTIMIZERS`. Without `_mup` it shows what the standard parametrization does.
+        widths: hidden sizes, at least two.
+        arguments: `seeds`, `steps`, `tolerance`, `batch_size`, `sequence_length`, `head` and `device` of
+            `hf_so2.mup.coord_check.run_coordinate_check`; the rest are settings of the optimizer (`lr`, `damping`, ...).
+
+    Returns:
+        Measurements, exponents and the verdict `passed`.
+
+    Raises:
+        ConfigurationError: an unknown optimizer or setting, or widths that the family cannot have.
+    """
+    check = {name: arguments.pop(name) for name in _CHECK if name in arguments}
+
+    def build(model: PreTrainedModel, base: PretrainedConfig) -> SecondOrderOptimizer:
+        return build_optimizer(optim, model, base_config=base, **arguments)
+
+    return run_coordinate_check(base_config, optim, build, widths=widths, **check)
