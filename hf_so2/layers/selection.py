@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ class Treatment:
     adapter: Adapter = LINEAR
 
 
-def select(model: nn.Module, skip_modules: Sequence[str] = (), max_dim: int | None = None) -> dict[str, Treatment]:
+def select(model: nn.Module, skip_modules: Sequence[str] = (), max_dim: float = math.inf) -> dict[str, Treatment]:
     """Decide for every trainable parameter, by its name in `model.named_parameters()`.
 
     Weights of `Linear` and `Conv1D` modules are preconditioned, except the output head, weights tied to an embedding,
@@ -38,7 +39,7 @@ def select(model: nn.Module, skip_modules: Sequence[str] = (), max_dim: int | No
     Args:
         model: any module; the head is what `get_output_embeddings()` names, where there is such a method.
         skip_modules: regular expressions searched for in qualified module names, as in PEFT's `exclude_modules`.
-        max_dim: the largest fan_in or fan_out that is preconditioned; None for no limit.
+        max_dim: the largest fan_in or fan_out that is preconditioned.
 
     Raises:
         ConfigurationError: a pattern is no regular expression or matches no module that could be preconditioned.
@@ -70,7 +71,7 @@ def select(model: nn.Module, skip_modules: Sequence[str] = (), max_dim: int | No
             return Treatment(False, "the output head")
         if matched := [p.pattern for p in patterns if any(p.search(name) for name, _ in uses)]:
             return Treatment(False, f"skip_modules {matched[0]!r}")
-        if max_dim is not None and max(parameter.shape) > max_dim:
+        if max(parameter.shape) > max_dim:
             return Treatment(False, f"a dimension of {max(parameter.shape)} is above max_preconditioner_dim {max_dim}")
         return Treatment(True, f"weight of {_kind(modules)}", modules, adapter)
 

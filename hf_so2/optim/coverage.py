@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from hf_so2.damping import Damping
 from hf_so2.mup import ParameterWidth
+from hf_so2.mup.roles import pattern_of
 
-UNCAPTURED = "no input was captured: the weight is used without calling its module"
+UNCAPTURED = "no input was captured: its module is not called in training mode"
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Coverage:
     @property
     def pattern(self) -> str:
         """The name with layer numbers replaced, so that alike layers share a row."""
-        return re.sub(r"(?<=\.)\d+(?=\.)", "*", self.name)
+        return pattern_of(self.name)
 
 
 @dataclass(frozen=True)

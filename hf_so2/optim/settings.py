@@ -100,8 +100,8 @@ class Settings:
         "Bound κ on the estimated KL divergence of a step, for norm_control kl_clip.",
         "kl_clip",
     )
-    max_preconditioner_dim: int | None = setting(
-        8192, optional(COUNT), "Weights with a larger dimension fall back to AdamW.", "curvature"
+    max_preconditioner_dim: int = setting(
+        8192, COUNT, "Weights with a larger dimension fall back to AdamW.", "curvature"
     )
     skip_modules: tuple[str, ...] = setting(
         (), (_are_patterns, "must be a list of regular expressions"), "Regular expressions: modules whose names match"
