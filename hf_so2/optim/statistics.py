@@ -186,7 +186,7 @@ class Curvature:
         """Restore what `state_dict` returned.
 
         Raises:
-            ValueError: the saved layers are not those of this model, or differ in shape.
+            ValueError: the saved layers are not those of this model, or were saved by another method.
         """
         saved = state["layers"]
         if saved.keys() != self.layers.keys():
@@ -194,10 +194,10 @@ class Curvature:
             raise ValueError(f"the saved curvature is of other layers than the model's: {', '.join(odd[:5])}")
         for name, entry in saved.items():
             layer = self.layers[name]
-            for key, value in entry["state"].items():
-                if key in layer.state and layer.state[key].shape != value.shape:
-                    expected = tuple(layer.state[key].shape)
-                    raise ValueError(f"{name}: saved {key} has shape {tuple(value.shape)}, expected {expected}")
+            for key, expected in self.block.init_state(layer.shape, torch.device("meta"), layer.dtype).items():
+                shape = entry["state"][key].shape if key in entry["state"] else None
+                if shape != expected.shape:
+                    raise ValueError(f"{name}: saved {key} has shape {shape}, expected {expected.shape}")
             layer.state = {key: value.to(layer.device, layer.dtype, copy=True) for key, value in entry["state"].items()}
             layer.refreshes, layer.failures = int(entry["refreshes"]), int(entry["failures"])
         self.dropped_statistics = int(state["dropped_statistics"])

@@ -104,3 +104,10 @@ def as_bytes(state: Any) -> list[Any]:
         buffer = io.BytesIO(state.detach().contiguous().numpy().tobytes())
         return [str(state.dtype), tuple(state.shape), buffer.getvalue()]
     return [state]
+
+
+def test_a_checkpoint_of_another_method_is_refused() -> None:
+    saved = hf_so2.build_optimizer("kfac", torch.nn.Linear(3, 2)).state_dict()
+    optimizer = hf_so2.build_optimizer("ekfac", torch.nn.Linear(3, 2))
+    with pytest.raises(ValueError, match="weight: saved A_basis has shape None"):
+        optimizer.load_state_dict(saved)

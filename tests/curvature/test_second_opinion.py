@@ -14,7 +14,7 @@ import torch
 from curvature.dense_fisher import approximation, linear_layers, mlp_case, relative, stand_still, transformer_case
 from torch import Tensor, nn
 
-pytest.importorskip("curvlinops")
+pytest.importorskip("curvlinops", reason="pip install --no-deps -r tests/second_opinion.txt")
 from curvlinops import EKFACLinearOperator, KFACLinearOperator
 
 
