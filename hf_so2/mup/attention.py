@@ -92,7 +92,8 @@ def _head_size(module: nn.Module | None) -> int | None:
 
 
 def scale_field(model: PreTrainedModel, factors: Mapping[str, float]) -> tuple[str, float] | None:
-    """The text configuration's field and its value that give every attention module its scale, or None where the family has none."""
+    """The text configuration's field and its value that give every attention module its scale, or None where the family
+    has none."""
     text = model.config.get_text_config(decoder=True)
     modules = dict(model.named_modules())
     for field, power in _SCALE_FIELDS.items():

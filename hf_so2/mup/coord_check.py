@@ -1,9 +1,9 @@
 """The coordinate check: does one step of training change every layer's outputs by the same amount at every width?
 
-In muP the change of each pre-activation since initialisation neither grows nor vanishes with the width, in every layer and after
-every step (Yang et al. 2022, arXiv 2203.03466, appendix D.1). The change is measured as its root mean square over a fixed batch,
-and fitted as a power of the width. For the head the change of the weights alone is read, `dW x`: in muP at small widths the
-logits' own change still falls with the width through `W0 dh`.
+In muP the change of each pre-activation since initialisation neither grows nor vanishes with the width, in every layer
+and after every step (Yang et al. 2022, arXiv 2203.03466, appendix D.1). The change is measured as its root mean square
+over a fixed batch, and fitted as a power of the width. For the head the change of the weights alone is read, `dW x`: in
+muP at small widths the logits' own change still falls with the width through `W0 dh`.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from hf_so2.errors import ConfigurationError
 
 from .roles import infer_widths, pattern_of
 from .rules import ParameterWidth, Role
-from .widths import HeadGrowth, rebuild, scale_width, text_width
+from .widths import HeadGrowth, Path, rebuild, scale_width, text_width
 
 BuildOptimizer: TypeAlias = Callable[[PreTrainedModel, PretrainedConfig], torch.optim.Optimizer]
 Quantity: TypeAlias = Literal["activation", "update"]
 
+_DISTINCT_TOKENS = 16
 # What has to stay level: the whole change where the width is on both sides, the weights' share of it in the head.
 JUDGED: Mapping[Role, Quantity] = {"hidden": "activation", "output": "update"}
 
@@ -43,7 +44,8 @@ class Measurement:
         step: optimizer steps taken.
         layer: module name with layer indices as `*`.
         role: of its weight; `output` for a tied head.
-        activation: root mean square of the change of its output since step 0, over the batch and the layers of this name.
+        activation: root mean square of the change of its output since step 0, over the batch and the layers of this
+            name.
         update: the same of `(W - W0) x` with the present input `x`; None where it cannot be computed (experts).
     """
 
@@ -77,7 +79,8 @@ class CoordinateCheck:
     measurements: tuple[Measurement, ...] = field(repr=False)
 
     def curve(self, role: Role, quantity: Quantity, step: int, layer: str | None = None) -> dict[int, float]:
-        """Geometric mean over layers and seeds by width; NaN where training diverged, empty where nothing was measured."""
+        """Geometric mean over layers and seeds by width; NaN where training diverged, empty where nothing was
+        measured."""
         logs: dict[int, list[float]] = defaultdict(list)
         for m in self.measurements:
             value = getattr(m, quantity)
@@ -108,7 +111,8 @@ class CoordinateCheck:
         )
 
     def __str__(self) -> str:
-        title = f"{self.optim}: exponents of the change against width {self.widths[0]}-{self.widths[-1]}, {self.seeds} seeds"
+        span = f"{self.widths[0]}-{self.widths[-1]}"
+        title = f"{self.optim}: exponents of the change against width {span}, {self.seeds} seeds"
         rows = [["role", "change of", *(f"step {step}" for step in self.steps), ""]]
         for role in ("input", "hidden", "output"):
             for quantity in ("activation", "update"):
@@ -125,7 +129,8 @@ class CoordinateCheck:
         return "\n".join([title, *table])
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready: settings, verdict, exponents by role, quantity and step, exponents by layer, and the measurements."""
+        """JSON-ready: settings, verdict, exponents by role, quantity and step, exponents by layer, and the
+        measurements."""
         roles = sorted(set(self.layers().values()))
         quantities: tuple[Quantity, ...] = ("activation", "update")
         return {
@@ -208,28 +213,30 @@ def run_coordinate_check(
 def synthetic_batches(
     config: PretrainedConfig, count: int, batch_size: int, sequence_length: int, seed: int
 ) -> list[Tensor]:
-    """Token ids `(batch_size, sequence_length)` of text in which each token follows from the last, four times out of five.
+    """Token ids `(batch_size, sequence_length)` of text in which each token follows from the last, four times in five.
 
-    Something can be learned from it, so gradients of successive steps agree as they do on real text.
+    It can be learned, so that gradients of successive steps agree as they do on real text. Of the vocabulary only a few
+    tokens occur: representations of different tokens overlap by chance by `width^-1/2`, and the sum of many such
+    overlaps would drown the level part of the head's update at small widths.
     """
     vocabulary = config.get_text_config(decoder=True).vocab_size
     generator = torch.Generator().manual_seed(seed)
-    successor = torch.randperm(vocabulary, generator=generator)
-    ranks = torch.arange(1, vocabulary + 1, dtype=torch.float64)
+    tokens = torch.randperm(vocabulary, generator=generator)[:_DISTINCT_TOKENS]
+    successor = torch.randperm(len(tokens), generator=generator)
+    frequency = 1 / torch.arange(1, len(tokens) + 1, dtype=torch.float64)
     batches = []
     for _ in range(count):
-        tokens = torch.multinomial(1 / ranks, batch_size * sequence_length, replacement=True, generator=generator)
-        tokens = tokens.view(batch_size, sequence_length)
+        text = torch.multinomial(frequency, batch_size * sequence_length, replacement=True, generator=generator)
+        text = text.view(batch_size, sequence_length)
         follows = torch.rand(batch_size, sequence_length, generator=generator) < 0.8
         for position in range(1, sequence_length):
-            last = successor[tokens[:, position - 1]]
-            tokens[:, position] = torch.where(follows[:, position], last, tokens[:, position])
-        batches.append(tokens)
+            text[:, position] = torch.where(follows[:, position], successor[text[:, position - 1]], text[:, position])
+        batches.append(tokens[text])
     return batches
 
 
 def _without_dropout(config: PretrainedConfig) -> PretrainedConfig:
-    rates = {
+    rates: dict[Path, float] = {
         (name,): 0.0
         for name, value in config.to_dict().items()
         if isinstance(value, float) and ("dropout" in name or name.endswith("_pdrop")) and value > 0
@@ -252,7 +259,7 @@ class _Run:
     ) -> None:
         self._model, self._optimizer = model, optimizer
         self._batches = [batch.to(model.device) for batch in batches]
-        self._roles = {name: role for name, role in _layer_roles(model, widths)}
+        self._roles = dict(_layer_roles(model, widths))
         self._weights = {name: _weight(module).detach().clone() for name, module in self._layers()}
         self._outputs = {name: output for name, _, output in self._observe()}
 

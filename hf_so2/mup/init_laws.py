@@ -119,7 +119,8 @@ def natural_growth(
     Args:
         model: the model, fresh.
         base: its base configuration (only the family's code is asked) or, for a model from outside transformers, the
-            base module, whose own initial weights are compared with the model's. A module's vectors are taken as they are.
+            base module, whose own initial weights are compared with the model's. A module's vectors are taken as they
+            are.
         widths: growth of each parameter's dimensions.
 
     Raises:

@@ -27,7 +27,8 @@ def coordinate_check(
         optim: a name of `hf_so2.OPTIMIZERS`. Without `_mup` it shows what the standard parametrization does.
         widths: hidden sizes, at least two.
         arguments: `seeds`, `steps`, `tolerance`, `batch_size`, `sequence_length`, `head` and `device` of
-            `hf_so2.mup.coord_check.run_coordinate_check`; the rest are settings of the optimizer (`lr`, `damping`, ...).
+            `hf_so2.mup.coord_check.run_coordinate_check`; the rest are settings of the optimizer (`lr`, `damping`,
+            ...).
 
     Returns:
         Measurements, exponents and the verdict `passed`.
