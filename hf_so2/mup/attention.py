@@ -64,6 +64,10 @@ def attention_factors(model: PreTrainedModel, base_model: PreTrainedModel) -> di
         size, base_size = _head_size(module), _head_size(base)
         if size is None or base_size is None or size == base_size:
             continue
+        if hasattr(module, "ssm_state_size"):
+            # A state-space layer contracts over its state; its heads' size is an ordinary width.
+            found = True
+            continue
         scale, base_scale = getattr(module, "scaling", None), getattr(base, "scaling", None)
         if not isinstance(scale, (int, float)) or not isinstance(base_scale, (int, float)):
             raise ConfigurationError(

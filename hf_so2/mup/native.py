@@ -85,28 +85,34 @@ def native_factors(model: nn.Module) -> dict[str, tuple[float, float]]:
         factors[name] = (before[0] * on_input, before[1] * on_output)
 
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    for module in model.modules():
+    # Several embedding modules may share one matrix.
+    for module in {id(module.weight): module for module in model.modules() if isinstance(module, nn.Embedding)}.values():
         # BART's and Gemma's embedding classes hold their factor as a number.
         scale = getattr(module, "scalar_embed_scale", getattr(module, "embed_scale", None))
-        if isinstance(module, nn.Embedding) and isinstance(scale, (int, float)):
+        if isinstance(scale, (int, float)):
             multiply(names[id(module.weight)], 1.0, float(scale))
     text = model.config.get_text_config(decoder=True)
-    input_layer, output_layer = model.get_input_embeddings(), model.get_output_embeddings()
-    stand_ins = {EMBEDDING: input_layer, HEAD: output_layer}
+    embeddings, heads = _weights(model.get_input_embeddings()), _weights(model.get_output_embeddings())
+    # A tied head's factor belongs to the logits, not to the matrix: see `logits_factor`.
+    untied = [weight for weight in heads if all(weight is not embedding for embedding in embeddings)]
+    stand_ins = {EMBEDDING: embeddings, HEAD: untied}
     for native in NATIVE_FACTORS:
         if not re.fullmatch(native.families, text.model_type):
             continue
         if native.parameters in stand_ins:
-            layer = stand_ins[native.parameters]
-            # A tied head's factor belongs to the logits, not to the matrix: see `logits_factor`.
-            shared = native.parameters == HEAD and layer is not None and layer.weight is input_layer.weight
-            found = [] if layer is None or shared else [names[id(layer.weight)]]
+            found = [names[id(weight)] for weight in stand_ins[native.parameters]]
         else:
             found = [name for name in names.values() if re.search(native.parameters, name)]
         for name in found:
             value = float(native.value(text))
             multiply(name, *((value, 1.0) if native.on_input else (1.0, value)))
     return factors
+
+
+def _weights(layer: nn.Module | None) -> list[nn.Parameter]:
+    """The matrices of an embedding or a head, of which a model may have several."""
+    modules = [] if layer is None else layer.modules()
+    return [module.weight for module in modules if isinstance(getattr(module, "weight", None), nn.Parameter)]
 
 
 def logits_factor(config: PretrainedConfig) -> float:

@@ -26,7 +26,8 @@ _SIZES: dict[str, int] = {
     ),
     **dict.fromkeys(
         """hidden_size d_model n_embd emb_dim embedding_size embedding_dim word_embed_proj_dim output_embedding_size
-        attention_hidden_size lru_width pronunciation_embed_dim shape_embed_dim""".split(),
+        attention_hidden_size lru_width pronunciation_embed_dim shape_embed_dim adapter_in_dim adapter_out_dim
+        adapter_input_size""".split(),
         32,
     ),
     **dict.fromkeys(
