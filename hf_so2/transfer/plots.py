@@ -65,8 +65,15 @@ def plot_losses(panels: Mapping[str, Mapping[tuple[str, str], float]], path: str
             finite = [(first, loss) for first, loss in points if math.isfinite(loss)]
             axes.plot(*zip(*finite, strict=True), "o-", color=color, label=f"{line} {value}")
             axes.plot(*min(finite, key=lambda point: point[1]), "*", color=color, markersize=15)
+        tested = sorted({first for first, _ in losses}, key=float)
         axes.set(xscale="log", xlabel=x, title=title)
-        axes.grid(alpha=0.3, which="both")
+        axes.set_xticks([float(first) for first in tested], tested)
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
         axes.legend()
+    # A run that nearly diverged must not flatten the region that decides.
+    shown = sorted(loss for losses in panels.values() for loss in losses.values() if math.isfinite(loss))
+    spread = shown[int(0.75 * (len(shown) - 1))] - shown[0]
+    grid[0].set_ylim(shown[0] - 0.2 * spread, min(shown[-1] + 0.1 * spread, shown[0] + 2.5 * spread))
     grid[0].set_ylabel("validation loss (nats per token)")
     figure.savefig(path, dpi=150)
