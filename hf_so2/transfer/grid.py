@@ -138,8 +138,9 @@ def markdown_table(losses: Mapping[tuple[str, str], float], rows: str, columns: 
         if (row, column) not in losses:
             return ""
         loss = losses[row, column]
-        text = "diverged" if math.isinf(loss) else f"{loss:.3f}"
-        return f"**{text}**" if best[column] == row else text
+        if math.isinf(loss):
+            return "diverged"
+        return f"**{loss:.3f}**" if best[column] == row else f"{loss:.3f}"
 
     lines = [f"| {rows} \\ {columns} | " + " | ".join(column_values) + " |", "|---" * (len(column_values) + 1) + "|"]
     lines += [f"| {row} | " + " | ".join(cell(row, column) for column in column_values) + " |" for row in row_values]
