@@ -5,6 +5,7 @@ from hf_so2.errors import ConfigurationError, TrainingDivergedError
 from hf_so2.mup import apply_mup, scale_width
 from hf_so2.optim import OPTIMIZERS, SecondOrderOptimizer, build_optimizer
 from hf_so2.trainer import SecondOrderTrainer
+from hf_so2.transfer.coordinates import coordinate_check
 
 __all__ = [
     "OPTIMIZERS",
@@ -15,5 +16,6 @@ __all__ = [
     "TrainingDivergedError",
     "apply_mup",
     "build_optimizer",
+    "coordinate_check",
     "scale_width",
 ]
