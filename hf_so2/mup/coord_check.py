@@ -117,9 +117,9 @@ class CoordinateCheck:
         for role in ("input", "hidden", "output"):
             for quantity in ("activation", "update"):
                 slopes = [self.slope(role, quantity, step) for step in self.steps]
-                if all(math.isnan(slope) for slope in slopes) and role not in self.layers().values():
+                judged = JUDGED.get(role) == quantity and role in self.layers().values()
+                if all(math.isnan(slope) for slope in slopes) and not judged:
                     continue
-                judged = JUDGED.get(role) == quantity
                 verdict = (
                     ("ok" if abs(slopes[-1]) <= self.tolerance else f"beyond ±{self.tolerance:g}") if judged else ""
                 )
@@ -330,7 +330,7 @@ def _weight(module: nn.Module) -> Tensor:
 
 
 def _apply_weight(module: nn.Module, weight: Tensor, inputs: Tensor) -> Tensor | None:
-    if isinstance(module, nn.Embedding):
+    if type(module) is nn.Embedding:  # others scale, shift or do not take indices
         return nn.functional.embedding(inputs, weight.double())
     if isinstance(module, nn.Linear):
         return nn.functional.linear(inputs, weight.double())

@@ -86,7 +86,8 @@ def native_factors(model: nn.Module) -> dict[str, tuple[float, float]]:
 
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     # Several embedding modules may share one matrix.
-    for module in {id(module.weight): module for module in model.modules() if isinstance(module, nn.Embedding)}.values():
+    embedding_modules = {id(m.weight): m for m in model.modules() if isinstance(m, nn.Embedding)}
+    for module in embedding_modules.values():
         # BART's and Gemma's embedding classes hold their factor as a number.
         scale = getattr(module, "scalar_embed_scale", getattr(module, "embed_scale", None))
         if isinstance(scale, (int, float)):
