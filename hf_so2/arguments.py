@@ -87,6 +87,9 @@ class SecondOrderTrainingArguments(_OwnFields):
         if isinstance(self.mup_base_config, PretrainedConfig):
             self.mup_base_config = self.mup_base_config.to_dict()
         name = _known_optimizer(self.optim)
+        for count in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, count) < 1:
+                raise ConfigurationError(count, getattr(self, count), "must be at least 1")
         self._fill_trainer_fields(name)
         if self.is_ours(name):
             _refuse_unsupported_launchers(name, self)
@@ -109,7 +112,11 @@ class SecondOrderTrainingArguments(_OwnFields):
         method, _ = parse_name(name)
         given = {setting: getattr(self, TRAINER_FIELDS.get(setting, setting)) for setting in SETTING_NAMES}
         given |= _parsed_optim_args(self.optim_args)
-        return resolve(name, method.uses, method.defaults, given)
+        try:
+            return resolve(name, method.uses, method.defaults, given)
+        except ConfigurationError as error:
+            flag = TRAINER_FIELDS.get(error.field, error.field)
+            raise ConfigurationError(flag, error.value, error.allowed) from None
 
     def base_config(self, config: PretrainedConfig) -> PretrainedConfig | None:
         """The config at whose width the settings were tuned, for a model of `config`; None when no base was given.

@@ -150,4 +150,10 @@ def _apply_mup(model: nn.Module, args: SecondOrderTrainingArguments) -> None:
     base = args.base_config(model.config)
     if base is None:
         raise ConfigurationError("mup_base_width", None, f"optim={name} needs the width at which it was tuned")
-    apply_mup(model, base)
+    try:
+        apply_mup(model, base)
+    except ConfigurationError as error:
+        if error.field != "base_config":
+            raise
+        field = "mup_base_width" if args.mup_base_width is not None else "mup_base_config"
+        raise ConfigurationError(field, getattr(args, field), error.allowed) from None

@@ -134,7 +134,8 @@ def test_bad_optim_args_are_refused(text: str, message: str, tmp_path: Path) -> 
         ({"optim": "kfacc"}, r"optim='kfacc': .*did you mean 'kfac'"),
         ({"damping_rule": "tracee"}, r"damping_rule='tracee': must be one of trace, "),
         ({"damping": -1.0}, r"damping=-1\.0: must be a number above 0"),
-        ({"learning_rate": 0.0}, r"(learning_rate|lr)=0\.0: must be a number above 0"),
+        ({"learning_rate": 0.0}, r"learning_rate=0\.0: must be a number above 0"),
+        ({"per_device_train_batch_size": 0}, r"per_device_train_batch_size=0: must be at least 1"),
         ({"momentum": 1.0}, r"momentum=1\.0: must be a number in \[0, 1\)"),
         ({"optim": "adamw", "damping": 0.1}, r"damping=0\.1: has no effect on adamw"),
         (
@@ -156,6 +157,11 @@ def test_mistakes_are_refused_in_one_sentence(changes: dict[str, Any], message: 
 def test_mup_name_without_a_base_is_refused_by_the_trainer(tmp_path: Path) -> None:
     with pytest.raises(hf_so2.ConfigurationError, match=r"^mup_base_width=None"):
         trained(llama(), token_rows(16), tmp_path, optim="kfac_mup")
+
+
+def test_a_base_wider_than_the_model_is_refused_by_its_flag(tmp_path: Path) -> None:
+    with pytest.raises(hf_so2.ConfigurationError, match=r"^mup_base_width=64: must not be wider than the model, 16"):
+        trained(llama(), token_rows(16), tmp_path, optim="kfac_mup", mup_base_width=64)
 
 
 def test_foreign_arguments_are_refused(tmp_path: Path) -> None:
