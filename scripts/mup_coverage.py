@@ -144,8 +144,7 @@ def train_one_step(model: PreTrainedModel, base: PretrainedConfig | None) -> Non
 
 
 def check_reload(model: PreTrainedModel) -> None:
-    """Saves, loads with plain transformers and compares logits; the record must come along and forbid a second
-    patch."""
+    """Saves, loads with plain transformers and compares logits; the record must come along."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         loader = AutoModelForCausalLM if type(model.config) in AutoModelForCausalLM._model_mapping else type(model)
@@ -196,19 +195,20 @@ def markdown(families: Sequence[Family]) -> str:
     lines = [
         "# Coverage of muP over causal language models",
         "",
-        f"transformers {transformers.__version__}, {len(families)} types, each tiny and {MULTIPLIER} times as wide as its base. Made by",
-        "`python scripts/mup_coverage.py --markdown docs/mup_coverage.md`.",
+        f"transformers {transformers.__version__}, {len(families)} types, each tiny and {MULTIPLIER} times as wide",
+        "as its base. Made by `python scripts/mup_coverage.py --markdown docs/mup_coverage.md`.",
         "",
         "| " + " | ".join(STAGES) + " |",
         "|" + "---|" * len(STAGES),
         "| " + " | ".join(str(counts[stage]) for stage in STAGES) + " |",
         "",
-        f"Passed everything: {outcomes['ok']}. Refused by name: {outcomes['refused']}. Not possible in transformers itself: "
-        f"{outcomes['transformers']}. Crashed: {outcomes['crash']}.",
+        f"Passed everything: {outcomes['ok']}. Refused by name: {outcomes['refused']}. Not possible in transformers "
+        f"itself: {outcomes['transformers']}. Crashed: {outcomes['crash']}.",
         "",
-        "*built*: transformers builds the tiny configuration. *scales*: `scale_width` doubles it. *classifies*: every parameter has",
-        "a role, and some are hidden. *patches*: `apply_mup`. *initialises*: the measured standard deviations are the base's times the",
-        "table's factor. *trains*: one step of adamw_mup, finite. *reloads*: plain transformers computes the same logits.",
+        "*built*: transformers builds the tiny configuration. *scales*: `scale_width` doubles it. *classifies*: every",
+        "parameter has a role, and some are hidden. *patches*: `apply_mup`. *initialises*: the measured standard",
+        "deviations are the base's times the table's factor. *trains*: one step of adamw_mup, finite. *reloads*: plain",
+        "transformers computes the same logits.",
         "",
         "| type | reached | roles | beside rescaling, or why it ended |",
         "|---|---|---|---|",

@@ -112,8 +112,8 @@ def native_factors(model: nn.Module) -> dict[str, tuple[float, float]]:
 
 def _weights(layer: nn.Module | None) -> list[nn.Parameter]:
     """The matrices of an embedding or a head, of which a model may have several."""
-    modules = [] if layer is None else layer.modules()
-    return [module.weight for module in modules if isinstance(getattr(module, "weight", None), nn.Parameter)]
+    found = [] if layer is None else [getattr(module, "weight", None) for module in layer.modules()]
+    return [weight for weight in found if isinstance(weight, nn.Parameter)]
 
 
 def logits_factor(config: PretrainedConfig) -> float:
