@@ -214,3 +214,13 @@ def test_larger_heads_where_no_weight_can_carry_the_scale(family: str) -> None:
         apply_mup(model, base)
     assert_unchanged(model, before)
     assert read_mup(model) is None
+
+
+@pytest.mark.parametrize("family", ["falcon", "gpt_bigcode"])
+def test_a_fused_projection_with_one_kv_head_grows_less_than_the_width(family: str) -> None:
+    base = tiny_config(family, multi_query=True)
+    widths = infer_widths(fresh(scale_width(base, multiplier=2)), base)
+    fused = [w for name, w in widths.items() if name.endswith(("query_key_value.weight", "c_attn.weight"))]
+    assert fused
+    # Width 32 in 4 heads of 8: all queries and one head each of keys and values, 32 + 16 becomes 64 + 16.
+    assert {(width.role, width.m_in, width.m_out) for width in fused} == {("hidden", 2.0, 80 / 48)}
