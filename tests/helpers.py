@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad
@@ -108,6 +109,27 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     actual, expected = actual.detach().double(), expected.detach().double()
     norm = torch.linalg.vector_norm(expected).clamp(min=1e-300)
     return float(torch.linalg.vector_norm(actual - expected) / norm)
+
+
+def numpy_damping(
+    rule: str, epsilon: float, a: np.ndarray, b: np.ndarray, multipliers: tuple[float, float] = (1.0, 1.0)
+) -> tuple[float, float]:
+    """(ρ_A, ρ_B) from the formulas, in NumPy; π as in Martens & Grosse 2015, section 6.3, with λ = ε.
+
+    π² is the ratio of the mean eigenvalues, and 1 where that is no positive number. `multipliers` are the width's, on
+    constant damping.
+    """
+    if rule == "trace":
+        return epsilon * np.trace(a), epsilon * np.trace(b)
+    if rule == "trace_mean":
+        return epsilon * np.trace(a) / len(a), epsilon * np.trace(b) / len(b)
+    if rule == "spectral":
+        return epsilon * np.linalg.norm(a, 2), epsilon * np.linalg.norm(b, 2)
+    if rule == "pi":
+        means = np.trace(a) / len(a), np.trace(b) / len(b)
+        pi = np.sqrt(means[0] / means[1]) if all(means) else 1.0
+        return pi * np.sqrt(epsilon), np.sqrt(epsilon) / pi
+    return epsilon * multipliers[0], epsilon * multipliers[1]
 
 
 def token_loss_sum(logits: Tensor, targets: Tensor) -> Tensor:

@@ -154,15 +154,14 @@ class Curvature:
         packed: dict[str, tuple[State, Tensor, Tensor]] = {}
         for name, layer in self.layers.items():
             seen = captured.get(name) or LayerSums()
-            rows = torch.as_tensor(seen.rows, device=layer.device, dtype=torch.int64)
-            count = rows if tokens is None else torch.as_tensor(tokens, device=layer.device, dtype=torch.int64)
+            # Clones: `tokens` is one number for all layers, and the in-place sum would add it up once per layer.
+            rows = torch.as_tensor(seen.rows, device=layer.device, dtype=torch.int64).clone()
+            count = torch.as_tensor(rows if tokens is None else tokens, device=layer.device, dtype=torch.int64).clone()
             sums = seen.sums or {key: torch.zeros_like(layer.state[key]) for key in self.block.statistics}
             if tokens is None:
                 for key, statistic in self.block.statistics.items():
                     sums[key] = sums[key] * rows**statistic.gradient_degree
             packed[name] = sums, rows, count
-        # `tokens` is one number for all layers; clones keep the in-place sum from adding it up once per layer.
-        packed = {name: (sums, rows.clone(), count.clone()) for name, (sums, rows, count) in packed.items()}
         sum_over_ranks([t for sums, rows, count in packed.values() for t in (*sums.values(), rows, count)])
         means: dict[str, State] = {}
         for name, (sums, rows, count) in packed.items():

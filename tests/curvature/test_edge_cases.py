@@ -9,7 +9,7 @@ import pytest
 import torch
 from curvature.dense_fisher import METHODS, dense_preconditioner, eye, relative
 from curvature.reference import BLOCKS, CORRECTED, Reference, Rows, feed, fresh_state, random_rows
-from helpers import llama
+from helpers import llama, numpy_damping
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -65,27 +65,12 @@ def test_a_zero_factor_is_damped_into_the_identity(name: str, zero: str, rule: s
     actual = preconditioned(name, (h, delta), gradient, Damping(rule, 1e-2))
     if name in ("kfac", "foof"):
         a, b = h.T @ h / 30, delta.T @ delta / 30 if name == "kfac" else np.ones((1, 1))
-        rho_a, rho_b = factored_rho(rule, 1e-2, a, b)
+        rho_a, rho_b = numpy_damping(rule, 1e-2, a, b)
         right = np.linalg.inv(a + rho_a * eye(a)) if a.any() else eye(a)
         left = np.linalg.inv(b + rho_b * eye(b)) if b.any() and name == "kfac" else np.eye(SHAPE[0])
         assert relative(actual, left @ gradient @ right) < 1e-10
     else:  # their statistics are products of h and δ: all of them vanish
         assert relative(actual, gradient) < 1e-12
-
-
-def factored_rho(rule: str, epsilon: float, a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
-    """(ρ_A, ρ_B) from the formulas; π² is the ratio of the mean eigenvalues, and 1 where that is no positive number."""
-    if rule == "trace":
-        return epsilon * np.trace(a), epsilon * np.trace(b)
-    if rule == "trace_mean":
-        return epsilon * np.trace(a) / len(a), epsilon * np.trace(b) / len(b)
-    if rule == "spectral":
-        return epsilon * np.linalg.norm(a, 2), epsilon * np.linalg.norm(b, 2)
-    if rule == "pi":
-        means = np.trace(a) / len(a), np.trace(b) / len(b)
-        pi = np.sqrt(means[0] / means[1]) if all(means) else 1.0
-        return pi * np.sqrt(epsilon), np.sqrt(epsilon) / pi
-    return epsilon, epsilon
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -111,7 +96,7 @@ def test_damping_rules_of_every_method_equal_numpy(
         )
         damped = np.kron(b, a) + rho * np.eye(s.size)
     else:
-        rho_a, rho_b = factored_rho(rule, epsilon, a, b if name != "foof" else np.ones((1, 1)))
+        rho_a, rho_b = numpy_damping(rule, epsilon, a, b if name != "foof" else np.ones((1, 1)))
         damped = np.kron(eye(b) if name == "foof" else b + rho_b * eye(b), a + rho_a * eye(a))
     actual = np.linalg.inv(dense_preconditioner(block, state, shape))
     assert relative(actual, damped) < 1e-9

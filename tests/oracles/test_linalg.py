@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 import torch
+from helpers import numpy_damping
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -72,20 +71,6 @@ def test_inverse_that_overflows_is_no_inverse() -> None:
     assert torch.isfinite(inverse).all()
 
 
-def expected_damping(rule: str, epsilon: float, a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
-    """The rules of the theory, in NumPy; π as in Martens & Grosse 2015, section 6.3, with λ = ε."""
-    if rule == "trace":
-        return epsilon * np.trace(a), epsilon * np.trace(b)
-    if rule == "trace_mean":
-        return epsilon * np.trace(a) / len(a), epsilon * np.trace(b) / len(b)
-    if rule == "spectral":
-        return epsilon * np.linalg.norm(a, 2), epsilon * np.linalg.norm(b, 2)
-    if rule == "pi":
-        pi = math.sqrt((np.trace(a) / len(a)) / (np.trace(b) / len(b)))
-        return pi * math.sqrt(epsilon), math.sqrt(epsilon) / pi
-    return epsilon * 3.0, epsilon * 0.25
-
-
 @pytest.mark.parametrize("rule", ["trace", "trace_mean", "spectral", "pi", "constant"])
 @given(seed=SEEDS, dims=st.tuples(SIZES, SIZES), rows=st.integers(1, 30), epsilon=st.floats(1e-6, 10.0))
 @settings(max_examples=25)
@@ -93,7 +78,7 @@ def test_damping_rules_equal_numpy(rule: str, seed: int, dims: tuple[int, int], 
     a, b = gram(seed, dims[0], rows, 2.0), gram(seed + 1, dims[1], rows, 0.01)
     damping = Damping(rule, epsilon, multiplier_a=3.0, multiplier_b=0.25)
     actual = [float(rho) for rho in damping(torch.from_numpy(a), torch.from_numpy(b))]
-    np.testing.assert_allclose(actual, expected_damping(rule, epsilon, a, b), rtol=1e-9)
+    np.testing.assert_allclose(actual, numpy_damping(rule, epsilon, a, b, multipliers=(3.0, 0.25)), rtol=1e-9)
 
 
 @pytest.mark.parametrize("rule", ["trace", "trace_mean", "spectral", "pi", "constant"])
