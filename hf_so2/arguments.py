@@ -113,7 +113,7 @@ class SecondOrderTrainingArguments(_OwnFields):
         given = {setting: getattr(self, TRAINER_FIELDS.get(setting, setting)) for setting in SETTING_NAMES}
         given |= _parsed_optim_args(self.optim_args)
         try:
-            return resolve(name, method.uses, method.defaults, given)
+            return method.settings(given)
         except ConfigurationError as error:
             flag = TRAINER_FIELDS.get(error.field, error.field)
             raise ConfigurationError(flag, error.value, error.allowed) from None

@@ -1,10 +1,21 @@
 """Curvature methods: one small file each, all with the four verbs of `hf_so2.curvature.base.CurvatureBlock`."""
 
-from hf_so2.curvature.base import CurvatureBlock, State, Statistic
+from hf_so2.curvature.base import CurvatureBlock, GradientBlock, State, Statistic, TokenBlock
 from hf_so2.curvature.ekfac import EKFAC
 from hf_so2.curvature.foof import FOOF
 from hf_so2.curvature.kfac import KFAC
 from hf_so2.curvature.tekfac import TEKFAC
 from hf_so2.curvature.tkfac import TKFAC
 
-__all__ = ["EKFAC", "FOOF", "KFAC", "TEKFAC", "TKFAC", "CurvatureBlock", "State", "Statistic"]
+__all__ = [
+    "EKFAC",
+    "FOOF",
+    "KFAC",
+    "TEKFAC",
+    "TKFAC",
+    "CurvatureBlock",
+    "GradientBlock",
+    "State",
+    "Statistic",
+    "TokenBlock",
+]

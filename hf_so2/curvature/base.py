@@ -1,4 +1,4 @@
-"""What a curvature method is: a few statistics summed over tokens, and four verbs on a dictionary of tensors.
+"""What a curvature method is: a few statistics, of tokens or of gradients, and four verbs on a dictionary of tensors.
 
 Convention of this package: a layer computes `u = W h`; every matrix is `(fan_out, fan_in)`; `inputs` are the rows `h`
 of shape (rows, fan_in) and `gradients` the rows `δ = ∂ℓ/∂u` of shape (rows, fan_out), of each token's own loss. A block
@@ -8,7 +8,7 @@ knows nothing of modules, processes, the Trainer or μP.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -38,21 +38,21 @@ class Statistic:
 class CurvatureBlock(Protocol):
     """One layer's preconditioner. The object holds settings only; everything that moves lives in the state.
 
-    `statistics` names what is summed over tokens; the state holds a running average under each of these names, and
-    under `weight` (0-dim) the running average of 1, zero until the first update.
+    The state holds running averages and, under `weight` (0-dim), the running average of 1, zero until the first update.
+    What the averages are of is the difference between the two kinds of blocks below.
+
+    Attributes:
+        building_steps: the first updates of the statistics that the weight sits out, momentum included.
+        corrects_momentum: whether the momentum has to be bias-corrected before it is preconditioned.
+        orthogonal: whether every singular value of an update is about 1.
     """
 
-    @property
-    def statistics(self) -> dict[str, Statistic]:
-        """What is averaged over tokens, by name."""
-        ...
+    building_steps: ClassVar[int] = 0
+    corrects_momentum: ClassVar[bool] = False
+    orthogonal: ClassVar[bool] = False
 
     def init_state(self, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> State:
         """Zeroed state of a weight of `shape` (fan_out, fan_in)."""
-        ...
-
-    def observe(self, state: State, inputs: Tensor, gradients: Tensor) -> State:
-        """The block's statistics as sums over rows; the sums of two batches add up to the sum of their union."""
         ...
 
     def update(self, state: State, observation: State) -> None:
@@ -74,6 +74,28 @@ class CurvatureBlock(Protocol):
 
     def precondition(self, state: State, gradient: Tensor) -> Tensor:
         """`P(G)` for `G` of shape (fan_out, fan_in)."""
+        ...
+
+
+class TokenBlock(CurvatureBlock, Protocol):
+    """A block that sees every token's input and output gradient: the K-FAC family."""
+
+    @property
+    def statistics(self) -> dict[str, Statistic]:
+        """What is summed over tokens, by name; the state holds a running average under each of these names."""
+        ...
+
+    def observe(self, state: State, inputs: Tensor, gradients: Tensor) -> State:
+        """The block's statistics as sums over rows; the sums of two batches add up to the sum of their union."""
+        ...
+
+
+@runtime_checkable
+class GradientBlock(CurvatureBlock, Protocol):
+    """A block that sees the gradient of each step's mean loss: the Shampoo family."""
+
+    def observe_gradient(self, state: State, gradient: Tensor) -> State:
+        """The block's statistics of one gradient, (fan_out, fan_in)."""
         ...
 
 

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_so2.curvature.base import State, Statistic, update_average, update_averages
+from hf_so2.curvature.base import State, Statistic, TokenBlock, update_average, update_averages
 from hf_so2.curvature.moments import INDEPENDENT, Moments
 from hf_so2.damping import Damping
 from hf_so2.linalg import DecompositionError, eigenspace_mean, eigh
 
 
 @dataclass(frozen=True)
-class EKFAC:
+class EKFAC(TokenBlock):
     """`P(G) = U_B [ (U_Bᵀ G U_A) / (S + ρ) ] U_Aᵀ`, where `U_A`, `U_B` are the eigenbases of the factors `A`, `B`.
 
     `S_ij = E[(U_Bᵀ δ)_i² (U_Aᵀ h)_j²]` is the diagonal of the Fisher block in the Kronecker eigenbasis, the best

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_so2.curvature.base import State, Statistic, update_averages
+from hf_so2.curvature.base import State, Statistic, TokenBlock, update_averages
 from hf_so2.curvature.moments import INDEPENDENT, Moments
 from hf_so2.damping import Damping
 from hf_so2.linalg import damped_root
 
 
 @dataclass(frozen=True)
-class KFAC:
+class KFAC(TokenBlock):
     """`P(G) = (B + ρ_B I)^-e_B G (A + ρ_A I)^-e_A`.
 
     Exponents (1, 1) are K-FAC, (½, ½) its square-root variant. A side with exponent 0 is the identity and takes no

@@ -15,9 +15,9 @@ from hf_so2.errors import ConfigurationError
 from hf_so2.layers import Treatment, select
 from hf_so2.mup import ParameterWidth, apply_mup, read_mup, rules
 from hf_so2.optim.coverage import Coverage, CoverageReport
-from hf_so2.optim.methods import Method, parse_name
+from hf_so2.optim.methods import Method, Site, parse_name
 from hf_so2.optim.optimizer import SecondOrderOptimizer
-from hf_so2.optim.settings import Settings, resolve
+from hf_so2.optim.settings import Settings
 from hf_so2.optim.statistics import Curvature, Layer
 
 # Without μP nothing is multiplied.
@@ -55,7 +55,7 @@ def build_optimizer(
             `_mup` name without a base, or a model that μP cannot be applied to.
     """
     method, _ = parse_name(name)
-    resolved = resolve(name, method.uses, method.defaults, settings, learning_rate="lr")
+    resolved = method.settings(settings, learning_rate="lr")
     return build_from_settings(name, model, resolved, base_config, decay_parameters)
 
 
@@ -89,7 +89,7 @@ def build_from_settings(
         layer = None
         if method.block is not None and treatment.preconditioned:
             damping = Damping(resolved.damping_rule, resolved.damping, **method.damping(width))
-            layer = _layer(parameter_name, parameter, treatment, damping)
+            layer = _layer(parameter_name, parameter, treatment, method, resolved, damping)
             layers.append(layer)
         report.append(
             Coverage(
@@ -105,7 +105,7 @@ def build_from_settings(
         )
     if not groups:
         raise ConfigurationError("model", type(model).__name__, "must have a parameter that requires a gradient")
-    curvature = Curvature(method.block(resolved.beta2), layers) if method.block and layers else None
+    curvature = Curvature(layers) if layers else None
     return SecondOrderOptimizer(
         _base_rate_first(groups.values(), resolved.lr), resolved, curvature, CoverageReport(name, report)
     )
@@ -130,7 +130,7 @@ def _options(
     # A first-order method has one rate for what a curvature method would precondition and may have another for the
     # rest.
     lr = settings.lr if treatment.preconditioned else settings.fallback_learning_rate or settings.lr
-    rule = _second_order_rule(method, settings) if second_order else first_order_rule
+    rule = method.learning_rate_rule(settings) if second_order else first_order_rule
     scaled_lr = lr * rules.learning_rate_multiplier(rule, width)
     options: dict[str, Any] = {
         "algorithm": method.name if second_order else method.first_order,
@@ -151,14 +151,14 @@ def _options(
     }
 
 
-def _second_order_rule(method: Method, settings: Settings) -> rules.LearningRateRule:
-    return rules.NONE if settings.norm_control == "spectral" else method.lr_rule
-
-
-def _layer(name: str, parameter: nn.Parameter, treatment: Treatment, damping: Damping) -> Layer:
+def _layer(
+    name: str, parameter: nn.Parameter, treatment: Treatment, method: Method, settings: Settings, damping: Damping
+) -> Layer:
+    assert method.block is not None
     fan_out, fan_in = treatment.adapter.matrix(parameter).shape
+    block = method.block(settings, Site((fan_out, fan_in)))
     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-    return Layer(name, (fan_out, fan_in), treatment.modules, treatment.adapter, damping, parameter.device, dtype)
+    return Layer(name, (fan_out, fan_in), block, treatment.modules, treatment.adapter, damping, parameter.device, dtype)
 
 
 def _base_rate_first(groups: Iterable[dict[str, Any]], lr: float) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from typing import Any
 from hf_so2.curvature import EKFAC, FOOF, KFAC, TEKFAC, TKFAC, CurvatureBlock
 from hf_so2.errors import ConfigurationError
 from hf_so2.mup import ParameterWidth, rules
+from hf_so2.optim.settings import Settings, resolve
 from hf_so2.spelling import did_you_mean
 
 
@@ -32,6 +33,17 @@ def single_damping(width: ParameterWidth) -> Mapping[str, float]:
 
 
 @dataclass(frozen=True)
+class Site:
+    """The place of a block in the model.
+
+    Args:
+        shape: (fan_out, fan_in) of the weight.
+    """
+
+    shape: tuple[int, int]
+
+
+@dataclass(frozen=True)
 class Method:
     """What distinguishes one optimizer from the next.
 
@@ -39,38 +51,96 @@ class Method:
         name: without `_mup`; what the coverage table and the groups call it.
         lr_rule: how its learning rate scales with the width when nothing else fixes the size of its updates.
         first_order: the algorithm of everything that it does not precondition: `adamw` or `sgd`.
-        block: makes the curvature block for a decay of its averages; None for a first-order method.
+        block: makes the curvature block of a site; None for a first-order method.
         damping: the width multipliers of its damping, as keywords of `hf_so2.damping.Damping`.
+        uses: the parts that settings can refer to; see `Settings`.
         defaults: settings that differ from those of `Settings`.
+        defaults_under: more of them, by norm control: the unit of a learning rate depends on it.
     """
 
     name: str
-    lr_rule: rules.LearningRateRule
+    lr_rule: Callable[[Settings], rules.LearningRateRule]
     first_order: str = "adamw"
-    block: Callable[[float], CurvatureBlock] | None = None
+    block: Callable[[Settings, Site], CurvatureBlock] | None = None
     damping: Callable[[ParameterWidth], Mapping[str, float]] = factored_damping
+    uses: frozenset[str] = frozenset()
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    defaults_under: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
-    @property
-    def uses(self) -> frozenset[str]:
-        """The parts that settings can refer to; see `Settings`."""
-        if self.block is not None:
-            return frozenset({"curvature", "momentum"})
-        return frozenset({"momentum"} if self.first_order == "sgd" else ())
+    def learning_rate_rule(self, settings: Settings) -> rules.LearningRateRule:
+        """How the learning rate of a preconditioned weight scales with the width under the norm control in use."""
+        grafted = {"spectral": rules.NONE, "graft_adam": rules.ADAM, "graft_sgd": rules.SGD}
+        return grafted.get(settings.norm_control) or self.lr_rule(settings)
 
+    def settings(self, given: Mapping[str, Any], **aliases: str) -> Settings:
+        """What was given, then this method's defaults under the norm control in use, then those of `Settings`.
+
+        Args:
+            given: what the user asked for; None means "not given".
+            aliases: other spellings of a setting, alias to name.
+
+        Raises:
+            ConfigurationError: an unknown name, a value out of range, or a setting that this method would ignore.
+        """
+        norm_control = given.get("norm_control") or self.defaults.get("norm_control", "spectral")
+        defaults = {**self.defaults, **self.defaults_under.get(norm_control, {})}
+        return resolve(self.name, self.uses, defaults, given, **aliases)
+
+
+CURVATURE = frozenset({"curvature", "momentum"})
+K_FAC = CURVATURE | {"statistics", "damping", "tokens"}
 
 # Tuned for K-FAC on configs/quickstart.yaml (docs/results.md); the others' updates have the same spectral norm.
 SPECTRAL = {"lr": 0.06, "fallback_learning_rate": 0.08}
 
 _TABLE = (
-    Method("kfac", rules.KFAC, block=KFAC, defaults=SPECTRAL),
-    Method("ekfac", rules.KFAC, block=EKFAC, damping=single_damping, defaults={**SPECTRAL, "damping": 1e-5}),
-    Method("tkfac", rules.KFAC, block=TKFAC, damping=trace_restricted_damping, defaults=SPECTRAL),
-    Method("tekfac", rules.KFAC, block=TEKFAC, damping=single_damping, defaults={**SPECTRAL, "damping": 1e-5}),
-    Method("foof", rules.FOOF, block=FOOF, defaults=SPECTRAL),
+    Method(
+        "kfac",
+        lambda s: rules.two_sided(s.exponent_a, s.exponent_b),
+        block=lambda s, site: KFAC(s.beta2, s.exponent_a, s.exponent_b),
+        uses=K_FAC | {"exponents"},
+        defaults=SPECTRAL,
+    ),
+    Method(
+        "ekfac",
+        lambda s: rules.KFAC,
+        block=lambda s, site: EKFAC(s.beta2),
+        damping=single_damping,
+        uses=K_FAC,
+        defaults={**SPECTRAL, "damping": 1e-5},
+    ),
+    Method(
+        "tkfac",
+        lambda s: rules.two_sided(s.exponent_a, s.exponent_b),
+        block=lambda s, site: TKFAC(s.beta2, s.exponent_a, s.exponent_b),
+        damping=trace_restricted_damping,
+        uses=K_FAC | {"exponents"},
+        defaults=SPECTRAL,
+    ),
+    Method(
+        "tekfac",
+        lambda s: rules.KFAC,
+        block=lambda s, site: TEKFAC(s.beta2),
+        damping=single_damping,
+        uses=K_FAC,
+        defaults={**SPECTRAL, "damping": 1e-5},
+    ),
+    Method(
+        "foof",
+        lambda s: rules.FOOF,
+        block=lambda s, site: FOOF(s.beta2),
+        uses=K_FAC,
+        defaults=SPECTRAL,
+    ),
     # Defaults are those of transformers' `adamw_torch` and `sgd`, which these names equal step for step.
-    Method("adamw", rules.ADAM, defaults={"adam_beta2": 0.999}),
-    Method("sgd", rules.SGD, first_order="sgd", defaults={"lr": 0.1, "momentum": 0.0}),
+    Method("adamw", lambda s: rules.ADAM, defaults={"adam_beta2": 0.999}),
+    Method(
+        "sgd",
+        lambda s: rules.SGD,
+        first_order="sgd",
+        uses=frozenset({"momentum"}),
+        defaults={"lr": 0.1, "momentum": 0.0},
+    ),
 )
 METHODS: dict[str, Method] = {method.name: method for method in _TABLE}
 

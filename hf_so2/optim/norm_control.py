@@ -3,77 +3,95 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from hf_so2.curvature import State
 from hf_so2.linalg import spectral_norm
+from hf_so2.optim.preconditioned import LayerUpdate, NormControl
+from hf_so2.optim.settings import Settings
 
 # A cold start has to find the leading directions, a warm one only to follow them from one step to the next. Measured on
 # Llamas of width 32 to 256 this is 0.1 % off on average; four iterations of one vector were 1.5 % off, at times 30.
 COLD_ITERATIONS, WARM_ITERATIONS, DIRECTIONS = 8, 3, 16
 
 
-@dataclass
-class LayerUpdate:
-    """One layer's step in the making.
-
-    Args:
-        weight: (fan_out, fan_in) view of the parameter.
-        moment: G, the averaged gradient that was preconditioned, (fan_out, fan_in).
-        update: P(G), (fan_out, fan_in); scaled in place by norm control.
-        lr: learning rate, width multiplier and schedule included.
-        state: the layer's state; norm control keeps its own tensors beside the block's.
-    """
-
-    weight: Tensor
-    moment: Tensor
-    update: Tensor
-    lr: float
-    weight_decay: float
-    state: State
-
-
-def unchanged(updates: Sequence[LayerUpdate], bound: float) -> None:
+def unchanged(updates: Sequence[LayerUpdate], settings: Settings) -> None:
     """Leave the updates as the method made them."""
 
 
-def kl_clip(updates: Sequence[LayerUpdate], bound: float) -> None:
+def kl_clip(updates: Sequence[LayerUpdate], settings: Settings) -> None:
     """One factor for the whole model: `ν = min(1, sqrt(κ / Σ_l lr_l² <P(G_l), G_l>))`.
 
     `Σ lr² <P(G), G>` estimates twice the KL divergence of the step; κ is free of the width (Osawa et al. 2020,
     arXiv 2002.06015, after Ba et al. 2017).
     """
     if updates:
-        divergence = torch.stack([u.lr**2 * (u.update * u.moment).sum() for u in updates]).sum()
+        divergence = torch.stack([u.group["lr"] ** 2 * (u.update * u.moment).sum() for u in updates]).sum()
         # `clamp` guards against a tiny negative sum of round-off; an infinite ratio means ν = 1.
-        factor = torch.sqrt(bound / divergence.clamp(min=0)).clamp(max=1.0)
+        factor = torch.sqrt(settings.kl_clip / divergence.clamp(min=0)).clamp(max=1.0)
         for u in updates:
             u.update.mul_(factor)
 
 
-def spectral(updates: Sequence[LayerUpdate], bound: float) -> None:
+def spectral(updates: Sequence[LayerUpdate], settings: Settings) -> None:
     """Every update gets the spectral norm `sqrt(fan_out/fan_in)` (Qiu et al. 2025, arXiv 2512.05620).
 
     The target holds μP's width scaling, so no learning-rate multiplier is applied besides. An update of zero stays
     zero.
     """
     for u in updates:
-        if "leading_directions" in u.state:
-            start, iterations = u.state["leading_directions"], WARM_ITERATIONS
+        target = math.sqrt(u.update.shape[0] / u.update.shape[1])
+        if u.layer.block.orthogonal:
+            u.update.mul_(target)
+            continue
+        state = u.layer.state
+        if "leading_directions" in state:
+            start, iterations = state["leading_directions"], WARM_ITERATIONS
         else:
             fan_in = u.update.shape[1]
             start, iterations = u.update.new_zeros(fan_in, min(DIRECTIONS, *u.update.shape)), COLD_ITERATIONS
-        norm, u.state["leading_directions"] = spectral_norm(u.update, start, iterations)
-        target = math.sqrt(u.update.shape[0] / u.update.shape[1])
-        u.update.mul_(torch.where(norm > 0, target / norm, torch.zeros_like(norm)))
+        norm, state["leading_directions"] = spectral_norm(u.update, start, iterations)
+        u.update.mul_(_ratio(target, norm))
 
 
-NORM_CONTROLS: dict[str, Callable[[Sequence[LayerUpdate], float], None]] = {
+def graft_sgd(updates: Sequence[LayerUpdate], settings: Settings) -> None:
+    """Every update gets the Frobenius norm of SGD's with the same momentum."""
+    for u in updates:
+        _graft(u, torch.linalg.vector_norm(u.moment))
+
+
+def graft_adam(updates: Sequence[LayerUpdate], settings: Settings) -> None:
+    """Every update gets the Frobenius norm of Adam's (Agarwal et al. 2020, arXiv 2002.11803; Anil et al. 2020,
+    arXiv 2002.09018): same momentum, the group's second beta and epsilon, both moments bias-corrected.
+    """
+    for u in updates:
+        (_, beta2), state, steps = u.group["betas"], u.layer.state, u.layer.steps
+        if "graft_second_moment" not in state:
+            state["graft_second_moment"] = torch.zeros_like(u.gradient, memory_format=torch.contiguous_format)
+        second = state["graft_second_moment"]
+        second.lerp_(u.gradient.square(), 1 - beta2)
+        first = u.moment
+        if settings.momentum_order == "before" and not u.layer.block.corrects_momentum:
+            first = first / (1 - settings.momentum**steps)
+        adam = first / ((second / (1 - beta2**steps)).sqrt() + u.group["eps"])
+        _graft(u, torch.linalg.vector_norm(adam))
+
+
+def _graft(u: LayerUpdate, norm: Tensor) -> None:
+    u.update.mul_(_ratio(norm, torch.linalg.vector_norm(u.update)))
+
+
+def _ratio(target: Tensor | float, norm: Tensor) -> Tensor:
+    """`target / norm`; an update of zero stays zero."""
+    return torch.where(norm > 0, target / norm, torch.zeros_like(norm))
+
+
+NORM_CONTROLS: dict[str, NormControl] = {
     "none": unchanged,
     "kl_clip": kl_clip,
+    "graft_adam": graft_adam,
+    "graft_sgd": graft_sgd,
     "spectral": spectral,
 }

@@ -15,7 +15,8 @@ from torch import Tensor
 from hf_so2.errors import TrainingDivergedError
 from hf_so2.optim.coverage import CoverageReport
 from hf_so2.optim.fallback import adamw_step, sgd_step
-from hf_so2.optim.norm_control import NORM_CONTROLS, LayerUpdate
+from hf_so2.optim.norm_control import NORM_CONTROLS
+from hf_so2.optim.preconditioned import layer_update
 from hf_so2.optim.schedule import due
 from hf_so2.optim.settings import Settings
 from hf_so2.optim.statistics import Curvature
@@ -72,7 +73,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
 
     @property
     def capturing(self) -> bool:
-        """Whether the coming step updates the curvature statistics; `announce` is of use only then."""
+        """Whether the coming step captures tokens for the curvature statistics; `announce` is of use only then."""
         return self.curvature is not None and self.curvature.capture.enabled
 
     def announce(self, tokens: int | Tensor, gradient_scale: float | Tensor, row_mask: Tensor | None = None) -> None:
@@ -139,39 +140,35 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         if self.curvature is None:
             return
         if due(self.steps, self.settings.factor_update_steps):
+            gradients: dict[str, Tensor] = {}
             for group in self.param_groups:
                 for name, parameter in zip(group["param_names"], group["params"], strict=True):
                     if name in self.curvature.layers:
-                        self.curvature.layers[name].move_to(parameter.device)
-            self.curvature.update()
+                        layer = self.curvature.layers[name]
+                        layer.move_to(parameter.device)
+                        if parameter.grad is not None:
+                            gradients[name] = layer.adapter.matrix(parameter.grad)
+            self.curvature.update(gradients)
         if due(self.steps, self.settings.preconditioner_update_steps):
             self.curvature.refresh()
 
     def _schedule_capture(self) -> None:
         if self.curvature is not None:
-            self.curvature.capture.enabled = due(self.steps + 1, self.settings.factor_update_steps)
+            self.curvature.capture.enabled = self.curvature.sees_tokens and due(
+                self.steps + 1, self.settings.factor_update_steps
+            )
 
     def _apply_second_order(self) -> None:
         if self.curvature is None:
             return
-        updates = [self._layer_update(*entry) for entry in self._parameters(second_order=True)]
-        NORM_CONTROLS[self.settings.norm_control](updates, self.settings.kl_clip)
-        for u in updates:
-            u.weight.mul_(1 - u.lr * u.weight_decay)
-            u.weight.sub_(u.update.to(u.weight.dtype), alpha=u.lr)
-
-    def _layer_update(self, group: dict[str, Any], name: str, parameter: Tensor) -> LayerUpdate:
-        assert self.curvature is not None
-        assert parameter.grad is not None
-        layer, state = self.curvature.layers[name], self.state[parameter]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(parameter)
-        moment = state["momentum_buffer"]
-        moment.lerp_(parameter.grad.to(moment.dtype), 1 - self.settings.momentum)
-        gradient = layer.adapter.matrix(moment).to(layer.state["weight"].dtype)
-        update = self.curvature.block.precondition(layer.state, gradient)
-        weight = layer.adapter.matrix(parameter)
-        return LayerUpdate(weight, gradient, update, group["lr"], group["weight_decay"], layer.state)
+        updates = [
+            layer_update(layer, group, parameter, self.state[parameter], self.settings)
+            for group, name, parameter in self._parameters(second_order=True)
+            if not (layer := self.curvature.layers[name]).building
+        ]
+        NORM_CONTROLS[self.settings.norm_control](updates, self.settings)
+        for update in updates:
+            update.apply()
 
     def _apply_first_order(self) -> None:
         for group in self.param_groups:

@@ -12,7 +12,6 @@ from typing import Any
 
 from hf_so2.damping import RULES
 from hf_so2.errors import ConfigurationError
-from hf_so2.optim.norm_control import NORM_CONTROLS
 from hf_so2.spelling import did_you_mean
 
 Check = tuple[Callable[[Any], bool], str]
@@ -20,6 +19,7 @@ Check = tuple[Callable[[Any], bool], str]
 POSITIVE: Check = (lambda x: _is_number(x) and x > 0, "must be a number above 0")
 NOT_NEGATIVE: Check = (lambda x: _is_number(x) and x >= 0, "must be a number of at least 0")
 FRACTION: Check = (lambda x: _is_number(x) and 0 <= x < 1, "must be a number in [0, 1)")
+FLAG: Check = (lambda x: isinstance(x, bool), "must be true or false")
 COUNT: Check = (lambda x: _is_integer(x) and x >= 1, "must be a whole number of at least 1")
 
 
@@ -72,27 +72,38 @@ class Settings:
     momentum: float = setting(
         0.9, FRACTION, "Decay of the moving average of gradients that is preconditioned.", "momentum"
     )
-    beta2: float = setting(0.95, FRACTION, "Decay of the moving average of curvature statistics.", "curvature")
+    momentum_order: str = setting(
+        "before", one_of(("before", "after")), "Whether gradients are averaged before they are preconditioned, or what"
+        " comes out of it.", "curvature"
+    )  # fmt: skip
+    nesterov: bool = setting(False, FLAG, "Nesterov's momentum: preconditions the average one step ahead.", "curvature")
+    beta2: float = setting(0.95, FRACTION, "Decay of the moving average of curvature statistics.", "statistics")
+    exponent_a: float = setting(
+        1.0, POSITIVE, "Exponent of the inverse of the damped input factor A; 1 is K-FAC, 0.5 its square root.",
+        "exponents"
+    )  # fmt: skip
+    exponent_b: float = setting(1.0, POSITIVE, "Exponent of the inverse of the damped output factor B.", "exponents")
     damping: float = setting(
         1e-3,
         POSITIVE,
         "Damping strength ε, at the base width; its unit depends on `damping_rule`.",
-        "curvature",
+        "damping",
     )
     damping_rule: str = setting(
         "trace", one_of(RULES), "How damping follows the factors: trace (ε·tr X), trace_mean (ε·tr X/dim), spectral"
-        " (ε·λ_max), pi (Martens and Grosse), constant (ε times the width multiplier).", "curvature"
+        " (ε·λ_max), pi (Martens and Grosse), constant (ε times the width multiplier).", "damping"
     )  # fmt: skip
-    factor_update_steps: int = setting(1, COUNT, "Steps between updates of the curvature statistics.", "curvature")
+    factor_update_steps: int = setting(1, COUNT, "Steps between updates of the curvature statistics.", "statistics")
     preconditioner_update_steps: int = setting(
         10,
         COUNT,
         "Steps between refreshes of the preconditioners (early ones besides, at steps 1, 2, 4, 7).",
-        "curvature",
+        "statistics",
     )
     norm_control: str = setting(
-        "spectral", one_of(NORM_CONTROLS), "What fixes the size of a preconditioned update: none, kl_clip (one factor"
-        " for the whole model) or spectral (spectral norm sqrt(fan_out/fan_in) per layer).", "curvature"
+        "spectral", one_of(("none", "kl_clip", "graft_adam", "graft_sgd", "spectral")), "What fixes the size of a"
+        " preconditioned update: none, kl_clip (one factor for the whole model), graft_adam and graft_sgd (the norm of"
+        " Adam's or SGD's update per layer) or spectral (spectral norm sqrt(fan_out/fan_in) per layer).", "curvature"
     )  # fmt: skip
     kl_clip: float = setting(
         1e-2,
@@ -120,6 +131,17 @@ class Settings:
         object.__setattr__(self, "skip_modules", tuple(self.skip_modules))
 
 
+# What to say where a setting needs a part that the chosen method lacks.
+INSTEAD = {
+    "momentum": "a method with momentum",
+    "curvature": "a method with curvature",
+    "statistics": "a method with curvature statistics",
+    "damping": "a method with damping",
+    "tokens": "a method of the K-FAC family",
+    "exponents": "kfac or tkfac",
+    "kl_clip": "norm_control='kl_clip'",
+}
+
 SETTING_NAMES = tuple(entry.name for entry in fields(Settings))
 
 
@@ -130,7 +152,7 @@ def resolve(
 
     Args:
         method: the optimizer's name, for messages.
-        uses: the parts that the method has (`curvature`, `momentum`).
+        uses: the parts that the method has, as in the fields' `needs`.
         defaults: the method's own defaults.
         given: what the user asked for; None means "not given".
         aliases: other spellings of a setting, alias to name.
@@ -154,6 +176,7 @@ def resolve(
     for entry in fields(Settings):
         needs = entry.metadata["needs"]
         if entry.name in asked and needs and needs not in parts:
-            instead = "norm_control='kl_clip'" if needs == "kl_clip" else f"a method with {needs}"
-            raise ConfigurationError(entry.name, asked[entry.name], f"has no effect on {method}; it needs {instead}")
+            raise ConfigurationError(
+                entry.name, asked[entry.name], f"has no effect on {method}; it needs {INSTEAD[needs]}"
+            )
     return settings

@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from hf_so2.curvature import CurvatureBlock, State
+from hf_so2.curvature import CurvatureBlock, GradientBlock, State, TokenBlock
 from hf_so2.damping import Damping
 from hf_so2.distributed import assign, send_from_owners, sum_over_ranks, world
 from hf_so2.errors import TrainingDivergedError
@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 # diverged run, and going on would hide it.
 MAX_FAILURES_IN_A_ROW = 10
 
+# What a layer counts and a checkpoint keeps.
+COUNTERS = ("updates", "refreshes", "failures", "steps")
+
 
 @dataclass
 class Layer:
@@ -32,26 +35,37 @@ class Layer:
     Args:
         name: qualified name of the parameter.
         shape: (fan_out, fan_in).
+        block: its curvature method.
         modules: the modules whose calls use it.
         adapter: how they store it.
         damping: rule, strength and width multipliers.
         device: where the statistics live.
         dtype: float32, or float64 for a float64 weight.
         state: the block's tensors.
+        updates: how often its statistics have been updated.
         refreshes: how many preconditioners have been built; until the first, the weight is in the fallback.
         failures: how many refreshes in a row have failed.
+        steps: how many second-order updates its weight has had.
     """
 
     name: str
     shape: tuple[int, int]
+    block: CurvatureBlock
     modules: Sequence[nn.Module]
     adapter: Adapter
     damping: Damping
     device: torch.device
     dtype: torch.dtype
     state: State = field(default_factory=dict)
+    updates: int = 0
     refreshes: int = 0
     failures: int = 0
+    steps: int = 0
+
+    @property
+    def building(self) -> bool:
+        """Whether the block still builds what its first update needs (SOAP's first basis): nothing moves until then."""
+        return self.updates <= self.block.building_steps
 
     def move_to(self, device: torch.device) -> None:
         """Follow a model that was moved after its optimizer had been built."""
@@ -64,7 +78,6 @@ class Curvature:
     """The statistics and preconditioners of all layers of a model.
 
     Args:
-        block: the curvature method.
         layers: the preconditioned weights; every rank must list the same ones in the same order.
 
     Attributes:
@@ -72,34 +85,56 @@ class Curvature:
         failed_refreshes: how many times a layer kept its last preconditioner because a new one could not be computed.
     """
 
-    def __init__(self, block: CurvatureBlock, layers: Sequence[Layer]) -> None:
-        self.block = block
+    def __init__(self, layers: Sequence[Layer]) -> None:
         self.layers = {layer.name: layer for layer in layers}
         self.dropped_statistics = 0
         self.failed_refreshes = 0
         for layer in layers:
-            layer.state = block.init_state(layer.shape, layer.device, layer.dtype)
+            layer.state = layer.block.init_state(layer.shape, layer.device, layer.dtype)
+        self._of_tokens: dict[str, TokenBlock] = {}
+        self._of_gradients: dict[str, GradientBlock] = {}
+        for layer in layers:
+            if isinstance(layer.block, GradientBlock):
+                self._of_gradients[layer.name] = layer.block
+            else:
+                self._of_tokens[layer.name] = cast(TokenBlock, layer.block)
+        seen = [self.layers[name] for name in self._of_tokens]
         self.capture = Capture(
-            {layer.name: (layer.modules, layer.adapter) for layer in layers},
-            {layer.name: self._observer(layer) for layer in layers},
-            {layer.name: layer.dtype for layer in layers},
+            {layer.name: (layer.modules, layer.adapter) for layer in seen},
+            {layer.name: self._observer(layer, self._of_tokens[layer.name]) for layer in seen},
+            {layer.name: layer.dtype for layer in seen},
         )
 
-    def _observer(self, layer: Layer) -> Callable[[Tensor, Tensor], State]:
+    @property
+    def sees_tokens(self) -> bool:
+        """Whether any layer needs the inputs and output gradients of its tokens."""
+        return bool(self._of_tokens)
+
+    @staticmethod
+    def _observer(layer: Layer, block: TokenBlock) -> Callable[[Tensor, Tensor], State]:
         def observe(inputs: Tensor, gradients: Tensor) -> State:
             layer.move_to(inputs.device)
-            return self.block.observe(layer.state, inputs, gradients)
+            return block.observe(layer.state, inputs, gradients)
 
         return observe
 
-    def update(self) -> None:
-        """Move the running averages by what was captured since the last step, on all ranks."""
-        captured, tokens = self.capture.take()
-        observations = self._means(captured, tokens)
+    def update(self, gradients: Mapping[str, Tensor]) -> None:
+        """Move the running averages by what was captured since the last step, on all ranks, and by its gradients.
+
+        Args:
+            gradients: by name of the parameter, (fan_out, fan_in), the same on all ranks; of those that have one.
+        """
+        observations = self._means(*self.capture.take())
+        for name, block in self._of_gradients.items():
+            if name in gradients:
+                layer = self.layers[name]
+                observations[name] = block.observe_gradient(layer.state, gradients[name].to(layer.dtype))
         finite = _are_finite(list(observations.values()))
         for (name, observation), good in zip(observations.items(), finite, strict=True):
+            layer = self.layers[name]
             if good:
-                self.block.update(self.layers[name].state, observation)
+                layer.block.update(layer.state, observation)
+                layer.updates += 1
             else:
                 self.dropped_statistics += 1
                 logger.warning("%s: the statistics of this step are not finite and were left out", name)
@@ -110,7 +145,7 @@ class Curvature:
         Raises:
             TrainingDivergedError: a layer has failed `MAX_FAILURES_IN_A_ROW` times in a row; on every rank alike.
         """
-        due = [layer for layer in self.layers.values() if bool(layer.state["weight"] > 0)]
+        due = [layer for layer in self.layers.values() if layer.updates]
         rank, ranks = world()
         # Both factors are decomposed at cubic cost, whatever the method.
         owners = assign({layer.name: sum(dim**3 for dim in layer.shape) for layer in due}, ranks)
@@ -119,14 +154,14 @@ class Curvature:
         if due:
             failed = failed.to(due[0].device)
             sum_over_ranks([failed])
-        send_from_owners([(layer.state[k], owners[layer.name]) for layer in due for k in self.block.refreshed])
+        send_from_owners([(layer.state[k], owners[layer.name]) for layer in due for k in layer.block.refreshed])
         for layer, has_failed in zip(due, failed.tolist(), strict=True):
             self._count(layer, errors.get(layer.name) or "on another rank" if has_failed else None)
 
     def _refresh(self, layer: Layer) -> str | None:
         """Rebuild one preconditioner; what went wrong, if anything did."""
         try:
-            self.block.refresh(layer.state, layer.damping)
+            layer.block.refresh(layer.state, layer.damping)
         except DecompositionError as error:
             return str(error)
         return None
@@ -152,14 +187,15 @@ class Curvature:
         the capture has undone it already; otherwise N is the number of rows that the layer saw.
         """
         packed: dict[str, tuple[State, Tensor, Tensor]] = {}
-        for name, layer in self.layers.items():
+        for name, block in self._of_tokens.items():
+            layer, statistics = self.layers[name], block.statistics
             seen = captured.get(name) or LayerSums()
             # Clones: `tokens` is one number for all layers, and the in-place sum would add it up once per layer.
             rows = torch.as_tensor(seen.rows, device=layer.device, dtype=torch.int64).clone()
             count = torch.as_tensor(rows if tokens is None else tokens, device=layer.device, dtype=torch.int64).clone()
-            sums = seen.sums or {key: torch.zeros_like(layer.state[key]) for key in self.block.statistics}
+            sums = seen.sums or {key: torch.zeros_like(layer.state[key]) for key in statistics}
             if tokens is None:
-                for key, statistic in self.block.statistics.items():
+                for key, statistic in statistics.items():
                     sums[key] = sums[key] * rows**statistic.gradient_degree
             packed[name] = sums, rows, count
         sum_over_ranks([t for sums, rows, count in packed.values() for t in (*sums.values(), rows, count)])
@@ -167,7 +203,8 @@ class Curvature:
         for name, (sums, rows, count) in packed.items():
             if bool(rows > 0):
                 divisors = {"rows": rows, "tokens": count.clamp(min=1)}
-                means[name] = {key: sums[key] / divisors[s.per] for key, s in self.block.statistics.items()}
+                statistics = self._of_tokens[name].statistics
+                means[name] = {key: sums[key] / divisors[s.per] for key, s in statistics.items()}
         return means
 
     def state_dict(self) -> dict[str, Any]:
@@ -176,7 +213,7 @@ class Curvature:
             "dropped_statistics": self.dropped_statistics,
             "failed_refreshes": self.failed_refreshes,
             "layers": {
-                name: {"refreshes": layer.refreshes, "failures": layer.failures, "state": dict(layer.state)}
+                name: {**{key: getattr(layer, key) for key in COUNTERS}, "state": dict(layer.state)}
                 for name, layer in self.layers.items()
             },
         }
@@ -193,12 +230,13 @@ class Curvature:
             raise ValueError(f"the saved curvature is of other layers than the model's: {', '.join(odd[:5])}")
         for name, entry in saved.items():
             layer = self.layers[name]
-            for key, expected in self.block.init_state(layer.shape, torch.device("meta"), layer.dtype).items():
+            for key, expected in layer.block.init_state(layer.shape, torch.device("meta"), layer.dtype).items():
                 shape = entry["state"][key].shape if key in entry["state"] else None
                 if shape != expected.shape:
                     raise ValueError(f"{name}: saved {key} has shape {shape}, expected {expected.shape}")
             layer.state = {key: value.to(layer.device, layer.dtype, copy=True) for key, value in entry["state"].items()}
-            layer.refreshes, layer.failures = int(entry["refreshes"]), int(entry["failures"])
+            for key in COUNTERS:
+                setattr(layer, key, int(entry[key]))
         self.dropped_statistics = int(state["dropped_statistics"])
         self.failed_refreshes = int(state["failed_refreshes"])
         self.capture.discard()
@@ -208,6 +246,6 @@ def _are_finite(observations: Sequence[State]) -> list[bool]:
     """One answer per observation, with one transfer to the host for all of them."""
     if not observations:
         return []
-    totals = [torch.stack([value.sum() for value in observation.values()]).sum() for observation in observations]
+    totals = [torch.stack([value.sum() for value in o.values()]).sum() if o else torch.zeros(()) for o in observations]
     flags: list[bool] = torch.isfinite(torch.stack(totals)).tolist()
     return flags

@@ -135,7 +135,7 @@ def test_tkfac_keeps_the_trace_of_the_exact_block(case: Case) -> None:
 def test_preconditioner_is_the_inverse_of_the_damped_dense_block(case: Case, name: str) -> None:
     optimizer = stand_still(name, case.model, case.batch, damping=RHO)
     for layer, block in list(case.blocks.items())[:8]:
-        state = optimizer.curvature.layers[layer].state
+        method, state = optimizer.curvature.layers[layer].block, optimizer.curvature.layers[layer].state
         a, b = case.factors[layer].a.numpy(), case.factors[layer].b.numpy()
         phi, psi, tau = block.trace_restricted
         if name == "kfac":
@@ -148,9 +148,9 @@ def test_preconditioner_is_the_inverse_of_the_damped_dense_block(case: Case, nam
             basis = np.kron(state["B_basis"].numpy(), state["A_basis"].numpy())
             diagonal = (basis.T @ block.fisher @ basis).diagonal()
             damped = basis @ np.diag(diagonal + RHO) @ basis.T
-        actual = dense_preconditioner(optimizer.curvature.block, state, block.shape)
+        actual = dense_preconditioner(method, state, block.shape)
         assert relative(actual, np.linalg.inv(damped)) < 1e-10, layer
-        update = optimizer.curvature.block.precondition(state, torch.from_numpy(block.gradient))
+        update = method.precondition(state, torch.from_numpy(block.gradient))
         assert relative(update.numpy().ravel(), np.linalg.solve(damped, block.gradient.ravel())) < 1e-9, layer
 
 

@@ -23,7 +23,11 @@ ILLEGAL: dict[str, list[Any]] = {
     "fallback_learning_rate": POSITIVE,
     "weight_decay": NOT_NEGATIVE,
     "momentum": FRACTION,
+    "momentum_order": ["", "Before", "then", 1, None],
+    "nesterov": [0, 1, "yes", None],
     "beta2": FRACTION,
+    "exponent_a": POSITIVE,
+    "exponent_b": POSITIVE,
     "damping": POSITIVE,
     "damping_rule": ["", "Trace", "traces", 1, None],
     "factor_update_steps": COUNT,
@@ -36,7 +40,10 @@ ILLEGAL: dict[str, list[Any]] = {
     "adam_beta2": FRACTION,
     "adam_epsilon": NOT_NEGATIVE,
 }
-ALLOWED = {"damping_rule": "trace, trace_mean, spectral, pi, constant", "norm_control": "none, kl_clip, spectral"}
+ALLOWED = {
+    "damping_rule": "trace, trace_mean, spectral, pi, constant",
+    "norm_control": "none, kl_clip, graft_adam, graft_sgd, spectral",
+}
 
 
 def mlp() -> nn.Module:

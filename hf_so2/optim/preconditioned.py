@@ -1,0 +1,79 @@
+"""From a raw gradient to the update of one preconditioned weight: momentum, then curvature, or vice versa."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from hf_so2.optim.settings import Settings
+from hf_so2.optim.statistics import Layer
+
+
+@dataclass
+class LayerUpdate:
+    """One layer's step in the making.
+
+    Args:
+        layer: shape, block and state; norm control keeps its own tensors in the state, beside the block's.
+        weight: (fan_out, fan_in) view of the parameter.
+        gradient: G, the raw gradient of this step, (fan_out, fan_in), in the dtype of the statistics.
+        moment: its moving average (with `momentum_order` "after", G itself): what was preconditioned.
+        update: the step's direction, (fan_out, fan_in); scaled in place by norm control.
+        group: the parameter group: `lr` and `weight_decay` with width multipliers and schedule, Adam's constants.
+    """
+
+    layer: Layer
+    weight: Tensor
+    gradient: Tensor
+    moment: Tensor
+    update: Tensor
+    group: dict[str, Any]
+
+    def apply(self) -> None:
+        """Decoupled weight decay, then the step."""
+        self.weight.mul_(1 - self.group["lr"] * self.group["weight_decay"])
+        self.weight.sub_(self.update.to(self.weight.dtype), alpha=self.group["lr"])
+
+
+NormControl = Callable[[Sequence[LayerUpdate], Settings], None]
+
+
+def layer_update(
+    layer: Layer, group: dict[str, Any], parameter: Tensor, state: dict[str, Any], settings: Settings
+) -> LayerUpdate:
+    """The update of one weight, before norm control.
+
+    Args:
+        layer: its statistics, refreshed at least once.
+        group: its parameter group.
+        parameter: with a gradient.
+        state: the optimizer's state of this parameter; its `momentum_buffer` is moved.
+        settings: momentum, its order and Nesterov's variant.
+    """
+    assert parameter.grad is not None
+    if "momentum_buffer" not in state:
+        state["momentum_buffer"] = parameter.new_zeros(parameter.shape)
+    matrix, dtype = layer.adapter.matrix, layer.dtype
+    gradient, buffer = matrix(parameter.grad).to(dtype), matrix(state["momentum_buffer"])
+    layer.steps += 1
+    if settings.momentum_order == "after":
+        moment = gradient
+        # A copy, since norm control works in place and the average may be the buffer itself.
+        update = _averaged(layer.block.precondition(layer.state, gradient), buffer, layer, settings).clone()
+    else:
+        moment = _averaged(gradient, buffer, layer, settings)
+        update = layer.block.precondition(layer.state, moment)
+    return LayerUpdate(layer, matrix(parameter), gradient, moment, update, group)
+
+
+def _averaged(value: Tensor, buffer: Tensor, layer: Layer, settings: Settings) -> Tensor:
+    """The moving average with `value` in it; with Nesterov's momentum one step ahead, as in `torch.optim.Muon`."""
+    beta = settings.momentum
+    buffer.lerp_(value.to(buffer.dtype), 1 - beta)
+    average = buffer.to(value.dtype)
+    if settings.nesterov:
+        average = value.lerp(average, beta)
+    return average / (1 - beta**layer.steps) if layer.block.corrects_momentum else average
