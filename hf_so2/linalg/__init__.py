@@ -1,7 +1,9 @@
 """Pure functions of tensors: inverses, roots and norms. Nothing here knows of layers, optimizers or processes."""
 
+from hf_so2.linalg.basis import follow_basis, has_null_space, off_diagonal_share
 from hf_so2.linalg.eigen import eigenspace_mean, eigh, largest_eigenvalue
 from hf_so2.linalg.errors import DecompositionError
+from hf_so2.linalg.newton import newton_root
 from hf_so2.linalg.power_iteration import spectral_norm
 from hf_so2.linalg.roots import damped_inverse, damped_root
 
@@ -11,6 +13,10 @@ __all__ = [
     "damped_root",
     "eigenspace_mean",
     "eigh",
+    "follow_basis",
+    "has_null_space",
     "largest_eigenvalue",
+    "newton_root",
+    "off_diagonal_share",
     "spectral_norm",
 ]

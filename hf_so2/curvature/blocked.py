@@ -1,0 +1,101 @@
+"""Blocks of a matrix that is too large to precondition as a whole, each with a preconditioner of its own."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_so2.curvature.base import GradientBlock, State
+from hf_so2.damping import Damping
+
+
+@dataclass(frozen=True)
+class Blocked(GradientBlock):
+    """A method that sees gradients, applied to each block of a grid over the matrix (Anil et al. 2020,
+    arXiv 2002.09018, section 3).
+
+    A dimension n above `size` is cut into `⌈n / size⌉` parts whose lengths differ by at most one, so that there is no
+    small leftover whose factors would be noise; one that fits is not cut. With a single block this is `block` itself.
+
+    Each block is damped by its own factors. Blocks of orthogonal updates do not make an orthogonal update, so that the
+    size of the whole is left to norm control.
+
+    State: that of every block under `<row>.<column>/<name>`, and `weight`, which is the same in all of them.
+
+    Args:
+        block: the method; its observations must be of gradients only, since a K-FAC factor belongs to a row or a column
+            of the grid rather than to a block.
+        size: the largest dimension of a block, ≥ 1.
+        shape: (fan_out, fan_in) of the matrix.
+    """
+
+    block: GradientBlock
+    size: int
+    shape: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        for name in ("building_steps", "corrects_momentum"):
+            object.__setattr__(self, name, getattr(self.block, name))
+
+    def init_state(self, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> State:
+        state = {"weight": torch.zeros((), device=device, dtype=dtype)}
+        for prefix, part in self._cut(torch.empty(shape, device="meta")):
+            own = self.block.init_state((part.shape[0], part.shape[1]), device, dtype)
+            state |= {prefix + name: value for name, value in own.items()}
+        return state
+
+    def observe_gradient(self, state: State, gradient: Tensor) -> State:
+        return {
+            prefix + name: value
+            for prefix, part in self._cut(gradient)
+            for name, value in self.block.observe_gradient(_of(state, prefix), part).items()
+        }
+
+    def update(self, state: State, observation: State) -> None:
+        for prefix in self._prefixes():
+            self.block.update(_of(state, prefix), _of(observation, prefix))
+        state["weight"].copy_(state[f"{next(self._prefixes())}weight"])
+
+    def refresh(self, state: State, damping: Damping) -> None:
+        # All blocks before any is stored: a failure of the last must not leave the first ones new.
+        fresh: State = {}
+        for prefix in self._prefixes():
+            own = _of(state, prefix)
+            own |= {name: own[name].clone() for name in self.block.refreshed}
+            self.block.refresh(own, damping)
+            fresh |= {prefix + name: own[name] for name in self.block.refreshed}
+        for name, value in fresh.items():
+            state[name].copy_(value)
+
+    @property
+    def refreshed(self) -> list[str]:
+        return [prefix + name for prefix in self._prefixes() for name in self.block.refreshed]
+
+    def precondition(self, state: State, gradient: Tensor) -> Tensor:
+        rows = []
+        for _, row in itertools.groupby(self._cut(gradient), key=lambda entry: entry[0].split(".")[0]):
+            parts = [self.block.precondition(_of(state, prefix), part) for prefix, part in row]
+            rows.append(torch.cat(parts, dim=1))
+        return torch.cat(rows)
+
+    def _prefixes(self) -> Iterator[str]:
+        rows, columns = (range(self._parts(length)) for length in self.shape)
+        return (f"{row}.{column}/" for row in rows for column in columns)
+
+    def _parts(self, length: int) -> int:
+        return -(-length // self.size)
+
+    def _cut(self, matrix: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """The blocks of a matrix with their prefixes, row by row."""
+        rows = torch.tensor_split(matrix, self._parts(self.shape[0]), dim=0)
+        parts = (part for row in rows for part in torch.tensor_split(row, self._parts(self.shape[1]), dim=1))
+        return zip(self._prefixes(), parts, strict=True)
+
+
+def _of(state: State, prefix: str) -> State:
+    """The tensors of one block, under the block's own names; they share the memory of the whole."""
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

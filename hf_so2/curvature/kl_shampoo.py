@@ -1,0 +1,69 @@
+"""KL-Shampoo: the Kronecker factors closest to the gradient's second moment in KL divergence (Lin et al. 2025).
+
+arXiv 2509.03378.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_so2.curvature import sides as two_sided
+from hf_so2.curvature.base import GradientBlock, State, update_averages
+from hf_so2.damping import Damping
+from hf_so2.linalg import damped_root
+
+
+@dataclass(frozen=True)
+class KLShampoo(GradientBlock):
+    """`P(G) = (L + ρ_L I)^-½ G (R + ρ_R I)^-½`, where each factor is whitened by the other before it is averaged.
+
+    `L ← EMA(G R^-1 Gᵀ / fan_in)`, `R ← EMA(Gᵀ L^-1 G / fan_out)`: the fixed point minimises
+    `KL(N(0, E[g gᵀ]) ‖ N(0, L ⊗ R))`. The inverses are those of the damped factors of the last refresh, and the
+    identity before the first. A side that is left out is the identity throughout, which makes this one-sided Shampoo
+    up to the constant that it divides by.
+
+    State: the averages `L` (fan_out, fan_out), `R` (fan_in, fan_in), uncorrected, with `weight`, the running average of
+    1; `L_root` and `R_root`, the inverse square roots of the damped factors.
+
+    Args:
+        beta: decay of the running averages, in [0, 1).
+        sides: which of `L` and `R` there are.
+    """
+
+    beta: float
+    sides: frozenset[str] = two_sided.BOTH
+
+    def init_state(self, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> State:
+        state = two_sided.square_states(shape, self.sides, device, dtype)
+        for side in self.sides:
+            state[f"{side}_root"] = torch.eye(len(state[side]), device=device, dtype=dtype)
+        return state
+
+    def observe_gradient(self, state: State, gradient: Tensor) -> State:
+        roots = two_sided.suffixed(state, "_root")
+        observation = {}
+        for side in self.sides:
+            # (G R^-½) (G R^-½)ᵀ is positive semi-definite by construction, G R^-1 Gᵀ is not.
+            whitened = two_sided.apply({other: root for other, root in roots.items() if other != side}, gradient)
+            observation[side] = two_sided.gram(whitened, side) / gradient.shape[1 if side == "L" else 0]
+        return observation
+
+    def update(self, state: State, observation: State) -> None:
+        update_averages(state, observation, self.beta)
+
+    def refresh(self, state: State, damping: Damping) -> None:
+        factors = two_sided.damped_factors(state, self.sides, damping)
+        # All roots before any is stored: a failure of the second must not leave the first one new.
+        roots = {side: damped_root(factor, rho, 0.5) for side, (factor, rho) in factors.items()}
+        for side, root in roots.items():
+            state[f"{side}_root"].copy_(root)
+
+    @property
+    def refreshed(self) -> list[str]:
+        return [f"{side}_root" for side in sorted(self.sides)]
+
+    def precondition(self, state: State, gradient: Tensor) -> Tensor:
+        return two_sided.apply(two_sided.suffixed(state, "_root"), gradient)

@@ -1,0 +1,61 @@
+"""Muon: the averaged gradient with all singular values set to about one (Jordan 2024).
+
+https://kellerjordan.github.io/posts/muon/
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim import _muon as torch_muon
+
+from hf_so2.curvature.base import GradientBlock, State
+from hf_so2.damping import Damping
+
+COEFFICIENTS = (torch_muon.DEFAULT_A, torch_muon.DEFAULT_B, torch_muon.DEFAULT_C)
+
+
+@dataclass(frozen=True)
+class Muon(GradientBlock):
+    """`P(G) = U Vᵀ` for `G = U Σ Vᵀ`, approximately: torch's own Newton-Schulz iteration, in bfloat16, which leaves
+    singular values between about 0.7 and 1.2.
+
+    There is no factor for the aspect ratio in it. torch's `original` adjustment of the learning rate,
+    `√max(1, fan_out/fan_in)`, is the caller's, or the spectral norm control's own target takes its place.
+
+    State: `weight`, 0-dim, 1 once a gradient was seen. Muon averages nothing but the gradient itself.
+
+    Attributes:
+        orthogonal: the spectral norm of an update is about 1 already and needs no power iteration.
+    """
+
+    orthogonal: ClassVar[bool] = True
+
+    def init_state(self, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> State:
+        return {"weight": torch.zeros((), device=device, dtype=dtype)}
+
+    def observe_gradient(self, state: State, gradient: Tensor) -> State:
+        return {}
+
+    def update(self, state: State, observation: State) -> None:
+        state["weight"].fill_(1)
+
+    def refresh(self, state: State, damping: Damping) -> None:
+        """Nothing is kept between steps."""
+
+    @property
+    def refreshed(self) -> list[str]:
+        return []
+
+    def precondition(self, state: State, gradient: Tensor) -> Tensor:
+        # A power of two, so that not a bit of the result depends on it: torch divides by a sum of squares, which leaves
+        # the range for gradients that do not, and by no less than its ε, which would shrink small ones.
+        exponent = torch.frexp(gradient.abs().amax()).exponent.clamp(-126, 126)
+        unit = torch.ldexp(gradient, -exponent)
+        orthogonal = torch_muon._zeropower_via_newtonschulz(
+            unit, COEFFICIENTS, torch_muon.DEFAULT_NS_STEPS, torch_muon.EPS
+        )
+        return orthogonal.to(gradient.dtype)

@@ -1,0 +1,98 @@
+"""Shampoo: second moments of the gradient matrix on either side of it (Gupta et al. 2018, arXiv 1802.09568)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_so2.curvature import sides as two_sided
+from hf_so2.curvature.base import GradientBlock, State, update_averages
+from hf_so2.damping import Damping
+from hf_so2.errors import ConfigurationError
+from hf_so2.linalg import damped_root, newton_root
+
+
+@dataclass(frozen=True)
+class Shampoo(GradientBlock):
+    """`P(G) = (L + ρ_L I)^-p G (R + ρ_R I)^-p` with `L ← EMA(G Gᵀ)`, `R ← EMA(Gᵀ G)`.
+
+    p = ¼ is the original. p = ½ times `√tr(L)` is the square root of the best Kronecker approximation of `E[g gᵀ]`,
+    `L ⊗ R / tr(L)` (Morwani et al. 2024, arXiv 2406.17748); like p = ¼ it is free of the gradient's scale.
+
+    With one side left out, p is ½ on the other, whatever `exponent` says, and nothing is normalised. The exponents of
+    the sides have to add up to ½ for Shampoo's regret bound (Anil et al. 2020, arXiv 2002.09018, who do so for
+    embeddings and heads), and `I ⊗ R` approximates `E[g gᵀ]` up to a constant, which has the same root (An et al. 2025,
+    arXiv 2503.20762; Xie et al. 2025, arXiv 2503.10537). So this too is free of the gradient's scale.
+
+    State: the averages `L` (fan_out, fan_out), `R` (fan_in, fan_in), uncorrected, with `weight`, the running average of
+    1; `L_root` and `R_root`, the powers of the damped factors, a trace normalisation included in `L_root`.
+
+    Args:
+        beta: decay of the running averages, in [0, 1); of no effect for sums.
+        exponent: p, ¼ or ½.
+        normalized: multiply by `√tr(L)`; with p = ½ only.
+        accumulate: `ema`, a bias-corrected running average, or `sum`, the sum over all steps as in AdaGrad.
+        sides: which of `L` and `R` there are.
+        root: `eigen`, by eigendecomposition, or `newton`, by the coupled Newton iteration.
+
+    Raises:
+        ConfigurationError: a combination that is not allowed.
+    """
+
+    beta: float
+    exponent: float = 0.25
+    normalized: bool = False
+    accumulate: str = "ema"
+    sides: frozenset[str] = two_sided.BOTH
+    root: str = "eigen"
+
+    def __post_init__(self) -> None:
+        if self.exponent not in (0.25, 0.5):
+            raise ConfigurationError("exponent", self.exponent, "must be 0.25 or 0.5")
+        if self.normalized and self.exponent != 0.5:
+            raise ConfigurationError("normalized", True, "needs exponent=0.5; with 0.25 nothing is left to normalise")
+        if self.accumulate not in ("ema", "sum"):
+            raise ConfigurationError("accumulate", self.accumulate, "must be 'ema' or 'sum'")
+        if self.root not in ("eigen", "newton"):
+            raise ConfigurationError("root", self.root, "must be 'eigen' or 'newton'")
+
+    def init_state(self, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> State:
+        state = two_sided.square_states(shape, self.sides, device, dtype)
+        return state | {f"{side}_root": torch.zeros_like(state[side]) for side in self.sides}
+
+    def observe_gradient(self, state: State, gradient: Tensor) -> State:
+        return {side: two_sided.gram(gradient, side) for side in self.sides}
+
+    def update(self, state: State, observation: State) -> None:
+        if self.accumulate == "ema":
+            update_averages(state, observation, self.beta)
+            return
+        for side, value in observation.items():
+            state[side].add_(value)
+        state["weight"].fill_(1)  # a sum needs no bias correction
+
+    def refresh(self, state: State, damping: Damping) -> None:
+        factors = two_sided.damped_factors(state, self.sides, damping)
+        # All roots before any is stored: a failure of the second must not leave the first one new.
+        roots = {side: self._root(factor, rho) for side, (factor, rho) in factors.items()}
+        if self.normalized and self.sides == two_sided.BOTH:
+            trace = factors["L"][0].trace()
+            # A factor of zero is damped into the identity, and so is its trace.
+            roots["L"] = roots["L"] * torch.where(trace > 0, trace.sqrt(), torch.ones_like(trace))
+        for side, root in roots.items():
+            state[f"{side}_root"].copy_(root)
+
+    def _root(self, factor: Tensor, rho: Tensor) -> Tensor:
+        exponent = self.exponent if self.sides == two_sided.BOTH else 0.5
+        if self.root == "newton":
+            return newton_root(factor, rho, round(1 / exponent))
+        return damped_root(factor, rho, exponent)
+
+    @property
+    def refreshed(self) -> list[str]:
+        return [f"{side}_root" for side in sorted(self.sides)]
+
+    def precondition(self, state: State, gradient: Tensor) -> Tensor:
+        return two_sided.apply(two_sided.suffixed(state, "_root"), gradient)

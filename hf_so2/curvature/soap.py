@@ -1,0 +1,119 @@
+"""SOAP: Adam in the eigenbasis of Shampoo's factors (Vyas et al. 2024, arXiv 2409.11321)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from hf_so2.curvature import sides as two_sided
+from hf_so2.curvature.base import GradientBlock, State, corrected_average, update_average, update_averages
+from hf_so2.damping import Damping
+from hf_so2.linalg import DecompositionError, eigenspace_mean, eigh, follow_basis, has_null_space
+
+
+@dataclass(frozen=True)
+class SOAP(GradientBlock):
+    """`P(G) = U_L [ (U_Lᵀ G U_R) / (√V + ε) ] U_Rᵀ` with `V ← EMA((U_Lᵀ G U_R)²)` of each step's own gradient.
+
+    `U_L`, `U_R` are the eigenbases of `L ← EMA(G Gᵀ)` and `R ← EMA(Gᵀ G)`, decomposed at the first and at every
+    `full_every`-th refresh and followed by one QR power step at the others (algorithm 4). A basis with a null space is
+    decomposed each time: what a power step makes of arbitrary vectors is arbitrary, and another split of the same batch
+    would give another update.
+
+    When a basis moves, V moves along, as the diagonal of the old second moment in the new basis: it is permuted with
+    basis vectors that only change places, and keeps its trace. Eigenvalues that a decomposition cannot tell apart leave
+    the basis of their eigenspace open, and there V is averaged over it, as in `EKFAC`.
+
+    The first update only builds the basis, since in its own basis G is diagonal and `G/√V` would be the sign of
+    round-off: `building_steps` asks for neither momentum nor an update from it. A side that is left out keeps the
+    identity as its basis; with neither side this is Adam. Damping plays no part, ε is what is added to the denominator.
+
+    State: the averages `L` (fan_out, fan_out), `R` (fan_in, fan_in), uncorrected, with `weight`, the running average of
+    1; `L_basis`, `R_basis` and their eigenvalues `L_values`, `R_values`; `V` (fan_out, fan_in), uncorrected, with
+    `V_weight`; `refreshes`, 0-dim.
+
+    Args:
+        beta: decay of the running averages, V's too, in [0, 1).
+        eps: ε of Adam, ≥ 0, in units of the gradient.
+        full_every: a full eigendecomposition at every so many refreshes, ≥ 1.
+        tolerance: a basis stays as it is, at a refresh without a full decomposition, while the off-diagonal share of
+            its factor in it, in Frobenius norm, is at most this; 0 always moves it.
+        sides: which of `L` and `R` there are.
+    """
+
+    building_steps: ClassVar[int] = 1
+    corrects_momentum: ClassVar[bool] = True
+
+    beta: float
+    eps: float = 1e-8
+    full_every: int = 10
+    tolerance: float = 0.0
+    sides: frozenset[str] = two_sided.BOTH
+
+    def init_state(self, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> State:
+        state = two_sided.square_states(shape, self.sides, device, dtype)
+        state |= {f"{side}_basis": torch.zeros_like(state[side]) for side in self.sides}
+        state |= {f"{side}_values": torch.zeros_like(state[side][0]) for side in self.sides}
+        state |= {name: torch.zeros_like(state["weight"]) for name in ("V_weight", "refreshes")}
+        return state | {"V": torch.zeros(shape, device=device, dtype=dtype)}
+
+    def observe_gradient(self, state: State, gradient: Tensor) -> State:
+        # Before the first refresh the bases are zero, and so is this square.
+        rotated = _rotated(gradient, two_sided.suffixed(state, "_basis"))
+        return {side: two_sided.gram(gradient, side) for side in self.sides} | {"V": rotated.square()}
+
+    def update(self, state: State, observation: State) -> None:
+        update_averages(state, {side: observation[side] for side in self.sides}, self.beta)
+        update_average(state, "V", _over_eigenspaces(observation["V"], state), self.beta)
+        has_basis = (
+            (state["refreshes"] > 0).to(state["weight"].dtype) if self.sides else torch.ones_like(state["weight"])
+        )
+        update_average(state, "V_weight", has_basis, self.beta)
+
+    def refresh(self, state: State, damping: Damping) -> None:
+        is_full = bool(state["refreshes"] % self.full_every == 0)
+        moved: State = {}
+        v = state["V"]
+        for side in self.sides:
+            moved[f"{side}_values"], moved[f"{side}_basis"] = self._moved_basis(state, side, is_full)
+            overlap = (moved[f"{side}_basis"].mT @ state[f"{side}_basis"]).square()
+            v = overlap @ v if side == "L" else v @ overlap.mT
+        v = _over_eigenspaces(v, moved)
+        if not bool(torch.isfinite(v).all()):
+            raise DecompositionError(f"the second moment of a {tuple(v.shape)} block is not finite")
+        for name, value in (moved | {"V": v}).items():
+            state[name].copy_(value)
+        state["refreshes"].add_(1)
+
+    def _moved_basis(self, state: State, side: str, is_full: bool) -> tuple[Tensor, Tensor]:
+        """Eigenvalues and basis of one side for its factor of today."""
+        factor = corrected_average(state, side)
+        if is_full or has_null_space(state[f"{side}_values"]):
+            return eigh(factor)
+        return follow_basis(factor, state[f"{side}_basis"], self.tolerance)
+
+    @property
+    def refreshed(self) -> list[str]:
+        moved = [side + suffix for side in sorted(self.sides) for suffix in ("_values", "_basis")]
+        return [*moved, "V", "refreshes"]
+
+    def precondition(self, state: State, gradient: Tensor) -> Tensor:
+        """As in the class; zero until V has seen a gradient, since nothing says how long a step would be."""
+        bases = two_sided.suffixed(state, "_basis")
+        scaled = _rotated(gradient, bases) / ((state["V"] / state["V_weight"]).sqrt() + self.eps)
+        scaled = torch.where(state["V_weight"] > 0, scaled, torch.zeros_like(scaled))
+        return two_sided.apply({side: u if side == "L" else u.mT for side, u in bases.items()}, scaled)
+
+
+def _rotated(gradient: Tensor, bases: dict[str, Tensor]) -> Tensor:
+    """`U_Lᵀ G U_R`."""
+    return two_sided.apply({side: u.mT if side == "L" else u for side, u in bases.items()}, gradient)
+
+
+def _over_eigenspaces(v: Tensor, state: State) -> Tensor:
+    """V averaged over each pair of eigenspaces."""
+    means = {side: eigenspace_mean(values) for side, values in two_sided.suffixed(state, "_values").items()}
+    return two_sided.apply(means, v)
