@@ -30,7 +30,9 @@ class Treatment:
     adapter: Adapter = LINEAR
 
 
-def select(model: nn.Module, skip_modules: Sequence[str] = (), max_dim: float = math.inf) -> dict[str, Treatment]:
+def select(
+    model: nn.Module, skip_modules: Sequence[str] = (), max_dim: float = math.inf, *, one_sided: bool = False
+) -> dict[str, Treatment]:
     """Decide for every trainable parameter, by its name in `model.named_parameters()`.
 
     Weights of `Linear` and `Conv1D` modules are preconditioned, except the output head, weights tied to an embedding,
@@ -40,6 +42,7 @@ def select(model: nn.Module, skip_modules: Sequence[str] = (), max_dim: float = 
         model: any module; the head is what `get_output_embeddings()` names, where there is such a method.
         skip_modules: regular expressions searched for in qualified module names, as in PEFT's `exclude_modules`.
         max_dim: the largest fan_in or fan_out that is preconditioned.
+        one_sided: whether a weight with one dimension above `max_dim` is preconditioned on the other side alone.
 
     Raises:
         ConfigurationError: a pattern is no regular expression or matches no module that could be preconditioned.
@@ -71,8 +74,9 @@ def select(model: nn.Module, skip_modules: Sequence[str] = (), max_dim: float = 
             return Treatment(False, "the output head")
         if matched := [p.pattern for p in patterns if any(p.search(name) for name, _ in uses)]:
             return Treatment(False, f"skip_modules {matched[0]!r}")
-        if max(parameter.shape) > max_dim:
-            return Treatment(False, f"a dimension of {max(parameter.shape)} is above max_preconditioner_dim {max_dim}")
+        size = min(parameter.shape) if one_sided else max(parameter.shape)
+        if size > max_dim:
+            return Treatment(False, f"a dimension of {size} is above max_preconditioner_dim {max_dim}")
         return Treatment(True, f"weight of {_kind(modules)}", modules, adapter)
 
     return {name: decide(p) for name, p in model.named_parameters() if p.requires_grad}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -68,7 +69,8 @@ def build_from_settings(
 ) -> SecondOrderOptimizer:
     """`build_optimizer` for settings that have been checked already."""
     method, is_mup = parse_name(name)
-    treatments = select(model, resolved.skip_modules, resolved.max_preconditioner_dim)
+    limit = math.inf if resolved.block_size else resolved.max_preconditioner_dim
+    treatments = select(model, resolved.skip_modules, limit, one_sided="gradients" in method.uses)
     widths = _widths(name, model, base_config) if is_mup else {}
     if decay_parameters is None:
         decay_parameters = get_parameter_names(model, [nn.LayerNorm], NOT_DECAYED)
@@ -88,8 +90,7 @@ def build_from_settings(
         )
         layer = None
         if method.block is not None and treatment.preconditioned:
-            damping = Damping(resolved.damping_rule, resolved.damping, **method.damping(width))
-            layer = _layer(parameter_name, parameter, treatment, method, resolved, damping)
+            layer = _layer(parameter_name, parameter, treatment, method, resolved, width)
             layers.append(layer)
         report.append(
             Coverage(
@@ -152,11 +153,17 @@ def _options(
 
 
 def _layer(
-    name: str, parameter: nn.Parameter, treatment: Treatment, method: Method, settings: Settings, damping: Damping
+    name: str,
+    parameter: nn.Parameter,
+    treatment: Treatment,
+    method: Method,
+    settings: Settings,
+    width: ParameterWidth,
 ) -> Layer:
     assert method.block is not None
     fan_out, fan_in = treatment.adapter.matrix(parameter).shape
-    block = method.block(settings, Site((fan_out, fan_in)))
+    block = method.block(settings, Site((fan_out, fan_in), width))
+    damping = Damping(settings.damping_rule, settings.damping, **method.damping(width))
     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
     return Layer(name, (fan_out, fan_in), block, treatment.modules, treatment.adapter, damping, parameter.device, dtype)
 

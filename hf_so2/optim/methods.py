@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from hf_so2.curvature import EKFAC, FOOF, KFAC, TEKFAC, TKFAC, CurvatureBlock
+from hf_so2.curvature import (
+    EKFAC,
+    FOOF,
+    KFAC,
+    SOAP,
+    TEKFAC,
+    TKFAC,
+    Blocked,
+    CurvatureBlock,
+    GradientBlock,
+    KLShampoo,
+    Muon,
+    Shampoo,
+)
 from hf_so2.errors import ConfigurationError
 from hf_so2.mup import ParameterWidth, rules
 from hf_so2.optim.settings import Settings, resolve
@@ -32,15 +46,35 @@ def single_damping(width: ParameterWidth) -> Mapping[str, float]:
     return {"multiplier": rules.damping_multiplier("S", width)}
 
 
+def gradient_damping(width: ParameterWidth) -> Mapping[str, float]:
+    """`ρ_R` on Shampoo's `R` and `ρ_L` on its `L`."""
+    return {
+        "multiplier_a": rules.damping_multiplier("rho_R", width),
+        "multiplier_b": rules.damping_multiplier("rho_L", width),
+    }
+
+
 @dataclass(frozen=True)
 class Site:
     """The place of a block in the model.
 
     Args:
         shape: (fan_out, fan_in) of the weight.
+        width: its role and growth.
     """
 
     shape: tuple[int, int]
+    width: ParameterWidth
+
+    def sides(self, settings: Settings) -> frozenset[str]:
+        """The sides of a gradient that are preconditioned: those that are small enough, or cut into blocks."""
+        limit = math.inf if settings.block_size else settings.max_preconditioner_dim
+        return frozenset(side for side, dim in zip("LR", self.shape, strict=True) if dim <= limit)
+
+    def cut(self, block: GradientBlock, settings: Settings) -> GradientBlock:
+        """The block, or one for each part of a weight that is larger than `block_size`."""
+        size = settings.block_size
+        return Blocked(block, size, self.shape) if size and max(self.shape) > size else block
 
 
 @dataclass(frozen=True)
@@ -89,9 +123,25 @@ class Method:
 
 CURVATURE = frozenset({"curvature", "momentum"})
 K_FAC = CURVATURE | {"statistics", "damping", "tokens"}
+SHAMPOO = CURVATURE | {"statistics", "gradients"}
 
 # Tuned for K-FAC on configs/quickstart.yaml (docs/results.md); the others' updates have the same spectral norm.
 SPECTRAL = {"lr": 0.06, "fallback_learning_rate": 0.08}
+
+
+def _shampoo(settings: Settings, site: Site) -> GradientBlock:
+    exponent, sides = settings.shampoo_exponent, site.sides(settings)
+    block = Shampoo(
+        settings.beta2, exponent, exponent == 0.5, settings.shampoo_accumulation, sides, settings.shampoo_root
+    )
+    return site.cut(block, settings)
+
+
+def _soap(settings: Settings, site: Site) -> GradientBlock:
+    eps = settings.adam_epsilon * rules.damping_multiplier("adam_eps", site.width)
+    block = SOAP(settings.beta2, eps, tolerance=settings.basis_tolerance, sides=site.sides(settings))
+    return site.cut(block, settings)
+
 
 _TABLE = (
     Method(
@@ -131,6 +181,31 @@ _TABLE = (
         block=lambda s, site: FOOF(s.beta2),
         uses=K_FAC,
         defaults=SPECTRAL,
+    ),
+    Method(
+        "shampoo",
+        lambda s: rules.shampoo(0.25) if s.shampoo_exponent == 0.25 else rules.SPECTRAL,
+        block=_shampoo,
+        damping=gradient_damping,
+        uses=SHAMPOO | {"damping", "shampoo"},
+        defaults={**SPECTRAL, "damping": 1e-4},
+    ),
+    Method("soap", lambda s: rules.SOAP, block=_soap, uses=SHAMPOO | {"basis"}, defaults=SPECTRAL),
+    Method(
+        "kl_shampoo",
+        # Like SOAP it whitens: its update has entries of size 1 where the gradient is noise.
+        lambda s: rules.SOAP,
+        block=lambda s, site: site.cut(KLShampoo(s.beta2, site.sides(s)), s),
+        damping=gradient_damping,
+        uses=SHAMPOO | {"damping"},
+        defaults={**SPECTRAL, "damping": 1e-4},
+    ),
+    Method(
+        "muon",
+        lambda s: rules.SPECTRAL,
+        block=lambda s, site: Muon(),
+        uses=CURVATURE,
+        defaults={**SPECTRAL, "momentum": 0.95, "nesterov": True},
     ),
     # Defaults are those of transformers' `adamw_torch` and `sgd`, which these names equal step for step.
     Method("adamw", lambda s: rules.ADAM, defaults={"adam_beta2": 0.999}),

@@ -31,9 +31,9 @@ def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def one_of(choices: Iterable[str]) -> Check:
-    names = tuple(choices)
-    return (lambda x: x in names, f"must be one of {', '.join(names)}")
+def one_of(choices: Iterable[Any]) -> Check:
+    allowed = tuple(choices)
+    return (lambda x: x in allowed, f"must be one of {', '.join(map(str, allowed))}")
 
 
 def optional(check: Check) -> Check:
@@ -111,8 +111,29 @@ class Settings:
         "Bound κ on the estimated KL divergence of a step, for norm_control kl_clip.",
         "kl_clip",
     )
+    shampoo_exponent: float = setting(
+        0.25, one_of((0.25, 0.5)), "Exponent of the inverse of each of Shampoo's factors: 0.25 as published, or 0.5"
+        " with the trace normalised.", "shampoo"
+    )  # fmt: skip
+    shampoo_accumulation: str = setting(
+        "ema", one_of(("ema", "sum")), "Whether Shampoo averages its factors with `beta2` or sums them up.", "shampoo"
+    )
+    shampoo_root: str = setting(
+        "eigen", one_of(("eigen", "newton")), "How Shampoo takes inverse roots: eigendecomposition or coupled Newton"
+        " iteration.", "shampoo"
+    )  # fmt: skip
+    basis_tolerance: float = setting(
+        0.0,
+        NOT_NEGATIVE,
+        "SOAP's basis stays while the off-diagonal share of its factor in it is at most this.",
+        "basis",
+    )
     max_preconditioner_dim: int = setting(
-        8192, COUNT, "Weights with a larger dimension fall back to AdamW.", "curvature"
+        8192, COUNT, "Larger dimensions are not preconditioned: weights with one fall back to AdamW, in the Shampoo"
+        " family those with two; with one they are preconditioned on the other side.", "curvature"
+    )  # fmt: skip
+    block_size: int | None = setting(
+        None, optional(COUNT), "Weights with a larger dimension are cut into blocks of at most this size.", "gradients"
     )
     skip_modules: tuple[str, ...] = setting(
         (), (_are_patterns, "must be a list of regular expressions"), "Regular expressions: modules whose names match"
@@ -139,6 +160,9 @@ INSTEAD = {
     "damping": "a method with damping",
     "tokens": "a method of the K-FAC family",
     "exponents": "kfac or tkfac",
+    "gradients": "a method of the Shampoo family",
+    "shampoo": "shampoo",
+    "basis": "soap",
     "kl_clip": "norm_control='kl_clip'",
 }
 
