@@ -122,8 +122,9 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
     def _gradients_are_finite(self) -> bool:
         # An empty tensor has no maximum.
         gradients = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None and p.grad.numel()]
-        # The maximum norm cannot overflow where the gradients themselves have not.
-        return bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients, torch.inf))) if gradients else True
+        # Extremes pass on a NaN and cannot overflow where the gradients themselves have not; one transfer to the host.
+        extremes = [x.to(gradients[0].device, torch.float64) for g in gradients for x in torch.aminmax(g)]
+        return not extremes or bool(torch.isfinite(torch.stack(extremes)).all())
 
     def _skip(self) -> None:
         self.discard_captures()
