@@ -27,8 +27,8 @@ def feed(block: GradientBlock, state: State, gradient: np.ndarray | Tensor) -> N
 
 def relative(actual: Tensor | np.ndarray, expected: Tensor | np.ndarray) -> float:
     """Of the difference, in Frobenius norm."""
-    difference = np.asarray(actual, dtype=np.float64) - np.asarray(expected, dtype=np.float64)
-    return float(np.linalg.norm(difference) / np.linalg.norm(expected))
+    actual, expected = np.asarray(actual, dtype=np.float64), np.asarray(expected, dtype=np.float64)
+    return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
 
 
 def inverse_power(matrix: np.ndarray, p: float) -> np.ndarray:
