@@ -37,7 +37,7 @@ def shuffle(state: State, rng: np.random.Generator) -> None:
 
 
 @given(seed=SEEDS, shape=SHAPES, rank=st.integers(1, 7), full_every=st.sampled_from([1, 2, 100]))
-@settings(max_examples=60)
+@settings(max_examples=30)
 def test_permuted_and_flipped_vectors_never_change_an_update(
     seed: int, shape: tuple[int, int], rank: int, full_every: int
 ) -> None:
@@ -68,7 +68,7 @@ def rotate_null_space(state: State, side: str, rng: np.random.Generator) -> None
 
 
 @given(seed=SEEDS, shape=SHAPES, full_every=st.sampled_from([1, 100]))
-@settings(max_examples=60)
+@settings(max_examples=30)
 def test_the_choice_of_vectors_in_a_null_space_never_changes_an_update(
     seed: int, shape: tuple[int, int], full_every: int
 ) -> None:

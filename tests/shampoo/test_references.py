@@ -40,7 +40,7 @@ def test_kl_shampoo(shape: tuple[int, int], schedule: str, scale: float) -> None
         assert relative(actual, reference.precondition(moment)) < 1e-5, step
 
 
-@pytest.mark.parametrize("full_every", [1, 3, 10])
+@pytest.mark.parametrize("full_every", [1, 3])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_soap(shape: tuple[int, int], schedule: str, full_every: int) -> None:
