@@ -43,12 +43,19 @@ def suffixed(state: State, suffix: str) -> dict[str, Tensor]:
 def damped_factors(state: State, sides: frozenset[str], damping: Damping) -> dict[str, tuple[Tensor, Tensor]]:
     """Each side's bias-corrected factor and its damping ρ.
 
-    A side that is left alone counts as the number 1, so that a rule which compares the sides stays defined.
+    A side that is left alone counts as the number 1, so that a rule which compares the sides stays defined. A factor so
+    small that a share of it is not a normal number any more (of gradients that are, or have long been, about zero)
+    counts as zero, which damping turns into the identity.
 
     Raises:
         DecompositionError: under a rule that needs eigenvalues, a factor that has none.
     """
     one = torch.ones_like(state["weight"]).reshape(1, 1)
-    left, right = (corrected_average(state, side) if side in sides else one for side in "LR")
+    left, right = (_zero_if_negligible(corrected_average(state, side)) if side in sides else one for side in "LR")
     rho_right, rho_left = damping(right, left)
     return {side: pair for side, pair in (("L", (left, rho_left)), ("R", (right, rho_right))) if side in sides}
+
+
+def _zero_if_negligible(factor: Tensor) -> Tensor:
+    limits = torch.finfo(factor.dtype)
+    return torch.where(factor.trace() < limits.tiny / limits.eps, torch.zeros_like(factor), factor)
