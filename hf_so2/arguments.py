@@ -15,7 +15,7 @@ from transformers.utils import ExplicitEnum, logging
 from hf_so2.errors import ConfigurationError
 from hf_so2.mup import scale_width
 from hf_so2.optim.methods import MUP_SUFFIX, OPTIMIZERS, parse_name
-from hf_so2.optim.settings import SETTING_NAMES, Settings, resolve
+from hf_so2.optim.settings import LIST_SETTINGS, SETTING_NAMES, Settings, resolve
 
 logger = logging.get_logger(__name__)
 
@@ -41,7 +41,7 @@ def _own_fields() -> list[tuple[str, Any, Any]]:
     for entry in fields(Settings):
         if entry.name not in TRAINER_FIELDS:
             # argparse expands % in help texts; lists are what its parser can read.
-            kind = list[str] if entry.name == "skip_modules" else hints[entry.name]
+            kind = list[str] if entry.name in LIST_SETTINGS else hints[entry.name]
             text = entry.metadata["help"].replace("%", "%%") + " Default: the method's own."
             own.append((entry.name, kind | None, field(default=None, metadata={"help": text})))
     return own
@@ -216,8 +216,11 @@ def _parsed_optim_args(text: str | None) -> dict[str, Any]:
 def _cast(name: str, value: str, hint: Any) -> Any:
     if hint is str:
         return value
-    if name == "skip_modules":
+    if name in LIST_SETTINGS:
         return tuple(value.split(";"))
+    if hint is bool:
+        # Anything else is left for the settings to refuse.
+        return {"true": True, "false": False}.get(value.lower(), value)
     kind = int if "int" in str(hint) else float
     try:
         return kind(value)

@@ -15,6 +15,7 @@ from hf_so2.errors import ConfigurationError
 from hf_so2.layers import Treatment, select
 from hf_so2.mup import ParameterWidth, apply_mup, read_mup, rules
 from hf_so2.optim.coverage import Coverage, CoverageReport
+from hf_so2.optim.damping_overrides import DampingOverrides
 from hf_so2.optim.methods import Method, Site, parse_name
 from hf_so2.optim.optimizer import SecondOrderOptimizer
 from hf_so2.optim.settings import Settings
@@ -73,6 +74,8 @@ def build_from_settings(
     if decay_parameters is None:
         decay_parameters = get_parameter_names(model, [nn.LayerNorm], NOT_DECAYED)
 
+    overrides = DampingOverrides(resolved.damping_overrides, model)
+
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     layers: list[Layer] = []
     report: list[Coverage] = []
@@ -89,6 +92,7 @@ def build_from_settings(
         layer = None
         if method.block is not None and treatment.preconditioned:
             damping = Damping(resolved.damping_rule, resolved.damping, **method.damping(width))
+            damping = overrides.apply(damping, treatment.modules)
             layer = _layer(parameter_name, parameter, treatment, method, resolved, damping)
             layers.append(layer)
         report.append(
@@ -105,6 +109,7 @@ def build_from_settings(
         )
     if not groups:
         raise ConfigurationError("model", type(model).__name__, "must have a parameter that requires a gradient")
+    overrides.refuse_idle()
     curvature = Curvature(layers) if layers else None
     return SecondOrderOptimizer(
         _base_rate_first(groups.values(), resolved.lr), resolved, curvature, CoverageReport(name, report)
