@@ -16,6 +16,7 @@ from hf_so2.errors import ConfigurationError
 from hf_so2.mup import scale_width
 from hf_so2.optim.methods import MUP_SUFFIX, OPTIMIZERS, parse_name
 from hf_so2.optim.settings import LIST_SETTINGS, SETTING_NAMES, Settings, resolve
+from hf_so2.optim.telemetry import LEVELS
 
 logger = logging.get_logger(__name__)
 
@@ -83,7 +84,17 @@ class SecondOrderTrainingArguments(_OwnFields):
         metadata={"help": "Instead of mup_base_width: directory or JSON file of the base model's config."},
     )
 
+    curvature_log: str = field(
+        default="role",
+        metadata={
+            "help": "What the log of training steps says of curvature: none, role (damping, trace, condition number and"
+            " size of updates for attention, mlp, ...) or layer (of every layer)."
+        },
+    )
+
     def __post_init__(self) -> None:
+        if self.curvature_log not in ("none", *LEVELS):
+            raise ConfigurationError("curvature_log", self.curvature_log, f"must be one of none, {', '.join(LEVELS)}")
         if isinstance(self.mup_base_config, PretrainedConfig):
             self.mup_base_config = self.mup_base_config.to_dict()
         name = _known_optimizer(self.optim)
