@@ -15,7 +15,8 @@ from transformers.utils import ExplicitEnum, logging
 from hf_so2.errors import ConfigurationError
 from hf_so2.mup import scale_width
 from hf_so2.optim.methods import MUP_SUFFIX, OPTIMIZERS, parse_name
-from hf_so2.optim.settings import SETTING_NAMES, Settings, resolve
+from hf_so2.optim.settings import LIST_SETTINGS, SETTING_NAMES, Settings, resolve
+from hf_so2.optim.telemetry import LEVELS
 
 logger = logging.get_logger(__name__)
 
@@ -41,7 +42,7 @@ def _own_fields() -> list[tuple[str, Any, Any]]:
     for entry in fields(Settings):
         if entry.name not in TRAINER_FIELDS:
             # argparse expands % in help texts; lists are what its parser can read.
-            kind = list[str] if entry.name == "skip_modules" else hints[entry.name]
+            kind = list[str] if entry.name in LIST_SETTINGS else hints[entry.name]
             text = entry.metadata["help"].replace("%", "%%") + " Default: the method's own."
             own.append((entry.name, kind | None, field(default=None, metadata={"help": text})))
     return own
@@ -83,7 +84,17 @@ class SecondOrderTrainingArguments(_OwnFields):
         metadata={"help": "Instead of mup_base_width: directory or JSON file of the base model's config."},
     )
 
+    curvature_log: str = field(
+        default="role",
+        metadata={
+            "help": "What the log of training steps says of curvature: none, role (damping, trace, condition number and"
+            " size of updates for attention, mlp, ...) or layer (of every layer)."
+        },
+    )
+
     def __post_init__(self) -> None:
+        if self.curvature_log not in ("none", *LEVELS):
+            raise ConfigurationError("curvature_log", self.curvature_log, f"must be one of none, {', '.join(LEVELS)}")
         if isinstance(self.mup_base_config, PretrainedConfig):
             self.mup_base_config = self.mup_base_config.to_dict()
         name = _known_optimizer(self.optim)
@@ -216,8 +227,11 @@ def _parsed_optim_args(text: str | None) -> dict[str, Any]:
 def _cast(name: str, value: str, hint: Any) -> Any:
     if hint is str:
         return value
-    if name == "skip_modules":
+    if name in LIST_SETTINGS:
         return tuple(value.split(";"))
+    if hint is bool:
+        # Anything else is left for the settings to refuse.
+        return {"true": True, "false": False}.get(value.lower(), value)
     kind = int if "int" in str(hint) else float
     try:
         return kind(value)

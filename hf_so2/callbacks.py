@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy, has_length
 
 from hf_so2.optim import SecondOrderOptimizer
 
@@ -19,7 +21,34 @@ class DiscardStaleCaptures(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        optimizer = kwargs.get("optimizer")
-        inner = getattr(optimizer, "optimizer", optimizer)
-        if isinstance(inner, SecondOrderOptimizer):
-            inner.discard_captures()
+        optimizer = second_order_optimizer(kwargs.get("optimizer"))
+        if optimizer is not None:
+            optimizer.discard_captures()
+
+
+class ObserveLoggedSteps(TrainerCallback):
+    """Have the optimizer record for `telemetry` the steps after which the Trainer logs, and no others."""
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        optimizer = second_order_optimizer(kwargs.get("optimizer"))
+        if optimizer is not None and _is_logged(state.global_step + 1, args, state, kwargs.get("train_dataloader")):
+            optimizer.observe_next_step()
+
+
+def _is_logged(step: int, args: TrainingArguments, state: TrainerState, batches: Any) -> bool:
+    """Whether the Trainer will log after this step, as its own `DefaultFlowCallback` decides once it is made."""
+    if step == 1 and args.logging_first_step:
+        return True
+    if args.logging_strategy == IntervalStrategy.STEPS:
+        return step % state.logging_steps == 0
+    if args.logging_strategy == IntervalStrategy.EPOCH and has_length(batches):
+        return step % math.ceil(len(batches) / args.gradient_accumulation_steps) == 0
+    return False
+
+
+def second_order_optimizer(optimizer: Any) -> SecondOrderOptimizer | None:
+    """Ours, out of accelerate's wrapper."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return inner if isinstance(inner, SecondOrderOptimizer) else None

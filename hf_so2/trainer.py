@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
 from hf_so2.arguments import SecondOrderTrainingArguments
-from hf_so2.callbacks import DiscardStaleCaptures
+from hf_so2.callbacks import DiscardStaleCaptures, ObserveLoggedSteps, second_order_optimizer
 from hf_so2.errors import ConfigurationError
 from hf_so2.mup import apply_mup, read_mup
 from hf_so2.optim import CoverageReport, SecondOrderOptimizer
@@ -47,6 +47,8 @@ class SecondOrderTrainer(Trainer):
             _apply_mup(model, args)
         super().__init__(model, args, *positional, **kwargs)
         self.add_callback(DiscardStaleCaptures())
+        if args.curvature_log != "none":
+            self.add_callback(ObserveLoggedSteps())
 
     def call_model_init(self, trial: Any = None) -> PreTrainedModel:
         model = super().call_model_init(trial)
@@ -110,6 +112,13 @@ class SecondOrderTrainer(Trainer):
         is_padding_mask = isinstance(mask, Tensor) and mask.ndim == 2
         optimizer.announce(tokens, gradient_scale, mask if is_padding_mask else None)
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in transformers; the log of training steps holds `SecondOrderOptimizer.telemetry` besides."""
+        optimizer = self._second_order_optimizer()
+        if "loss" in logs and optimizer is not None and self.args.curvature_log != "none":
+            logs |= optimizer.telemetry(self.args.curvature_log)
+        super().log(logs, start_time)
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         optimizer = self._second_order_optimizer()
@@ -138,8 +147,7 @@ class SecondOrderTrainer(Trainer):
         return "curvature.pt"
 
     def _second_order_optimizer(self) -> SecondOrderOptimizer | None:
-        inner = getattr(self.optimizer, "optimizer", self.optimizer)
-        return inner if isinstance(inner, SecondOrderOptimizer) else None
+        return second_order_optimizer(self.optimizer)
 
 
 def _apply_mup(model: nn.Module, args: SecondOrderTrainingArguments) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,11 +11,13 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.trainer_pt_utils import get_parameter_names
 
+from hf_so2.curvature import CurvatureBlock
 from hf_so2.damping import Damping
 from hf_so2.errors import ConfigurationError
 from hf_so2.layers import Treatment, select
 from hf_so2.mup import ParameterWidth, apply_mup, read_mup, rules
 from hf_so2.optim.coverage import Coverage, CoverageReport
+from hf_so2.optim.damping_overrides import DampingOverrides
 from hf_so2.optim.methods import Method, Site, parse_name
 from hf_so2.optim.optimizer import SecondOrderOptimizer
 from hf_so2.optim.settings import Settings
@@ -75,6 +77,8 @@ def build_from_settings(
     if decay_parameters is None:
         decay_parameters = get_parameter_names(model, [nn.LayerNorm], NOT_DECAYED)
 
+    overrides = DampingOverrides(resolved.damping_overrides, model)
+
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     layers: list[Layer] = []
     report: list[Coverage] = []
@@ -90,7 +94,9 @@ def build_from_settings(
         )
         layer = None
         if method.block is not None and treatment.preconditioned:
-            layer = _layer(parameter_name, parameter, treatment, method, resolved, width)
+            damping = Damping(resolved.damping_rule, resolved.damping, **method.damping(width))
+            damping = overrides.apply(damping, treatment.modules)
+            layer = _layer(parameter_name, parameter, treatment, method.block, resolved, width, damping)
             layers.append(layer)
         report.append(
             Coverage(
@@ -106,6 +112,7 @@ def build_from_settings(
         )
     if not groups:
         raise ConfigurationError("model", type(model).__name__, "must have a parameter that requires a gradient")
+    overrides.refuse_idle()
     curvature = Curvature(layers) if layers else None
     return SecondOrderOptimizer(
         _base_rate_first(groups.values(), resolved.lr), resolved, curvature, CoverageReport(name, report)
@@ -156,14 +163,13 @@ def _layer(
     name: str,
     parameter: nn.Parameter,
     treatment: Treatment,
-    method: Method,
+    make: Callable[[Settings, Site], CurvatureBlock],
     settings: Settings,
     width: ParameterWidth,
+    damping: Damping,
 ) -> Layer:
-    assert method.block is not None
     fan_out, fan_in = treatment.adapter.matrix(parameter).shape
-    block = method.block(settings, Site((fan_out, fan_in), width))
-    damping = Damping(settings.damping_rule, settings.damping, **method.damping(width))
+    block = make(settings, Site((fan_out, fan_in), width))
     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
     return Layer(name, (fan_out, fan_in), block, treatment.modules, treatment.adapter, damping, parameter.device, dtype)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_so2.linalg import spectral_norm
-from hf_so2.optim.preconditioned import LayerUpdate, NormControl
+from hf_so2.optim.preconditioned import LayerUpdate, NormControl, momentum_weight
 from hf_so2.optim.settings import Settings
 
 # A cold start has to find the leading directions, a warm one only to follow them from one step to the next. Measured on
@@ -57,30 +57,46 @@ def spectral(updates: Sequence[LayerUpdate], settings: Settings) -> None:
 
 
 def graft_sgd(updates: Sequence[LayerUpdate], settings: Settings) -> None:
-    """Every update gets the Frobenius norm of SGD's with the same momentum."""
+    """Every update gets the Frobenius norm of SGD's: of the average of gradients that was preconditioned.
+
+    With `momentum_order` "after" that is the gradient itself.
+    """
     for u in updates:
-        _graft(u, torch.linalg.vector_norm(u.moment))
+        _graft(u, u.moment)
 
 
 def graft_adam(updates: Sequence[LayerUpdate], settings: Settings) -> None:
     """Every update gets the Frobenius norm of Adam's (Agarwal et al. 2020, arXiv 2002.11803; Anil et al. 2020,
     arXiv 2002.09018): same momentum, the group's second beta and epsilon, both moments bias-corrected.
+
+    With `momentum_order` "after" the first moment is the gradient itself, as in RMSprop.
     """
     for u in updates:
-        (_, beta2), state, steps = u.group["betas"], u.layer.state, u.layer.steps
+        (_, beta2), state = u.group["betas"], u.layer.state
         if "graft_second_moment" not in state:
             state["graft_second_moment"] = torch.zeros_like(u.gradient, memory_format=torch.contiguous_format)
         second = state["graft_second_moment"]
-        second.lerp_(u.gradient.square(), 1 - beta2)
+        # An infinite square would stay in the average for ever.
+        second.lerp_(u.gradient.square().clamp_(max=torch.finfo(second.dtype).max), 1 - beta2)
         first = u.moment
         if settings.momentum_order == "before" and not u.layer.block.corrects_momentum:
-            first = first / (1 - settings.momentum**steps)
-        adam = first / ((second / (1 - beta2**steps)).sqrt() + u.group["eps"])
-        _graft(u, torch.linalg.vector_norm(adam))
+            first = first / momentum_weight(u.layer, settings)
+        _graft(u, first / ((second / (1 - beta2**u.layer.steps)).sqrt() + u.group["eps"]))
 
 
-def _graft(u: LayerUpdate, norm: Tensor) -> None:
+def _graft(u: LayerUpdate, grafted: Tensor) -> None:
+    """Give the update the Frobenius norm of `grafted`."""
+    # Relative to the largest entry, squares leave neither end of the range.
+    largest = _largest_entry(grafted)
+    u.update.div_(_largest_entry(u.update))
+    norm = torch.linalg.vector_norm(grafted / largest) * largest
     u.update.mul_(_ratio(norm, torch.linalg.vector_norm(u.update)))
+
+
+def _largest_entry(matrix: Tensor) -> Tensor:
+    """In magnitude, 0-dim; 1 for a matrix of zeros."""
+    largest = matrix.abs().amax()
+    return torch.where(largest > 0, largest, torch.ones_like(largest))
 
 
 def _ratio(target: Tensor | float, norm: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_so2.errors import TrainingDivergedError
+from hf_so2.errors import ConfigurationError, TrainingDivergedError
 from hf_so2.optim.coverage import CoverageReport
 from hf_so2.optim.fallback import adamw_step, sgd_step
 from hf_so2.optim.norm_control import NORM_CONTROLS
@@ -20,6 +20,7 @@ from hf_so2.optim.preconditioned import layer_update
 from hf_so2.optim.schedule import due
 from hf_so2.optim.settings import Settings
 from hf_so2.optim.statistics import Curvature
+from hf_so2.optim.telemetry import LEVELS, StepRecord, report
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         self.settings, self.curvature, self._report = settings, curvature, report
         self.steps = self.skipped_steps = self._skipped_in_a_row = 0
         self.curvature_in_state_dict = True
+        self._record = StepRecord()
         super().__init__(groups, {"lr": settings.lr, "weight_decay": settings.weight_decay})
         self._schedule_capture()
 
@@ -91,6 +93,35 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         """
         if self.curvature is not None:
             self.curvature.capture.announce(tokens, gradient_scale, row_mask)
+
+    def observe_next_step(self) -> None:
+        """Have the coming step record for `telemetry` what only the step itself can tell: two norms per layer."""
+        self._record.enabled = True
+
+    def telemetry(self, by: str = "role") -> dict[str, float]:
+        """How curvature stands after the last step, for a log; empty for a first-order method.
+
+        Keys are `curvature/<role or layer>/<quantity>`: `trace`, `damping` (ρ) and `condition` of each factor, with
+        `_A` or `_B` where a block has two, and, where `observe_next_step` was called before the step, `update_rms`,
+        the root mean square of the change of a weight; besides `curvature/kl_clip_factor` under that norm control, and
+        `curvature/refresh_seconds`, `curvature/failed_refreshes`, `curvature/dropped_statistics` and
+        `curvature/skipped_steps`. This call waits for the device.
+
+        Args:
+            by: `role` (`attention`, `mlp`, …: means over layers, of condition numbers the largest) or `layer`.
+
+        Raises:
+            ConfigurationError: another `by`.
+        """
+        if by not in LEVELS:
+            raise ConfigurationError("by", by, f"must be one of {', '.join(LEVELS)}")
+        if self.curvature is None:
+            return {}
+        numbers = report(self.curvature, self._record, self.steps, by)
+        factor = self._record.norm_factor if self._record.step == self.steps else None
+        if factor is not None and self.settings.norm_control == "kl_clip":
+            numbers["curvature/kl_clip_factor"] = float(factor)
+        return numbers | {"curvature/skipped_steps": self.skipped_steps}
 
     def discard_captures(self) -> None:
         """Forget micro-batches that will not be stepped on, as after an overflow, an interruption or a retry."""
@@ -167,7 +198,9 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             for group, name, parameter in self._parameters(second_order=True)
             if not (layer := self.curvature.layers[name]).building
         ]
+        self._record.before_norm_control(updates)
         NORM_CONTROLS[self.settings.norm_control](updates, self.settings)
+        self._record.after_norm_control(updates, self.steps)
         for update in updates:
             update.apply()
 

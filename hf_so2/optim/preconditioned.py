@@ -76,4 +76,10 @@ def _averaged(value: Tensor, buffer: Tensor, layer: Layer, settings: Settings) -
     average = buffer.to(value.dtype)
     if settings.nesterov:
         average = value.lerp(average, beta)
-    return average / (1 - beta**layer.steps) if layer.block.corrects_momentum else average
+    return average / momentum_weight(layer, settings) if layer.block.corrects_momentum else average
+
+
+def momentum_weight(layer: Layer, settings: Settings) -> float:
+    """What an average from zero has seen: after t equal gradients it is this share of one of them."""
+    # A look ahead is the average of one gradient more.
+    return 1 - settings.momentum ** (layer.steps + settings.nesterov)

@@ -12,6 +12,8 @@ from typing import Any
 
 from hf_so2.damping import RULES
 from hf_so2.errors import ConfigurationError
+from hf_so2.optim.damping_overrides import ALLOWED as OVERRIDES_ALLOWED
+from hf_so2.optim.damping_overrides import are_overrides
 from hf_so2.spelling import did_you_mean
 
 Check = tuple[Callable[[Any], bool], str]
@@ -48,6 +50,10 @@ def setting(default: Any, check: Check, text: str, needs: str = "") -> Any:
 
 def _are_patterns(value: Any) -> bool:
     return isinstance(value, tuple | list) and all(isinstance(pattern, str) for pattern in value)
+
+
+# Settings that are lists of strings; a user may give any sequence, the dataclass keeps a tuple.
+LIST_SETTINGS = ("damping_overrides", "skip_modules")
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,10 @@ class Settings:
     damping_rule: str = setting(
         "trace", one_of(RULES), "How damping follows the factors: trace (ε·tr X), trace_mean (ε·tr X/dim), spectral"
         " (ε·λ_max), pi (Martens and Grosse), constant (ε times the width multiplier).", "damping"
+    )  # fmt: skip
+    damping_overrides: tuple[str, ...] = setting(
+        (), (are_overrides, OVERRIDES_ALLOWED), "Another damping for some modules: pattern=strength or"
+        " pattern=rule:strength, with a regular expression on module names; the first that matches counts.", "damping"
     )  # fmt: skip
     factor_update_steps: int = setting(1, COUNT, "Steps between updates of the curvature statistics.", "statistics")
     preconditioner_update_steps: int = setting(
@@ -149,7 +159,8 @@ class Settings:
             accepts, allowed = entry.metadata["check"]
             if not accepts(value):
                 raise ConfigurationError(entry.name, value, allowed)
-        object.__setattr__(self, "skip_modules", tuple(self.skip_modules))
+        for name in LIST_SETTINGS:
+            object.__setattr__(self, name, tuple(getattr(self, name)))
 
 
 # What to say where a setting needs a part that the chosen method lacks.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -83,12 +84,14 @@ class Curvature:
     Attributes:
         dropped_statistics: how many times a layer's statistics were not finite and were left out.
         failed_refreshes: how many times a layer kept its last preconditioner because a new one could not be computed.
+        refresh_seconds: how long the last refresh of all layers took here, waiting for other ranks included.
     """
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         self.layers = {layer.name: layer for layer in layers}
         self.dropped_statistics = 0
         self.failed_refreshes = 0
+        self.refresh_seconds = 0.0
         for layer in layers:
             layer.state = layer.block.init_state(layer.shape, layer.device, layer.dtype)
         self._of_tokens: dict[str, TokenBlock] = {}
@@ -145,6 +148,7 @@ class Curvature:
         Raises:
             TrainingDivergedError: a layer has failed `MAX_FAILURES_IN_A_ROW` times in a row; on every rank alike.
         """
+        started = time.perf_counter()
         due = [layer for layer in self.layers.values() if layer.updates]
         rank, ranks = world()
         # Both factors are decomposed at cubic cost, whatever the method.
@@ -157,6 +161,7 @@ class Curvature:
         send_from_owners([(layer.state[k], owners[layer.name]) for layer in due for k in layer.block.refreshed])
         for layer, has_failed in zip(due, failed.tolist(), strict=True):
             self._count(layer, errors.get(layer.name) or "on another rank" if has_failed else None)
+        self.refresh_seconds = time.perf_counter() - started
 
     def _refresh(self, layer: Layer) -> str | None:
         """Rebuild one preconditioner; what went wrong, if anything did."""

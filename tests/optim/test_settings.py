@@ -30,6 +30,15 @@ ILLEGAL: dict[str, list[Any]] = {
     "exponent_b": POSITIVE,
     "damping": POSITIVE,
     "damping_rule": ["", "Trace", "traces", 1, None],
+    "damping_overrides": [
+        "q_proj=0.1",
+        3,
+        {"q_proj": 1},
+        [None],
+        [("q_proj", 0.1)],
+        *([text] for text in ("", "q_proj", "=0.1", "q_proj=", "q_proj=big", "q_proj=0", "q_proj=-1", "q_proj=nan")),
+        *([text] for text in ("q_proj=inf", "(=0.1", "q_proj=trace", "q_proj=trace:", "q_proj=traces:0.1")),
+    ],
     "factor_update_steps": COUNT,
     "preconditioner_update_steps": COUNT,
     "norm_control": ["", "Spectral", "clip", 0, None],
@@ -120,6 +129,7 @@ def test_unknown_optimizer_gets_a_hint(wrong: str, right: str) -> None:
         ("kfac", {"kl_clip": 0.1}),
         ("kfac", {"kl_clip": 0.1, "norm_control": "none"}),
         ("adamw", {"kl_clip": 0.1}),
+        ("sgd", {"damping_overrides": ["0=0.1"]}),
     ],
 )
 def test_setting_without_effect_is_refused(optim: str, settings: dict[str, Any]) -> None:
@@ -137,6 +147,23 @@ def test_both_spellings_of_the_learning_rate() -> None:
 def test_skip_pattern_that_cannot_match_is_refused(pattern: str) -> None:
     with pytest.raises(hf_so2.ConfigurationError, match=r"^skip_modules="):
         hf_so2.build_optimizer("kfac", mlp(), skip_modules=[pattern])
+
+
+def test_damping_is_overridden_by_module_pattern() -> None:
+    """The first pattern that matches counts, without a rule for the strength alone; the coverage table shows it."""
+    entries = ["^0$=spectral:0.5", "0|2=0.25", "(?=2)2=0.125"]
+    model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 4), nn.Linear(4, 3))
+    optimizer = hf_so2.build_optimizer("kfac", model, damping=0.01, damping_rule="pi", damping_overrides=entries)
+    dampings = {name: layer.damping for name, layer in optimizer.curvature.layers.items()}
+    assert [(d.rule, d.epsilon) for d in dampings.values()] == [("spectral", 0.5), ("pi", 0.01), ("pi", 0.25)]
+    header, *rows = optimizer.coverage().rows()
+    assert {row[header.index("damping")] for row in rows} == {"spectral 0.5", "pi 0.01", "pi 0.25", "-"}
+
+
+@pytest.mark.parametrize(("pattern", "skip"), [("no_such_module", ()), ("^1$", ["^1$"])])
+def test_override_that_matches_no_preconditioned_weight_is_refused(pattern: str, skip: Any) -> None:
+    with pytest.raises(hf_so2.ConfigurationError, match=r"^damping_overrides=.*must match"):
+        hf_so2.build_optimizer("kfac", mlp(), damping_overrides=["0=0.1", f"{pattern}=0.1"], skip_modules=skip)
 
 
 def test_skipped_and_large_modules_fall_back_and_the_table_says_why() -> None:

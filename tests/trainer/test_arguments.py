@@ -28,6 +28,8 @@ CHOSEN: dict[str, Any] = {
     "preconditioner_update_steps": 4,
     "fallback_learning_rate": 0.005,
     "skip_modules": ["gate_proj"],
+    "damping_overrides": ["q_proj=0.1", "mlp=pi:1e-3"],
+    "nesterov": True,
     "max_preconditioner_dim": 100,
     "weight_decay": 0.1,
     "momentum": 0.8,
@@ -107,10 +109,13 @@ def test_saved_training_arguments_are_those_of_the_run(tmp_path: Path) -> None:
 
 def test_optim_args_override_the_fields(tmp_path: Path) -> None:
     text = "damping=0.5, norm_control=kl_clip,kl_clip=1e-3,preconditioner_update_steps=7,skip_modules=q_proj;k_proj"
+    text += ",damping_overrides=v_proj=0.1;mlp=pi:1e-3,nesterov=true"
     settings = arguments(tmp_path, damping=0.1, optim_args=text).optimizer_settings()
     assert (settings.damping, settings.norm_control, settings.kl_clip) == (0.5, "kl_clip", 1e-3)
     assert settings.preconditioner_update_steps == 7
     assert settings.skip_modules == ("q_proj", "k_proj")
+    assert settings.damping_overrides == ("v_proj=0.1", "mlp=pi:1e-3")
+    assert settings.nesterov is True
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,165 @@
+"""What the curvature of a model looks like while it trains, as numbers for a log.
+
+Nothing here changes a step. Off observed steps nothing is computed; on them a few norms stay on the device until
+`report` is asked for them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import singledispatch
+
+import torch
+from torch import Tensor, nn
+
+from hf_so2.curvature import EKFAC, KFAC, CurvatureBlock, State
+from hf_so2.damping import Damping
+from hf_so2.linalg import DecompositionError, spectral_norm
+from hf_so2.optim.preconditioned import LayerUpdate
+from hf_so2.optim.statistics import Curvature, Layer
+
+# An eigendecomposition per factor would cost more than a refresh; so many products are 1 % off at most.
+ITERATIONS, DIRECTIONS = 8, 16
+
+LEVELS = ("role", "layer")
+
+# The first pattern found in a parameter's name; whatever matches none is of the role "other".
+ROLES = {
+    "attention": re.compile(r"attn|attention"),
+    "mlp": re.compile(r"mlp|ffn|feed_forward|experts?\b|\bff\b|\bfc"),
+    "head": re.compile(r"(^|\.)(lm_head|embed_out|output|head)\."),
+}
+
+
+@dataclass
+class StepRecord:
+    """What only the step itself can tell.
+
+    Attributes:
+        enabled: whether the coming step is recorded.
+        step: number of the recorded step.
+        update_rms: by layer, the root mean square of the entries of its change, weight decay aside, 0-dim.
+        norm_factor: by what norm control multiplied the length of all updates, 0-dim.
+    """
+
+    enabled: bool = False
+    step: int = 0
+    update_rms: dict[str, Tensor] = field(default_factory=dict)
+    norm_factor: Tensor | None = None
+    _length: Tensor | None = None
+
+    def before_norm_control(self, updates: Sequence[LayerUpdate]) -> None:
+        """Take the length of all updates as the method made them."""
+        if self.enabled and updates:
+            self._length = _total_length(updates)
+
+    def after_norm_control(self, updates: Sequence[LayerUpdate], step: int) -> None:
+        """Take what is about to be applied; recording ends with it."""
+        if not self.enabled:
+            return
+        self.enabled, self.step = False, step
+        self.update_rms = {
+            u.layer.name: u.group["lr"] * torch.linalg.vector_norm(u.update) / math.sqrt(u.update.numel())
+            for u in updates
+        }
+        self.norm_factor = _total_length(updates) / self._length if self._length is not None else None
+        self._length = None
+
+
+def _total_length(updates: Sequence[LayerUpdate]) -> Tensor:
+    device = updates[0].update.device
+    norms = torch.stack([torch.linalg.vector_norm(u.update).to(device) for u in updates])
+    return torch.linalg.vector_norm(norms)
+
+
+@singledispatch
+def spectra(block: CurvatureBlock, state: State, damping: Damping) -> dict[str, Tensor]:
+    """Trace, damping ρ and condition number of a block's damped factors, each 0-dim; nothing for an unknown block.
+
+    Trace and ρ are those of the averages as they stand. The condition number is `(λ_max + ρ) / (λ_min + ρ)`.
+    """
+    return {}
+
+
+@spectra.register
+def _(block: KFAC, state: State, damping: Damping) -> dict[str, Tensor]:
+    one = torch.ones_like(state["weight"]).reshape(1, 1)
+    factors = {side: block.moments.factor(state, side) if side in block.exponents else one for side in "AB"}
+    rho = dict(zip("AB", damping(factors["A"], factors["B"]), strict=True))
+    found: dict[str, Tensor] = {}
+    for side, exponent in block.exponents.items():
+        # The root's largest eigenvalue is that power of the smallest one at the last refresh.
+        largest, inverse = _norm(factors[side]) + rho[side], _norm(state[f"{side}_root"]) ** (1 / exponent)
+        found |= {
+            f"trace_{side}": factors[side].trace(),
+            f"damping_{side}": rho[side],
+            f"condition_{side}": (largest * inverse).clamp(min=1),
+        }
+    return found
+
+
+@spectra.register
+def _(block: EKFAC, state: State, damping: Damping) -> dict[str, Tensor]:
+    s, rho = state["S"], state["rho"]
+    return {"trace": s.sum(), "damping": rho, "condition": (s.max() + rho) / (s.min() + rho)}
+
+
+def _norm(matrix: Tensor) -> Tensor:
+    """Spectral norm from a cold start."""
+    start = matrix.new_zeros(matrix.shape[1], min(DIRECTIONS, *matrix.shape))
+    return spectral_norm(matrix, start, ITERATIONS)[0]
+
+
+def role_of(layer: Layer) -> str:
+    """`attention`, `mlp`, `embedding`, `head` or `other`."""
+    if any(isinstance(module, nn.Embedding) for module in layer.modules):
+        return "embedding"
+    return next((role for role, pattern in ROLES.items() if pattern.search(layer.name)), "other")
+
+
+# How layers are summed up: the worst condition number, and else what an average layer has.
+_SUMMARIES: dict[str, Callable[[Sequence[float]], float]] = {
+    "condition": max,
+    "update_rms": lambda values: math.sqrt(sum(value**2 for value in values) / len(values)),
+}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+@torch.no_grad()
+def report(curvature: Curvature, record: StepRecord, step: int, by: str) -> dict[str, float]:
+    """Every number of the log, `curvature/<role or layer>/<quantity>`.
+
+    Args:
+        curvature: the layers; those without a preconditioner yet are left out.
+        record: what was observed; left out unless it is of `step`.
+        step: the last step that was made.
+        by: `role`, with means over the layers of a role (the largest of condition numbers), or `layer`.
+    """
+    gathered: dict[str, list[float]] = {}
+    for layer in curvature.layers.values():
+        if not layer.refreshes:
+            continue
+        place = role_of(layer) if by == "role" else layer.name
+        try:
+            found = dict(spectra(layer.block, layer.state, layer.damping))
+        except DecompositionError:  # under the spectral rule; the refresh has warned of it
+            found = {}
+        if record.step == step and layer.name in record.update_rms:
+            found["update_rms"] = record.update_rms[layer.name]
+        for quantity, value in found.items():
+            gathered.setdefault(f"curvature/{place}/{quantity}", []).append(float(value))
+    summary = {
+        key: _SUMMARIES.get(key.rpartition("/")[2].removesuffix("_A").removesuffix("_B"), _mean)(values)
+        for key, values in gathered.items()
+    }
+    return summary | {
+        "curvature/refresh_seconds": curvature.refresh_seconds,
+        "curvature/failed_refreshes": curvature.failed_refreshes,
+        "curvature/dropped_statistics": curvature.dropped_statistics,
+    }
