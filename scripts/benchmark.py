@@ -1,6 +1,6 @@
 """Time and memory of every optimizer's training step beside AdamW's, and beside those of installed packages.
 
-    python scripts/benchmark.py --output_dir out/benchmark                       # on the CPU: OMP_NUM_THREADS=1 in front
+    python scripts/benchmark.py --output_dir out/benchmark
     python scripts/benchmark.py --optim kfac foof --tokens 8192 --rounds 9
     python scripts/benchmark.py --optim kfac --scaling 128 256 512 1024          # how the cost grows with the width
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +73,7 @@ def baseline(build_model: Callable[[], nn.Module]) -> Contestant:
 def ours(name: str, build_model: Callable[[], nn.Module], interval: int) -> Contestant:
     """One of `hf_so2.OPTIMIZERS` at its defaults, with preconditioners rebuilt every `interval` steps."""
     model = build_model()
-    settings: dict[str, float] = {"lr": LEARNING_RATE}
+    settings: dict[str, Any] = {"lr": LEARNING_RATE}
     if name.removesuffix("_mup") not in ("adamw", "sgd"):
         settings |= {"fallback_learning_rate": LEARNING_RATE, "preconditioner_update_steps": interval}
     return Contestant(name, model, [build_optimizer(name, model, **settings)])

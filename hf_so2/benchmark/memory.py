@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def tensor_bytes(tree: Any) -> int:
-    """Bytes of all tensors in nested mappings, sequences and objects; storage that several of them share counts once."""
+    """Bytes of all tensors in nested mappings, sequences and objects; storage that several share counts once."""
     storages = {
         (tensor.device, storage.data_ptr()): storage.nbytes()
         for tensor in _tensors(tree)

@@ -41,5 +41,8 @@ def _places(optimizer: SecondOrderOptimizer) -> list[tuple[Any, str, str]]:
         (statistics, "send_from_owners", "reduce"),
         (curvature, "update", "average"),
         (curvature, "refresh", "refresh"),
-        (type(curvature.block), "precondition", "precondition"),
+        *(
+            (block, "precondition", "precondition")
+            for block in {type(layer.block) for layer in curvature.layers.values()}
+        ),
     ]
