@@ -85,8 +85,12 @@ class TokenBlock(CurvatureBlock, Protocol):
         """What is summed over tokens, by name; the state holds a running average under each of these names."""
         ...
 
-    def observe(self, state: State, inputs: Tensor, gradients: Tensor) -> State:
-        """The block's statistics as sums over rows; the sums of two batches add up to the sum of their union."""
+    def observe(self, state: State, inputs: Tensor, gradients: Tensor, known: State | None = None) -> State:
+        """The block's statistics as sums over rows; the sums of two batches add up to the sum of their union.
+
+        Args:
+            known: sums of the same inputs that need not be computed again; handed on as they are.
+        """
         ...
 
 

@@ -48,8 +48,8 @@ class EKFAC(TokenBlock):
         state |= {"S": torch.zeros(shape, device=device, dtype=dtype), "rho": torch.zeros_like(state["weight"])}
         return state
 
-    def observe(self, state: State, inputs: Tensor, gradients: Tensor) -> State:
-        sums = {name: function(inputs, gradients) for name, function in self.moments.sums.items()}
+    def observe(self, state: State, inputs: Tensor, gradients: Tensor, known: State | None = None) -> State:
+        sums = self.moments.observe(self.moments.statistics, inputs, gradients, known or {})
         # Before the first refresh the bases are zero, and so is this sum.
         rotated_inputs, rotated_gradients = inputs @ state["A_basis"], gradients @ state["B_basis"]
         return sums | {"S": rotated_gradients.square().mT @ rotated_inputs.square()}

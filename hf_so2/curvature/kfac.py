@@ -50,8 +50,8 @@ class KFAC(TokenBlock):
         state = {name: averages[name] for name in ("weight", *self.statistics)}
         return state | {f"{side}_root": torch.zeros_like(state[side]) for side in self.exponents}
 
-    def observe(self, state: State, inputs: Tensor, gradients: Tensor) -> State:
-        return {name: self.moments.sums[name](inputs, gradients) for name in self.statistics}
+    def observe(self, state: State, inputs: Tensor, gradients: Tensor, known: State | None = None) -> State:
+        return self.moments.observe(self.statistics, inputs, gradients, known or {})
 
     def update(self, state: State, observation: State) -> None:
         update_averages(state, observation, self.beta)

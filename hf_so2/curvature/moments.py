@@ -10,7 +10,7 @@ The sums are additive over rows; the state keeps their running averages under th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +39,10 @@ class Moments:
         sizes = {"A": (fan_in, fan_in), "B": (fan_out, fan_out)}
         names = ("weight", *self.statistics)
         return {name: torch.zeros(sizes.get(name, ()), device=device, dtype=dtype) for name in names}
+
+    def observe(self, names: Iterable[str], inputs: Tensor, gradients: Tensor, known: State) -> State:
+        """The sums of these names, computed unless they are `known`."""
+        return {name: known[name] if name in known else self.sums[name](inputs, gradients) for name in names}
 
 
 def _squared_length(rows: Tensor) -> Tensor:

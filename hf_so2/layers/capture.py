@@ -3,11 +3,14 @@
 A forward hook registers a hook on the *output tensor*; both factors are summed when that tensor's gradient arrives.
 This is exact for a layer called twice, for shared weights and for both modes of gradient checkpointing: whatever is
 recomputed, each gradient arrives once.
+
+Layers that read the same tensor (queries, keys and values; a gated MLP's two halves) get their gradients one after the
+other, so what depends on the inputs alone is summed for the first of them and copied for the rest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from hf_so2.layers.adapters import Adapter
 
 Sums = dict[str, Tensor]
-Observe = Callable[[Tensor, Tensor], Sums]
+Observe = Callable[[Tensor, Tensor, Sums], Sums]
 
 
 @dataclass
@@ -33,12 +36,38 @@ class LayerSums:
         self.rows = self.rows + rows
 
 
+@dataclass
+class _Inputs:
+    """The inputs that the last layer read: as it was given them, as rows `h`, and their sums by themselves."""
+
+    given: Tensor
+    version: int
+    mask: Tensor | None
+    h: Tensor
+    rows: int | Tensor
+    sums: Sums = field(default_factory=dict)
+
+    def are(self, given: Tensor, mask: Tensor | None, dtype: torch.dtype) -> bool:
+        """Whether another layer was given the same values: the same memory (`given` keeps it from being used anew),
+        seen the same way and not written to since.
+        """
+        return (
+            (given.data_ptr(), given.shape, given.stride(), given.dtype, given.device)
+            == (self.given.data_ptr(), self.given.shape, self.given.stride(), self.given.dtype, self.given.device)
+            and given._version == self.version
+            and mask is self.mask
+            and dtype == self.h.dtype
+        )
+
+
 class Capture:
     """Sums the statistics of all layers over the micro-batches of one optimizer step.
 
     Args:
         layers: for every weight, by qualified name: the modules that use it and its adapter.
-        observers: for every weight: maps rows `h` (rows, fan_in) and `δ` (rows, fan_out) to the block's sums.
+        observers: for every weight: maps rows `h` (rows, fan_in) and `δ` (rows, fan_out) to the block's sums, given
+            those of them that are known already.
+        of_inputs: for every weight: the names of the sums that depend on `h` alone.
         dtypes: for every weight: the dtype of its statistics; low-precision activations are cast before the products.
 
     Attributes:
@@ -49,10 +78,12 @@ class Capture:
         self,
         layers: Mapping[str, tuple[Sequence[nn.Module], Adapter]],
         observers: Mapping[str, Observe],
+        of_inputs: Mapping[str, Collection[str]],
         dtypes: Mapping[str, torch.dtype],
     ) -> None:
         self.enabled = False
-        self._observers, self._dtypes = observers, dtypes
+        self._observers, self._of_inputs, self._dtypes = observers, of_inputs, dtypes
+        self._last_inputs: _Inputs | None = None
         self._handles: list[RemovableHandle] = []
         for name, (modules, adapter) in layers.items():
             for module in modules:
@@ -76,6 +107,7 @@ class Capture:
     def discard(self) -> None:
         """Forget whatever was captured and announced since the last step, as after a step that was given up."""
         self._sums = {}
+        self._last_inputs = None
         self._tokens = self._gradient_scale = self._row_mask = None
 
     def remove(self) -> None:
@@ -94,16 +126,26 @@ class Capture:
 
     @torch.no_grad()
     def _observe(self, name: str, adapter: Adapter, inputs: Tensor, gradient: Tensor) -> None:
-        dtype = self._dtypes[name]
-        h, delta = adapter.rows(inputs).to(dtype), adapter.rows(gradient).to(dtype)
+        seen = self._seen(adapter, inputs, self._dtypes[name])
+        delta = adapter.rows(gradient).to(seen.h.dtype)
         if self._gradient_scale is not None:
             delta = delta / self._gradient_scale
-        rows: int | Tensor = h.shape[0]
-        mask = self._row_mask
-        # Experts see a selection of the tokens, which no mask of the whole batch describes.
-        if mask is not None and mask.numel() == rows:
-            h, rows = h * mask.reshape(-1, 1), mask.sum()
+        # Copies: a layer adds the sums of later micro-batches into what it was handed.
+        known = {key: seen.sums[key].clone() for key in self._of_inputs[name] if key in seen.sums}
         # Checkpointing may run a layer inside another micro-batch's autocast region.
-        with torch.autocast(h.device.type, enabled=False):
-            sums = self._observers[name](h, delta)
-        self._sums.setdefault(name, LayerSums()).add(sums, rows)
+        with torch.autocast(delta.device.type, enabled=False):
+            sums = self._observers[name](seen.h, delta, known)
+        self._sums.setdefault(name, LayerSums()).add(sums, seen.rows)
+        seen.sums.update({key: sums[key] for key in self._of_inputs[name]})
+
+    def _seen(self, adapter: Adapter, inputs: Tensor, dtype: torch.dtype) -> _Inputs:
+        """The rows of a layer's inputs: those of the layer before, if it read the same tensor."""
+        mask = self._row_mask
+        if self._last_inputs is None or not self._last_inputs.are(inputs, mask, dtype):
+            h = adapter.rows(inputs).to(dtype)
+            rows: int | Tensor = h.shape[0]
+            # Experts see a selection of the tokens, which no mask of the whole batch describes.
+            if mask is not None and mask.numel() == rows:
+                h, rows = h * mask.reshape(-1, 1), mask.sum()
+            self._last_inputs = _Inputs(inputs, inputs._version, mask, h, rows)
+        return self._last_inputs

@@ -23,17 +23,23 @@ def spectral_norm(matrix: Tensor, basis: Tensor, iterations: int) -> tuple[Tenso
         back unchanged, so that an update of zero does not lose the warm start.
     """
     # Products of entries near the ends of the range would leave it; relative to the largest entry they do not.
-    largest = matrix.abs().amax()
+    lowest, highest = torch.aminmax(matrix)
+    largest = torch.maximum(-lowest, highest)
     unit = torch.where(largest > 0, largest, torch.ones_like(largest))
     matrix = matrix / unit
     # The rows of largest norm are never all orthogonal to the leading singular vector in practice, need no random
     # numbers, and so are the same on every rank and after a resume. They also replace a start that the matrix maps to
     # zero, from which there would be no way out.
-    rows = matrix[matrix.square().sum(dim=1).topk(basis.shape[1]).indices]
-    candidates = torch.where((matrix @ basis).any(), basis, rows.mT)
-    for _ in range(iterations):
-        candidates = torch.linalg.qr(matrix.mT @ (matrix @ candidates)).Q
-    image = matrix @ candidates
+    rows = matrix[torch.linalg.vector_norm(matrix, dim=1).topk(basis.shape[1]).indices]
+    image, candidates = matrix @ basis, basis
+    is_lost = ~image.any()
+    for iteration in range(iterations):
+        # As (k, n) the product is quicker, and its transpose is stored the way LAPACK wants it.
+        product = image.mT @ matrix
+        if iteration == 0:
+            product = torch.where(is_lost, rows, product)
+        candidates = torch.linalg.qr(product.mT).Q
+        image = matrix @ candidates
     # LAPACK refuses what is not finite; the caller gets it back as a norm that is not finite either.
     gram = (image.mT @ image).nan_to_num()
     norm = torch.linalg.eigvalsh(gram)[-1].clamp(min=0).sqrt() * unit

@@ -63,9 +63,12 @@ def _cholesky_inverse(matrix: Tensor, damping: Tensor | float) -> Tensor | None:
     diagonal = damped.diagonal(dim1=-2, dim2=-1)
     diagonal.add_(damping.to(matrix.dtype).unsqueeze(-1) if isinstance(damping, Tensor) else damping)
     factor, info = torch.linalg.cholesky_ex(damped)
-    # A NaN passes LAPACK's pivot test on some back ends, so the result is checked too.
-    if bool((info != 0).any()) or not bool(torch.isfinite(factor).all()):
+    # A NaN passes LAPACK's pivot test on some back ends. A sum is not finite if an entry is not, and much cheaper to
+    # look at; where it overflows by itself, float64 has the last word.
+    if not bool((info == 0).all() & torch.isfinite(factor.sum())):
         return None
     inverse = torch.cholesky_inverse(factor)
+    if inverse.device.type != "cpu":  # LAPACK computes one triangle and mirrors it, cuSOLVER solves for both
+        inverse = (inverse + inverse.mT) / 2
     # The inverse of denormal numbers overflows.
-    return (inverse + inverse.mT) / 2 if bool(torch.isfinite(inverse).all()) else None
+    return inverse if bool(torch.isfinite(inverse.sum())) else None

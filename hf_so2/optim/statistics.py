@@ -105,6 +105,7 @@ class Curvature:
         self.capture = Capture(
             {layer.name: (layer.modules, layer.adapter) for layer in seen},
             {layer.name: self._observer(layer, self._of_tokens[layer.name]) for layer in seen},
+            {name: _of_inputs(block) for name, block in self._of_tokens.items()},
             {layer.name: layer.dtype for layer in seen},
         )
 
@@ -114,10 +115,10 @@ class Curvature:
         return bool(self._of_tokens)
 
     @staticmethod
-    def _observer(layer: Layer, block: TokenBlock) -> Callable[[Tensor, Tensor], State]:
-        def observe(inputs: Tensor, gradients: Tensor) -> State:
+    def _observer(layer: Layer, block: TokenBlock) -> Callable[[Tensor, Tensor, State], State]:
+        def observe(inputs: Tensor, gradients: Tensor, known: State) -> State:
             layer.move_to(inputs.device)
-            return block.observe(layer.state, inputs, gradients)
+            return block.observe(layer.state, inputs, gradients, known)
 
         return observe
 
@@ -245,6 +246,11 @@ class Curvature:
         self.dropped_statistics = int(state["dropped_statistics"])
         self.failed_refreshes = int(state["failed_refreshes"])
         self.capture.discard()
+
+
+def _of_inputs(block: TokenBlock) -> list[str]:
+    """The statistics that the inputs alone decide, and layers with the same inputs have in common."""
+    return [name for name, statistic in block.statistics.items() if statistic.gradient_degree == 0]
 
 
 def _are_finite(observations: Sequence[State]) -> list[bool]:

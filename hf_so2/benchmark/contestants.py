@@ -1,0 +1,89 @@
+"""What is measured: a model of its own with an optimizer, ours or a peer's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_so2.benchmark.memory import tensor_bytes
+from hf_so2.benchmark.peers import Peer
+from hf_so2.benchmark.phases import APPLY, FORWARD_BACKWARD, phases_timed
+from hf_so2.benchmark.stopwatch import Stopwatch
+from hf_so2.layers import select
+from hf_so2.optim import SecondOrderOptimizer, build_optimizer
+
+# The cost of a step does not depend on its size, and a small one keeps every method finite on random tokens.
+LEARNING_RATE = 1e-4
+
+BASELINE = "torch.AdamW"
+
+
+@dataclass
+class Contestant:
+    """A model in training.
+
+    Args:
+        name: of the optimizer, for the table.
+        model: a causal language model, in training mode.
+        optimizers: all of them are stepped; between them they hold every parameter once.
+    """
+
+    name: str
+    model: nn.Module
+    optimizers: Sequence[torch.optim.Optimizer]
+
+    def step(self, tokens: Tensor, stopwatch: Stopwatch) -> None:
+        """One step of training on `tokens`, (batch, sequence), with its phases timed.
+
+        Raises:
+            FloatingPointError: the loss is not finite, so that skipped steps would be measured.
+        """
+        with self._phases(stopwatch):
+            with stopwatch.span(FORWARD_BACKWARD):
+                loss = self.model(input_ids=tokens, labels=tokens).loss
+                loss.backward()
+            with stopwatch.span(APPLY):
+                for optimizer in self.optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad()
+        if not bool(torch.isfinite(loss)):
+            raise FloatingPointError(f"{self.name}: the loss became {loss.item()}")
+
+    def _phases(self, stopwatch: Stopwatch) -> AbstractContextManager[None]:
+        ours = self.optimizers[0]
+        return phases_timed(ours, stopwatch) if isinstance(ours, SecondOrderOptimizer) else nullcontext()
+
+    def state_bytes_per_parameter(self) -> float:
+        """Bytes that a checkpoint of the optimizers needs for each parameter of the model."""
+        state = tensor_bytes([optimizer.state_dict() for optimizer in self.optimizers])
+        return state / sum(parameter.numel() for parameter in self.model.parameters())
+
+
+def baseline(build_model: Callable[[], nn.Module]) -> Contestant:
+    """torch's own AdamW on everything."""
+    model = build_model()
+    return Contestant(BASELINE, model, [torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)])
+
+
+def ours(name: str, build_model: Callable[[], nn.Module], interval: int) -> Contestant:
+    """One of `hf_so2.OPTIMIZERS` at its defaults, with preconditioners rebuilt every `interval` steps."""
+    model = build_model()
+    settings: dict[str, Any] = {"lr": LEARNING_RATE}
+    if name.removesuffix("_mup") not in ("adamw", "sgd"):
+        settings |= {"fallback_learning_rate": LEARNING_RATE, "preconditioner_update_steps": interval}
+    return Contestant(name, model, [build_optimizer(name, model, **settings)])
+
+
+def theirs(peer: Peer, build_model: Callable[[], nn.Module], interval: int) -> Contestant:
+    """A peer on the weights that ours precondition by default, with torch's AdamW on the rest, as in ours."""
+    model = build_model()
+    chosen = {name for name, treatment in select(model).items() if treatment.preconditioned}
+    hidden = [parameter for name, parameter in model.named_parameters() if name in chosen]
+    rest = [parameter for name, parameter in model.named_parameters() if name not in chosen]
+    optimizers = [peer.build(hidden, LEARNING_RATE, interval), torch.optim.AdamW(rest, lr=LEARNING_RATE)]
+    return Contestant(peer.name, model, optimizers)

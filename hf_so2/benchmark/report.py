@@ -1,0 +1,79 @@
+"""The figures of a benchmark as a table and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hf_so2.benchmark.phases import PHASES
+from hf_so2.benchmark.ratios import Spread, paired_ratios
+from hf_so2.benchmark.rounds import Measurement
+
+
+def ratios(measurements: Sequence[Measurement], baseline: str) -> dict[str, Spread]:
+    """By name: a whole step's time relative to that of `baseline` in the same round."""
+    (reference,) = (m.mean_seconds for m in measurements if m.name == baseline)
+    return {m.name: paired_ratios(m.mean_seconds, reference) for m in measurements}
+
+
+def to_dict(measurements: Sequence[Measurement], baseline: str) -> dict[str, Any]:
+    """Everything measured, by optimizer; times in seconds."""
+    spreads = ratios(measurements, baseline)
+    return {
+        m.name: {
+            "ratio": vars(spreads[m.name]),
+            "step_seconds": {"p50": m.percentile(50), "p99": m.percentile(99), "rounds": m.rounds},
+            "phase_seconds": {phase: m.phase(phase) for phase in PHASES},
+            "peak_bytes": m.peak_bytes,
+            "state_bytes_per_parameter": m.state_bytes_per_parameter,
+        }
+        for m in measurements
+    }
+
+
+def table(measurements: Sequence[Measurement], baseline: str) -> str:
+    """One row per optimizer, the quickest first, as Markdown; times in milliseconds."""
+    spreads = ratios(measurements, baseline)
+    header = [
+        "optimizer",
+        f"step / {baseline}",
+        "p50",
+        "p99",
+        "p99/p50",
+        "peak MiB",
+        "state B/param",
+        *PHASES,
+    ]
+    rows = [
+        [
+            m.name,
+            str(spreads[m.name]),
+            _ms(m.percentile(50)),
+            _ms(m.percentile(99)),
+            f"{m.percentile(99) / m.percentile(50):.2f}",
+            f"{m.peak_bytes / 2**20:.0f}",
+            f"{m.state_bytes_per_parameter:.1f}",
+            *(_ms(m.phase(phase)) for phase in PHASES),
+        ]
+        for m in sorted(measurements, key=lambda m: spreads[m.name].median)
+    ]
+    return markdown([header, ["---"] * len(header), *rows])
+
+
+def growth_table(exponents: Mapping[str, Mapping[str, float]]) -> str:
+    """Exponents of the hidden size, by optimizer and phase, as Markdown."""
+    header = ["optimizer", "whole step", *PHASES]
+    rows = [[name, *(f"{row[column]:.2f}" for column in header[1:])] for name, row in exponents.items()]
+    return markdown([header, ["---"] * len(header), *rows])
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Cells as a Markdown table whose columns line up as plain text, too."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    )
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1000:.4g}"
