@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig
 
 from hf_so2.arguments import SecondOrderTrainingArguments
 from hf_so2.data import DataArguments
@@ -23,12 +22,23 @@ VERSION = 1
 
 # Flags that say where a run happens and what is written down about it, not how the model is trained.
 _ELSEWHERE = (
-    "output_dir cache_dir report_to run_name project trackio_space_id use_cpu disable_tqdm remove_unused_columns do_train do_eval"
-    " do_predict per_device_eval_batch_size resume_from_checkpoint restore_callback_states_from_checkpoint"
-    " load_best_model_at_end metric_for_best_model greater_is_better prediction_loss_only overwrite_output_dir"
-    " include_for_metrics batch_eval_metrics ignore_data_skip width model_name_or_path"
+    "output_dir cache_dir report_to run_name project trackio_space_id use_cpu disable_tqdm remove_unused_columns"
+    " do_train do_eval do_predict per_device_eval_batch_size resume_from_checkpoint"
+    " restore_callback_states_from_checkpoint load_best_model_at_end metric_for_best_model greater_is_better"
+    " prediction_loss_only include_for_metrics batch_eval_metrics ignore_data_skip width model_name_or_path"
 ).split()
-_ELSEWHERE_PREFIXES = ("logging_", "log_", "save_", "eval_", "hub_", "push_to_hub", "dataloader_", "ddp_", "skip_memory")
+_BASE = frozenset({"mup_base_width", "mup_base_config"})
+_ELSEWHERE_PREFIXES = (
+    "logging_",
+    "log_",
+    "save_",
+    "eval_",
+    "hub_",
+    "push_to_hub",
+    "dataloader_",
+    "ddp_",
+    "skip_memory",
+)
 
 
 def shapes_training(flag: str) -> bool:
@@ -64,24 +74,21 @@ class Recipe:
         """Loss by the width of the proxies."""
         return dict(self.transfer["losses"])
 
-    @property
-    def batch_size(self) -> int:
-        """Sequences in an optimizer step, over all processes."""
-        return int(self.training["per_device_train_batch_size"] * self.training["gradient_accumulation_steps"])
-
-    def settings(self, model_name_or_path: str | None = None) -> dict[str, Any]:
-        """The recipe as flags; those of the model only for one from scratch."""
-        model = {} if model_name_or_path is not None else self.model
-        return {**model, **self.data, **self.training, **self.optimizer, **self.base}
+    def settings(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The recipe as flags, without the model's where `given` flags name a checkpoint, and without the μP base
+        where they give another.
+        """
+        model = {} if "model_name_or_path" in given else self.model
+        base = {} if not _BASE.isdisjoint(given) else self.base
+        flags = {**model, **self.data, **self.training, **self.optimizer, **base}
+        return {name: value for name, value in flags.items() if name != "model_type" or "config_overrides" in model}
 
     def overrides(self, given: Mapping[str, Any]) -> Iterator[str]:
         """One line for each flag of the command line that makes the run differ from the recipe."""
         for name, value in given.items():
-            if not shapes_training(name):
-                continue
-            known = self.settings().get(name, "its default")
+            known = self.settings({}).get(name, "its default")
             value = getattr(value, "value", value)
-            if value != known:
+            if shapes_training(name) and value != known:
                 yield f"{name}: {value} (recipe: {known})"
 
     def check(self, path: str, given: Mapping[str, Any]) -> None:
@@ -142,7 +149,9 @@ _REQUIRED = {
 
 def write_recipe(recipe: Recipe, path: Path) -> None:
     """Writes the file whole or not at all."""
-    confirmed = "" if recipe.transfer["confirmed"] else "# NOT CONFIRMED, see below: train wide with it at your own risk.\n"
+    confirmed = (
+        "" if recipe.transfer["confirmed"] else "# NOT CONFIRMED, see below: train wide with it at your own risk.\n"
+    )
     command = "--width 512" if "config_overrides" in recipe.model else "--model_name_or_path CHECKPOINT"
     parts = [
         "# Settings found on small models for training a wide one:\n"
@@ -204,7 +213,7 @@ def _known_flags() -> dict[str, set[str]]:
     return {
         "transfer": set(_REQUIRED["transfer"]),
         "optimizer": training,
-        "base": {"mup_base_width", "mup_base_config"},
+        "base": set(_BASE),
         "model": {entry.name for entry in fields(ModelArguments)},
         "data": {entry.name for entry in fields(DataArguments)},
         "training": training,

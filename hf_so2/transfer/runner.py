@@ -11,7 +11,15 @@ from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 
 from hf_so2 import cli
 from hf_so2.arguments import SecondOrderTrainingArguments
@@ -81,6 +89,7 @@ def run_trial(task: TrialTask) -> None:
         data_collator=collate_blocks,
         callbacks=[_StopOnNaN()],
     )
+    trainer.remove_callback(PrinterCallback)
     storage = optuna.storages.get_storage(task.url)
     sampler = optuna.samplers.TPESampler(n_startup_trials=STARTUP_TRIALS, seed=task.sampler_seed)
     try:
@@ -124,13 +133,14 @@ class HopelessPruner(optuna.pruners.BasePruner):
 
 
 class _TrialTrainer(SecondOrderTrainer):
-    """Ends a diverged trial as a pruned one."""
+    """Gives each trial its seed and ends a diverged one as pruned."""
 
     def train(self, *args: Any, trial: optuna.Trial | None = None, **kwargs: Any) -> Any:
+        assert trial is not None
+        self.args.seed = trial.user_attrs[SEED]  # as a searched argument it would come after the model was made
         try:
             return super().train(*args, trial=trial, **kwargs)
         except TrainingDivergedError as error:
-            assert trial is not None
             trial.set_user_attr(DIVERGED, True)
             raise optuna.TrialPruned(str(error)) from None
 
@@ -160,9 +170,9 @@ def _require_finite(loss: float) -> float:
 
 
 def _suggest(space: Space, trial: optuna.Trial) -> dict[str, Any]:
-    """The Trainer's arguments of a trial: the searched flags and the seed."""
+    """The values of the searched flags in a trial."""
     params: Params | None = trial.user_attrs[PARAMS]
-    chosen: dict[str, Any] = {"seed": trial.user_attrs[SEED]}
+    chosen: dict[str, Any] = {}
     for name in space.names:
         if params is not None and name not in space.ranges:
             chosen[name] = trial.suggest_float(name, params[name], params[name])

@@ -134,4 +134,5 @@ def _as_trial(optim: str, width: int, trial: FrozenTrial) -> Trial:
         outcome = "diverged" if trial.user_attrs.get(DIVERGED) else "hopeless"
     loss = trial.value if outcome == "complete" and trial.value is not None else math.inf
     seconds = trial.duration.total_seconds() if trial.duration is not None else 0.0
-    return Trial(optim, width, dict(trial.params), trial.user_attrs[SEED], loss, outcome, seconds)
+    ended = trial.datetime_complete.timestamp() if trial.datetime_complete is not None else 0.0
+    return Trial(optim, width, dict(trial.params), trial.user_attrs[SEED], loss, outcome, seconds, ended)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 Outcome = Literal["complete", "hopeless", "diverged"]
@@ -22,6 +22,7 @@ class Trial:
         loss: validation loss at the end, nats per token; infinite where the run was stopped early.
         outcome: how it ended.
         seconds: how long it took.
+        ended: when, in seconds of the epoch.
     """
 
     optim: str
@@ -31,6 +32,7 @@ class Trial:
     loss: float
     outcome: Outcome = "complete"
     seconds: float = 0.0
+    ended: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ def settings_of(trials: Iterable[Trial]) -> list[Setting]:
     """Trials of one optimizer and width, put together by their params, in order of appearance."""
     losses: dict[tuple[tuple[str, float], ...], list[float]] = {}
     for trial in trials:
-        losses.setdefault(tuple(sorted(trial.params.items())), []).append(trial.loss)
+        losses.setdefault(_key(trial), []).append(trial.loss)
     return [Setting(dict(key), tuple(values)) for key, values in losses.items()]
 
 
@@ -72,18 +74,43 @@ def best_setting(trials: Iterable[Trial]) -> Setting | None:
     return min((s for s in settings if len(s.losses) == most), key=lambda s: s.mean, default=None)
 
 
+def without_seed_effects(trials: Iterable[Trial]) -> list[Trial]:
+    """Trials of one optimizer and width with later seeds' losses moved to the level of the first seed.
+
+    A seed makes the loss of every setting better or worse alike, and only the best settings have several: means over
+    unequal numbers of seeds would bend the curve. The shift is the mean difference over the settings that have both.
+    """
+    trials = list(trials)
+    first = {_key(trial): trial.loss for trial in reversed(trials) if trials and trial.seed == trials[0].seed}
+    differences: dict[int, list[float]] = {}
+    for trial in trials:
+        difference = trial.loss - first.get(_key(trial), math.inf)
+        if math.isfinite(difference):
+            differences.setdefault(trial.seed, []).append(difference)
+    shifts = {seed: sum(values) / len(values) for seed, values in differences.items()}
+    return [replace(trial, loss=trial.loss - shifts.get(trial.seed, 0.0)) for trial in trials]
+
+
 def seed_noise(trials: Iterable[Trial]) -> float | None:
-    """Standard deviation of the loss between seeds, pooled over all repeated settings; None without repetitions."""
+    """Standard deviation of a loss that a seed's common effect does not explain, pooled over widths.
+
+    None without repetitions of at least two settings.
+    """
     groups: dict[tuple[str, int], list[Trial]] = {}
     for trial in trials:
         groups.setdefault((trial.optim, trial.width), []).append(trial)
     squares, freedom = 0.0, 0
     for group in groups.values():
-        for setting in settings_of(group):
-            if math.isfinite(setting.mean):
-                squares += sum((loss - setting.mean) ** 2 for loss in setting.losses)
-                freedom += len(setting.losses) - 1
+        level = [setting for setting in settings_of(without_seed_effects(group)) if math.isfinite(setting.mean)]
+        most = max((len(setting.losses) for setting in level), default=0)
+        repeated = [setting for setting in level if len(setting.losses) == most]
+        squares += sum((loss - setting.mean) ** 2 for setting in repeated for loss in setting.losses)
+        freedom += (len(repeated) - 1) * (most - 1) if repeated else 0
     return math.sqrt(squares / freedom) if freedom else None
+
+
+def _key(trial: Trial) -> tuple[tuple[str, float], ...]:
+    return tuple(sorted(trial.params.items()))
 
 
 def profile(trials: Iterable[Trial], name: str, *, per_octave: int | None = None) -> dict[float, float]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from hf_so2.transfer.optimum import Edge, Optimum, find_optimum
-from hf_so2.transfer.trials import Setting, Trial, best_setting, profile, seed_noise
+from hf_so2.transfer.trials import Setting, Trial, best_setting, profile, seed_noise, without_seed_effects
 
 RATE = "learning_rate"
 LARGEST_DRIFT = 2.0
@@ -28,8 +28,8 @@ class Verdict:
         best: the best setting at the widest proxy; None when nothing finished there.
         optima: by flag and width.
         edges: (flag, side) of optima on the edge of what was tried.
-        losses: mean loss of `best` by width, where it was run; of the nearest setting that was, elsewhere absent.
-        noise: standard deviation of the loss between seeds; None without repetitions.
+        losses: loss of `best` by width, where it was run; the mean over seeds, at the level of the first one.
+        noise: standard deviation of a loss beyond what its seed does to all settings; None without repetitions.
         drift: factor between the optimal learning rates of the widest and the narrowest proxy, and its interval.
     """
 
@@ -58,7 +58,7 @@ def judge(trials: Iterable[Trial], widths: Sequence[int], *, sampled: bool = Fal
     """
     trials, widths = list(trials), sorted(widths)
     noise = seed_noise(trials)
-    by_width = {width: [trial for trial in trials if trial.width == width] for width in widths}
+    by_width = {width: without_seed_effects(trial for trial in trials if trial.width == width) for width in widths}
     names = sorted({name for trial in trials for name in trial.params})
     curves = {
         name: {
@@ -174,8 +174,8 @@ def _problem(
             f" (90 % interval {drift[1]:.2g} to {drift[2]:.2g})"
         )
         return problem, (
-            "Add a wider proxy and see whether the drift goes on, and look at the coordinate check; without _mup a drift"
-            " is what theory expects."
+            "Add a wider proxy and see whether the drift goes on, and look at the coordinate check; without _mup a"
+            " drift is what theory expects."
         )
     if widths[0] in losses and losses[widths[0]] < losses.get(widths[-1], math.inf) - 2 * (noise or 0.0):
         problem = f"at the setting found, width {widths[-1]} ends no better than width {widths[0]}"
@@ -188,7 +188,7 @@ def _confirmation(
 ) -> tuple[str, str]:
     assert drift is not None
     factor, low, high = drift
-    settled = 1 / LARGEST_DRIFT <= low and high <= LARGEST_DRIFT
+    settled = low >= 1 / LARGEST_DRIFT and high <= LARGEST_DRIFT
     how_sure = (
         "This is sure at 90 %"
         if settled and noise is not None
@@ -197,8 +197,8 @@ def _confirmation(
         else "How sure this is cannot be said: no setting was repeated with another seed"
     )
     sentence = (
-        f"It transfers: from width {widths[0]} to {widths[-1]} the best learning rate changes by a factor of {factor:.2g}"
-        f" (90 % interval {low:.2g} to {high:.2g}). {how_sure}."
+        f"It transfers: from width {widths[0]} to {widths[-1]} the best learning rate changes by a factor of"
+        f" {factor:.2g} (90 % interval {low:.2g} to {high:.2g}). {how_sure}."
     )
     advice = "Train the wide model with the recipe."
     if not settled:
