@@ -53,19 +53,22 @@ def main() -> int:
     _, _, training = proxies[0].arguments()
     deadline = None if arguments.minutes is None else time.monotonic() + 60 * arguments.minutes
     folder = Path(training.output_dir)
-    store = SweepStore(folder, arguments.storage)
-    sweeps = [Sweep(arguments, store, proxies, deadline)]
+    sweeps = [Sweep(arguments, proxies)]
     if arguments.compare:
-        sweeps.append(Sweep(arguments, store, standard_parametrization(proxies, sweeps[0].optim), deadline))
-    for sweep in sweeps:
-        try:
+        sweeps.append(Sweep(arguments, standard_parametrization(proxies, sweeps[0].optim)))
+    store = SweepStore(folder, arguments.storage)
+    try:
+        for sweep in sweeps:
+            sweep.open(store, deadline)
             sweep.run()
-        except KeyboardInterrupt:
-            print(f"stopped; the same command goes on, finished trials are kept in {store.url}", file=sys.stderr)
-            return INTERRUPTED
-        if sweep.unfinished():
-            print(f"the minutes are over: {sweep.unfinished()} trials are left for another run of the same command")
-    return report(sweeps, proxies[-1], arguments, folder)
+            if sweep.unfinished():
+                print(f"the minutes are over: {sweep.unfinished()} trials are left for another run of this command")
+        return report(sweeps, proxies[-1], arguments, folder)
+    except KeyboardInterrupt:
+        print(f"stopped; the same command goes on, finished trials are kept in {store.url}", file=sys.stderr)
+        return INTERRUPTED
+    finally:
+        store.close()
 
 
 def prepare(flags: Mapping[str, Any], arguments: SweepArguments) -> list[Proxy]:

@@ -3,8 +3,9 @@
     accelerate launch scripts/train.py configs/quickstart.yaml --optim kfac_mup
 
 takes every flag of transformers' TrainingArguments and those of hf_so2; a first argument that ends in .yaml
-or .json gives defaults, and so does --recipe with the file that scripts/sweep.py leaves. Leaves in --output_dir the model and its tokenizer, all_results.json,
-trainer_state.json, mup_report.txt and loss_curve.png. Exit code 2 and one line for a user's mistake.
+or .json gives defaults, and so does --recipe with the file that scripts/sweep.py leaves. Leaves in --output_dir
+the model and its tokenizer, all_results.json, trainer_state.json, mup_report.txt and loss_curve.png. Exit code 2
+and one line for a user's mistake.
 """
 
 from __future__ import annotations
@@ -18,15 +19,16 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from hf_so2 import SecondOrderTrainer, SecondOrderTrainingArguments, cli
-from hf_so2.data import Corpus, collate_blocks, load_corpus
+from hf_so2.data import Corpus, DataArguments, collate_blocks, load_corpus
 from hf_so2.errors import ConfigurationError
 from hf_so2.metrics import causal_lm_metrics, summarize_logits
-from hf_so2.models import build_model_and_config, require_positions
+from hf_so2.models import ModelArguments, build_model_and_config, require_positions
 from hf_so2.mup import read_mup
 from hf_so2.mup.widths import text_width
 from hf_so2.transfer.plots import plot_loss_curve
-from hf_so2.transfer.runner import TYPES
 from hf_so2.transfer.wide_run import comparison, read_flags_and_recipe, share_batch
+
+TYPES = (ModelArguments, DataArguments, SecondOrderTrainingArguments)
 
 
 def main() -> None:

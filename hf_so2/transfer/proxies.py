@@ -62,16 +62,15 @@ def proxies_of(flags: Mapping[str, Any], widths: Sequence[int], checkpoints: Seq
     """
     if bool(widths) == bool(checkpoints):
         raise ConfigurationError("widths", list(widths), "must be given, or checkpoints to fine-tune, not both")
-    choices = [{"width": width} for width in widths] or [{"model_name_or_path": name} for name in checkpoints]
-    proxies = []
+    choices: list[dict[str, Any]] = [{"width": width} for width in widths]
+    choices += [{"model_name_or_path": name} for name in checkpoints]
+    proxies: list[Proxy] = []
     for choice in choices:
         own = {name: value for name, value in flags.items() if not checkpoints or name not in _MODEL_FLAGS} | choice
         (model,) = cli.build((ModelArguments,), own)
         (data,) = cli.build((DataArguments,), own)
         tokenizer = load_corpus(data, model.model_name_or_path).tokenizer
-        config = (
-            AutoConfig.from_pretrained(checkpoints[len(proxies)]) if checkpoints else build_config(model, tokenizer)
-        )
+        config = build_config(model, tokenizer) if widths else AutoConfig.from_pretrained(model.model_name_or_path)
         require_positions(config, data.block_size)
         proxies.append(Proxy(text_width(config), config, own))
     proxies.sort(key=lambda proxy: proxy.width)

@@ -102,9 +102,9 @@ def _draw(results: Mapping[str, SweepResult], folder: Path) -> list[dict[str, st
         file = "sweep.png" if name == RATE else f"sweep_{name}.png"
         plot_losses(panels, folder / file, name, "width", optima)
         note = (
-            "Points: the best setting with that value, at the level of the first seed. Star: the best. Line: quadratic fit in the"
-            " logarithm around it, with its least (dotted) and that one's 90 % interval (shaded). Crosses at the top:"
-            " runs that diverged or were stopped as hopeless."
+            "Points: the best setting with that value, at the level of the first seed. Star: the best. Line: quadratic"
+            " fit in the logarithm around it, with its least (dotted) and that one's 90 % interval (shaded). Crosses at"
+            " the top: runs that diverged or were stopped as hopeless."
         )
         figures.append(_figure(f"Loss against {name.replace('_', ' ')}", folder / file, note))
     plot_widths({optim: result.verdict for optim, result in results.items()}, folder / "widths.png")

@@ -90,7 +90,7 @@ def run_trial(task: TrialTask) -> None:
         callbacks=[_StopOnNaN()],
     )
     trainer.remove_callback(PrinterCallback)
-    storage = optuna.storages.get_storage(task.url)
+    storage = _storage(task.url)
     sampler = optuna.samplers.TPESampler(n_startup_trials=STARTUP_TRIALS, seed=task.sampler_seed)
     try:
         trainer.hyperparameter_search(
@@ -179,6 +179,9 @@ def _suggest(space: Space, trial: optuna.Trial) -> dict[str, Any]:
         else:
             chosen[name] = trial.suggest_float(name, *space.ranges[name], log=True)
     return chosen
+
+
+_storage = functools.cache(optuna.storages.get_storage)  # connecting checks the tables' version every time
 
 
 @functools.lru_cache(maxsize=4)

@@ -82,31 +82,43 @@ class Sweep:
 
     Args:
         arguments: the sweep's flags.
-        store: where trials are kept.
         proxies: narrow ones first.
-        deadline: `time.monotonic()` after which no trial is started.
 
     Raises:
-        ConfigurationError: values that the optimizer refuses, or a store that holds another sweep.
+        ConfigurationError: values that the optimizer refuses.
     """
 
-    def __init__(
-        self, arguments: SweepArguments, store: SweepStore, proxies: Sequence[Proxy], deadline: float | None
-    ) -> None:
-        self.arguments, self.store, self.proxies, self.deadline = arguments, store, proxies, deadline
+    store: SweepStore
+    deadline: float | None
+
+    def __init__(self, arguments: SweepArguments, proxies: Sequence[Proxy]) -> None:
+        self.arguments, self.proxies = arguments, proxies
         _, _, training = proxies[0].arguments()
         self.optim = str(getattr(training.optim, "value", training.optim))
         self.seed = int(training.seed)
-        self.space = arguments.space(float(training.learning_rate), len(proxies))
+        assert training.learning_rate is not None  # the arguments fill it
+        self.space = arguments.space(training.learning_rate, len(proxies))
         for name in self.space.names:
             if name in (training.optim_args or ""):
                 raise ConfigurationError("optim_args", training.optim_args, f"must leave {name} to the search")
             for value in self.space.grid.get(name, self.space.ranges.get(name, ())):
                 proxies[0].arguments(**{name: value})
-        for proxy in proxies:
+
+    def open(self, store: SweepStore, deadline: float | None) -> None:
+        """Takes up what is in the store.
+
+        Args:
+            store: where trials are kept.
+            deadline: `time.monotonic()` after which no trial is started.
+
+        Raises:
+            ConfigurationError: the store holds a sweep with other settings.
+        """
+        self.store, self.deadline = store, deadline
+        for proxy in self.proxies:
             store.open(self.optim, proxy.width, shared_settings(proxy, self.space))
         if self.space.grid:
-            self.space = self.space.covering(trial.params for trial in self.trials())
+            self.space = self.space.covering(dict(trial.params) for trial in self.trials())
 
     def trials(self) -> list[Trial]:
         """All finished ones, narrow proxies first."""

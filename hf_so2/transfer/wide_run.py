@@ -1,4 +1,4 @@
-"""A training run by a recipe: what it takes over, what the command line overrides, how it compares with the forecast."""
+"""A training run by a recipe: what it takes over, what flags override, how it compares with the forecast."""
 
 from __future__ import annotations
 
