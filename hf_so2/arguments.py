@@ -4,6 +4,7 @@ settings.
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any, get_type_hints
@@ -97,6 +98,8 @@ class SecondOrderTrainingArguments(_OwnFields):
             raise ConfigurationError("curvature_log", self.curvature_log, f"must be one of none, {', '.join(LEVELS)}")
         if isinstance(self.mup_base_config, PretrainedConfig):
             self.mup_base_config = self.mup_base_config.to_dict()
+        if isinstance(self.mup_base_config, str) and self.mup_base_config.startswith("{"):
+            self.mup_base_config = json.loads(self.mup_base_config)  # a mapping in a settings file
         name = _known_optimizer(self.optim)
         for count in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             if getattr(self, count) < 1:

@@ -61,26 +61,49 @@ def parse(dataclass_types: Iterable[type], argv: Sequence[str] | None = None) ->
         ConfigurationError: the settings file is missing, unreadable or names an unknown setting, or a
             dataclass refuses its settings that way.
     """
+    types = tuple(dataclass_types)
+    return build(types, read_flags(types, argv))
+
+
+def read_flags(
+    dataclass_types: Iterable[type],
+    argv: Sequence[str] | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The flags that were given, by the name of their fields, as values of the right types; see :func:`parse`.
+
+    Args:
+        dataclass_types: as for :func:`parse`.
+        argv: as for :func:`parse`.
+        settings: flags written down, which those of ``argv`` override.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = _Parser(dataclass_types, allow_abbrev=False)
-    from_file: list[str] = []
+    written = _flags(settings, parser) if settings else []
     if arguments and arguments[0].lower().endswith(SETTINGS_SUFFIXES):
-        from_file = _flags(_read_settings(arguments.pop(0)), parser)
-    namespace, unknown = parser.parse_known_args(from_file + arguments)
+        written += _flags(_read_settings(arguments.pop(0)), parser)
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    namespace, unknown = parser.parse_known_args(written + arguments)
     if unknown:
         flag = unknown[0].partition("=")[0]
         hint = did_you_mean(flag.replace("-", "_").lstrip("_"), parser.flags)
         parser.error(f"unknown argument {unknown[0]!r}{hint}")
-    values = vars(namespace)
+    return vars(namespace)
+
+
+def build(dataclass_types: Iterable[type], flags: Mapping[str, Any]) -> tuple[Any, ...]:
+    """One instance of each dataclass from the flags that :func:`read_flags` found; see :func:`parse`."""
     built = []
-    for dataclass_type in parser.dataclass_types:
-        names = [field.name for field in dataclasses.fields(dataclass_type) if field.init]
+    for dataclass_type in dataclass_types:
+        names = {field.name for field in dataclasses.fields(dataclass_type) if field.init}
         try:
-            built.append(dataclass_type(**{name: values[name] for name in names}))
+            built.append(dataclass_type(**{name: value for name, value in flags.items() if name in names}))
         except ConfigurationError:
             raise
         except ValueError as error:  # what transformers' arguments raise for settings that contradict each other
-            parser.error(" ".join(str(error).split()))
+            _print_error(error)
+            raise SystemExit(USAGE_ERROR) from error
     return tuple(built)
 
 

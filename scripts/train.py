@@ -3,8 +3,9 @@
     accelerate launch scripts/train.py configs/quickstart.yaml --optim kfac_mup
 
 takes every flag of transformers' TrainingArguments and those of hf_so2; a first argument that ends in .yaml
-or .json gives defaults. Leaves in --output_dir the model and its tokenizer, all_results.json,
-trainer_state.json, mup_report.txt and loss_curve.png. Exit code 2 and one line for a user's mistake.
+or .json gives defaults, and so does --recipe with the file that scripts/sweep.py leaves. Leaves in --output_dir
+the model and its tokenizer, all_results.json, trainer_state.json, mup_report.txt and loss_curve.png. Exit code 2
+and one line for a user's mistake.
 """
 
 from __future__ import annotations
@@ -23,12 +24,19 @@ from hf_so2.errors import ConfigurationError
 from hf_so2.metrics import causal_lm_metrics, summarize_logits
 from hf_so2.models import ModelArguments, build_model_and_config, require_positions
 from hf_so2.mup import read_mup
+from hf_so2.mup.widths import text_width
 from hf_so2.transfer.plots import plot_loss_curve
+from hf_so2.transfer.wide_run import comparison, read_flags_and_recipe, share_batch
+
+TYPES = (ModelArguments, DataArguments, SecondOrderTrainingArguments)
 
 
 def main() -> None:
     """Data, model, Trainer; then train, evaluate and save."""
-    model_args, data_args, args = cli.parse((ModelArguments, DataArguments, SecondOrderTrainingArguments))
+    flags, recipe, messages = read_flags_and_recipe(TYPES)
+    model_args, data_args, args = cli.build(TYPES, flags)
+    if recipe is not None:
+        share_batch(args, recipe, messages)
     checkpoint = checkpoint_to_resume(args)
     if args.process_index != 0:
         datasets.disable_progress_bars()
@@ -42,7 +50,7 @@ def main() -> None:
 
     trainer, report = build_trainer(args, model, corpus)
     if trainer.is_world_process_zero():
-        print(report, flush=True)
+        print("\n".join([*messages, report]), flush=True)
 
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
@@ -60,6 +68,8 @@ def main() -> None:
         (output / "mup_report.txt").write_text(report + "\n", encoding="utf-8")
         title = f"{config.model_type}, {model.num_parameters() / 1e6:.1f} M parameters, {args.optim.value}"
         plot_loss_curve(trainer.state.log_history, output / "loss_curve.png", title)
+        if recipe is not None and "eval_loss" in metrics:
+            print(comparison(recipe, text_width(config), metrics["eval_loss"]))
         print(f"Saved the model and its reports in {output}")
 
 

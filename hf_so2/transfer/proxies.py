@@ -1,0 +1,175 @@
+"""The proxies of a sweep: flags of the small models, and the recipe for the wide one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+
+from hf_so2 import cli
+from hf_so2.arguments import TRAINER_FIELDS, SecondOrderTrainingArguments
+from hf_so2.data import DataArguments, load_corpus
+from hf_so2.errors import ConfigurationError
+from hf_so2.models import ModelArguments, build_config, parse_overrides, require_positions
+from hf_so2.mup.widths import RECORD_FIELD, text_width
+from hf_so2.optim.methods import MUP_SUFFIX, parse_name
+from hf_so2.optim.settings import Settings
+from hf_so2.transfer.recipe import Recipe, shapes_training
+from hf_so2.transfer.runner import TYPES
+from hf_so2.transfer.space import Params, Space
+
+# What a recipe says even where nobody asked for it: a later default must not change the run.
+_SPELLED_OUT = (
+    "per_device_train_batch_size gradient_accumulation_steps lr_scheduler_type warmup_steps max_grad_norm seed"
+).split()
+_SPELLED_OUT_DATA = ("block_size", "vocab_size", "validation_split_percentage")
+
+
+@dataclass(frozen=True)
+class Proxy:
+    """A small model to tune on.
+
+    Args:
+        width: its hidden size.
+        config: of the model.
+        flags: of its training runs, by name.
+    """
+
+    width: int
+    config: PretrainedConfig
+    flags: Mapping[str, Any] = field(repr=False)
+
+    def arguments(self, **changes: Any) -> tuple[ModelArguments, DataArguments, SecondOrderTrainingArguments]:
+        """The flags as a training run reads them, some of them changed."""
+        model, data, training = cli.build(TYPES, {**self.flags, **changes})
+        return model, data, training
+
+
+def proxies_of(flags: Mapping[str, Any], widths: Sequence[int], checkpoints: Sequence[str]) -> list[Proxy]:
+    """The proxies, narrow ones first, with the μP base at the narrowest unless a narrower one was given.
+
+    Also prepares the data, once for all trials.
+
+    Args:
+        flags: of the training runs.
+        widths: hidden sizes of models from scratch; or
+        checkpoints: models to fine-tune.
+
+    Raises:
+        ConfigurationError: models that cannot be built, data that cannot be loaded, or two proxies of one width.
+    """
+    if bool(widths) == bool(checkpoints):
+        raise ConfigurationError("widths", list(widths), "must be given, or checkpoints to fine-tune, not both")
+    choices: list[dict[str, Any]] = [{"width": width} for width in widths]
+    choices += [{"model_name_or_path": name} for name in checkpoints]
+    proxies: list[Proxy] = []
+    for choice in choices:
+        own = {name: value for name, value in flags.items() if not checkpoints or name not in _MODEL_FLAGS} | choice
+        (model,) = cli.build((ModelArguments,), own)
+        (data,) = cli.build((DataArguments,), own)
+        tokenizer = load_corpus(data, model.model_name_or_path).tokenizer
+        config = build_config(model, tokenizer) if widths else AutoConfig.from_pretrained(model.model_name_or_path)
+        require_positions(config, data.block_size)
+        proxies.append(Proxy(text_width(config), config, own))
+    proxies.sort(key=lambda proxy: proxy.width)
+    found = [proxy.width for proxy in proxies]
+    if len(set(found)) < len(found):
+        raise ConfigurationError("checkpoints" if checkpoints else "widths", found, "must be of different widths")
+    base = _base_flags(flags, proxies[0], bool(checkpoints))
+    return [Proxy(p.width, p.config, _without_base(p.flags) | base) for p in proxies]
+
+
+def standard_parametrization(proxies: Sequence[Proxy], optim: str) -> list[Proxy]:
+    """The same proxies under the optimizer without μP."""
+    plain = optim.removesuffix(MUP_SUFFIX)
+    return [Proxy(p.width, p.config, {**_without_base(p.flags), "optim": plain}) for p in proxies]
+
+
+_MODEL_FLAGS = tuple(entry.name for entry in fields(ModelArguments))
+_BASE_FLAGS = ("mup_base_width", "mup_base_config")
+
+
+def _without_base(flags: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in flags.items() if name not in _BASE_FLAGS}
+
+
+def _base_flags(flags: Mapping[str, Any], narrowest: Proxy, finetuning: bool) -> dict[str, Any]:
+    """The μP base: what was given where the narrowest proxy can be relative to it, else that proxy itself."""
+    optim = str(getattr(flags.get("optim"), "value", flags.get("optim", "kfac_mup")))
+    if not optim.endswith(MUP_SUFFIX):
+        return {}
+    if "mup_base_config" in flags:
+        return {"mup_base_config": flags["mup_base_config"]}
+    width = flags.get("mup_base_width")
+    if width is not None and width <= narrowest.width:
+        return {"mup_base_width": width}
+    if width is not None:
+        print(f"μP base: width {narrowest.width}, the narrowest proxy, since {width} is wider than it", flush=True)
+    if not finetuning:
+        return {"mup_base_width": narrowest.width}
+    record = getattr(narrowest.config, RECORD_FIELD, None)
+    if record is not None:  # pretrained with μP: its rates are relative to that base
+        return {"mup_base_width": record["base_width"]}
+    return {"mup_base_config": narrowest.config.to_diff_dict()}
+
+
+def shared_settings(proxy: Proxy, space: Space) -> dict[str, Any]:
+    """Everything that shapes the trials of a proxy but what is searched, as JSON can hold it."""
+    return {
+        name: _plain(value) for name, value in proxy.flags.items() if shapes_training(name) and name not in space.names
+    } | {
+        "search": f"{'grid' if space.grid else 'ranges'} of {', '.join(sorted(space.names))}",
+        "model_name_or_path": proxy.flags.get("model_name_or_path"),
+    }
+
+
+def make_recipe(proxy: Proxy, params: Params, transfer: Mapping[str, Any], source: Mapping[str, Any]) -> Recipe:
+    """The recipe of the best setting.
+
+    Args:
+        proxy: the widest one.
+        params: the searched flags' best values.
+        transfer: the section of that name.
+        source: the section of that name.
+    """
+    model, data, args = proxy.arguments(**params)
+    optimizer = _optimizer_flags(args)
+    model_section: dict[str, Any] = {"model_type": proxy.config.model_type}
+    if model.model_name_or_path is None:
+        model_section |= {"config_overrides": parse_overrides(model.config_overrides), "head": model.head}
+    names = [name for name in proxy.flags if shapes_training(name) and name not in (*optimizer, "optim_args")]
+    training = {entry.name for entry in fields(SecondOrderTrainingArguments)} - set(_BASE_FLAGS)
+    spelled_out = [*_SPELLED_OUT, "max_steps" if args.max_steps > 0 else "num_train_epochs"]
+    return Recipe(
+        transfer=transfer,
+        optimizer=optimizer,
+        base={name: _plain(proxy.flags[name]) for name in _BASE_FLAGS if name in proxy.flags},
+        model=model_section,
+        data={e.name: getattr(data, e.name) for e in fields(DataArguments) if e.name in (*names, *_SPELLED_OUT_DATA)},
+        training={
+            name: _plain(getattr(args, name)) for name in dict.fromkeys([*spelled_out, *names]) if name in training
+        },
+        source=source,
+    )
+
+
+def _optimizer_flags(args: SecondOrderTrainingArguments) -> dict[str, Any]:
+    """`optim` and all its settings, defaults spelled out; `optim_args` is dissolved into them."""
+    name = str(getattr(args.optim, "value", args.optim))
+    if not args.is_ours(name):
+        return {"optim": name, "learning_rate": args.learning_rate, "weight_decay": args.weight_decay}
+    settings, uses = args.optimizer_settings(), parse_name(name)[0].uses
+    parts = uses | {settings.norm_control} if "curvature" in uses else uses
+    flags: dict[str, Any] = {"optim": name}
+    for entry in fields(Settings):
+        value, needs = getattr(settings, entry.name), entry.metadata["needs"]
+        if value is not None and value != () and (not needs or needs in parts):
+            flags[TRAINER_FIELDS.get(entry.name, entry.name)] = list(value) if isinstance(value, tuple) else value
+    return flags
+
+
+def _plain(value: Any) -> Any:
+    """As YAML and JSON can hold it."""
+    return getattr(value, "value", value)
