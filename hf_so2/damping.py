@@ -40,22 +40,25 @@ class Damping:
     def __call__(self, factor_a: Tensor, factor_b: Tensor) -> tuple[Tensor, Tensor]:
         """`(ρ_A, ρ_B)`, 0-dim tensors, for factors of shape (fan_in, fan_in) and (fan_out, fan_out).
 
-        A factor that is exactly zero holds no information (a LoRA `A` before its `B` has moved). It is given ρ = 1,
-        which makes its side of the preconditioner the identity.
+        A factor that is exactly zero holds no information (a LoRA `A` before its `B` has moved), and of one so small
+        that the inverse of ρ leaves the range of its dtype (gradients near 1e-18 in float32) none is left. It is given
+        ρ = 1, which makes its side of the preconditioner the identity.
 
         Raises:
             DecompositionError: under `spectral`, a factor that has no eigenvalues.
         """
         rho_a, rho_b = RULES[self.rule].factored(self, factor_a, factor_b)
-        return _one_if_zero(factor_a.diagonal(), rho_a), _one_if_zero(factor_b.diagonal(), rho_b)
+        return _one_if_vanishing(factor_a.diagonal(), rho_a), _one_if_vanishing(factor_b.diagonal(), rho_b)
 
     def single(self, diagonal: Tensor) -> Tensor:
-        """ρ, 0-dim, for a curvature whose diagonal in its own basis is `diagonal`, of any shape; 1 for a zero one."""
-        return _one_if_zero(diagonal, RULES[self.rule].single(self, diagonal))
+        """ρ, 0-dim, for a curvature that is `diagonal`, of any shape, in its own basis; 1 for a vanishing one."""
+        return _one_if_vanishing(diagonal, RULES[self.rule].single(self, diagonal))
 
 
-def _one_if_zero(diagonal: Tensor, rho: Tensor) -> Tensor:
-    return torch.where(diagonal.any(), rho, torch.ones_like(rho))
+def _one_if_vanishing(diagonal: Tensor, rho: Tensor) -> Tensor:
+    # A ρ that is not a number passes: the refresh has to notice it.
+    vanishing = ~diagonal.any() | (rho < torch.finfo(rho.dtype).tiny)
+    return torch.where(vanishing, torch.ones_like(rho), rho)
 
 
 def _trace(damping: Damping, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

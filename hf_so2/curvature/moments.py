@@ -50,9 +50,9 @@ def _squared_length(rows: Tensor) -> Tensor:
 
 
 def _trace_restricted_factor(state: State, name: str) -> Tensor:
-    tau = corrected_average(state, "tau")
-    # τ = 0 only where every token's h or δ is zero, and the factors with it.
-    return corrected_average(state, name) / torch.where(tau > 0, tau, torch.ones_like(tau)).sqrt()
+    tau, average = corrected_average(state, "tau"), corrected_average(state, name)
+    # τ = 0 where every token's h or δ is zero, and the factors with it; of denormal ones too few digits are left.
+    return torch.where(tau < torch.finfo(tau.dtype).tiny, torch.zeros_like(average), average / tau.sqrt())
 
 
 INDEPENDENT = Moments(

@@ -94,7 +94,7 @@ def _(block: KFAC, state: State, damping: Damping) -> dict[str, Tensor]:
         # The root's largest eigenvalue is that power of the smallest one at the last refresh.
         largest, inverse = _norm(factors[side]) + rho[side], _norm(state[f"{side}_root"]) ** (1 / exponent)
         found |= {
-            f"trace_{side}": factors[side].trace(),
+            f"trace_{side}": factors[side].sum() if factors[side].ndim == 1 else factors[side].trace(),
             f"damping_{side}": rho[side],
             f"condition_{side}": (largest * inverse).clamp(min=1),
         }
@@ -108,7 +108,9 @@ def _(block: EKFAC, state: State, damping: Damping) -> dict[str, Tensor]:
 
 
 def _norm(matrix: Tensor) -> Tensor:
-    """Spectral norm from a cold start."""
+    """Spectral norm of a factor, from a cold start; a vector is a diagonal."""
+    if matrix.ndim == 1:
+        return matrix.abs().amax()
     start = matrix.new_zeros(matrix.shape[1], min(DIRECTIONS, *matrix.shape))
     return spectral_norm(matrix, start, ITERATIONS)[0]
 

@@ -120,6 +120,48 @@ def test_twenty_skipped_steps_in_a_row_stop_training() -> None:
     assert optimizer.skipped_steps == 39
 
 
+def test_a_failed_refresh_keeps_the_last_preconditioner_until_it_fails_too_often(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """LAPACK gives up in float32 and in float64 on one layer: that is counted and logged, and in the end stops."""
+    model = mlp()
+    optimizer = hf_so2.build_optimizer("ekfac", model, preconditioner_update_steps=1)
+    backward(model)
+    optimizer.step()
+    layer = optimizer.curvature.layers["2.weight"]
+    before = {key: layer.state[key].clone() for key in layer.block.refreshed if key != "S"}  # S is an average besides
+    tried = []
+
+    def no_convergence(matrix: Tensor) -> Any:
+        if len(matrix) == 4:
+            tried.append(matrix.dtype)
+            raise torch.linalg.LinAlgError("made to fail")
+        return decompose(matrix)
+
+    decompose = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", no_convergence)
+    for step in range(1, 10):
+        backward(model, seed=step)
+        optimizer.step()
+        assert optimizer.curvature.failed_refreshes == layer.failures == step
+        assert all(torch.equal(layer.state[key], value) for key, value in before.items())
+        assert "2.weight: refresh failed" in caplog.records[-1].getMessage()
+    assert tried == [torch.float32, torch.float64] * 9
+    assert optimizer.curvature.layers["0.weight"].refreshes == 10
+    assert_finite(model)
+
+    monkeypatch.undo()
+    backward(model)
+    optimizer.step()
+    assert (layer.failures, optimizer.curvature.failed_refreshes) == (0, 9)
+    monkeypatch.setattr(torch.linalg, "eigh", no_convergence)
+    for step in range(9):
+        backward(model, seed=step)
+        optimizer.step()
+    with pytest.raises(hf_so2.TrainingDivergedError, match=r"^2\.weight: .* 10 times in a row"):
+        optimizer.step()
+
+
 class Functional(nn.Module):
     """Uses one weight without calling its module, as some attention implementations do."""
 
@@ -187,7 +229,7 @@ def test_zero_factor_gives_finite_updates(norm_control: str, rule: str) -> None:
     assert torch.equal(model.frozen.weight, frozen)
 
 
-@pytest.mark.parametrize("norm_control", ["none", "kl_clip", "spectral"])
+@pytest.mark.parametrize("norm_control", ["none", "kl_clip", "graft_adam", "graft_sgd", "spectral"])
 @pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e-12, 1e12, 1e20, 1e30])
 def test_extreme_gradient_scales_give_no_nan(norm_control: str, scale: float) -> None:
     model = mlp()

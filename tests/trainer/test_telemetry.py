@@ -95,9 +95,10 @@ def test_unknown_level_is_refused(tmp_path: Path) -> None:
         arguments(tmp_path, curvature_log="all")
 
 
-def test_tensorboard_shows_it(tmp_path: Path) -> None:
+def test_tensorboard_shows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    run(tmp_path, report_to="tensorboard", logging_dir=str(tmp_path / "runs"))
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "runs"))
+    run(tmp_path, report_to="tensorboard", max_steps=1)
     events = accumulator.EventAccumulator(str(tmp_path / "runs")).Reload()
     assert "train/curvature/attention/condition_A" in events.Tags()["scalars"]
     assert torch.isfinite(torch.tensor([e.value for e in events.Scalars("train/curvature/mlp/update_rms")])).all()
