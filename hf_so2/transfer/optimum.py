@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -46,7 +46,8 @@ class Optimum:
 
 
 def find_optimum(curve: Mapping[float, float], noise: float | None = None) -> Optimum | None:
-    """Fits the five values nearest to the best one; losses on both sides of a least rise unequally further out.
+    """Fits the five values nearest to the best one, or three; losses on both sides of a least rise unequally further
+    out.
 
     The interval is a parametric bootstrap: losses are drawn anew around the parabola with the standard deviation of
     `noise` or of the fit's own residuals, whichever is larger.
@@ -65,38 +66,46 @@ def find_optimum(curve: Mapping[float, float], noise: float | None = None) -> Op
     edge: Edge = "low" if tested == min(curve) else "high" if tested == max(curve) else ""
     if tested <= 0:  # no logarithm: a weight decay of 0
         return Optimum(tested, tested, tested, tested, finite[tested], edge, len(finite))
-    near = sorted((v for v in finite if v > 0), key=lambda v: abs(math.log2(v / tested)))[:FITTED_POINTS]
     ordered = sorted(curve)
     index = ordered.index(tested)
-    below, above = ordered[max(0, index - 1)], ordered[min(len(ordered) - 1, index + 1)]
-    plain = Optimum(tested, tested, below, above, finite[tested], edge, len(finite))
-    if len(near) < 3:
-        return plain
-    x = np.log2(near)
+    # With one least only, it is between the neighbours of the best value tried.
+    within = ordered[max(0, index - 1)], ordered[min(len(ordered) - 1, index + 1)]
+    plain = Optimum(tested, tested, *within, finite[tested], edge, len(finite))
+    for count in (FITTED_POINTS, 3):  # fewer where a cliff next to the least bends the parabola
+        near = sorted((v for v in finite if v > 0), key=lambda v: abs(math.log2(v / tested)))[:count]
+        if len(near) >= 3 and (fitted := _fit(plain, {v: finite[v] for v in near}, within, noise)):
+            return fitted
+    return plain
+
+
+def _fit(
+    plain: Optimum, points: Mapping[float, float], within: tuple[float, float], noise: float | None
+) -> Optimum | None:
+    """The parabola through the points, unless its least is no least or not where it must be."""
+    x = np.log2(list(points))
+    y = np.array(list(points.values()))
     center = float(np.mean(x))
-    y = np.array([finite[value] for value in near])
     fit = np.polyfit(x - center, y, 2)
-    vertex = _vertex(fit[:, None])[0] + center
-    if not (fit[0] > 0 and min(x) <= vertex <= max(x)):
-        return plain
+    vertex = float(_vertex(fit[:, None])[0]) + center
+    if not (fit[0] > 0 and math.log2(within[0]) <= vertex <= math.log2(within[1])):
+        return None
     residuals = y - np.polyval(fit, x - center)
     freedom = len(x) - 3
     spread = max(noise or 0.0, math.sqrt(float(residuals @ residuals) / freedom) if freedom else 0.0)
-    draws = np.random.default_rng(0).normal(np.polyval(fit, x - center)[:, None], spread, (len(x), SAMPLES))
-    # A drawn parabola that opens downwards says only that the optimum may be anywhere in reach.
-    vertices = np.clip(_vertex(np.polyfit(x - center, draws, 2)) + center, min(x) - 1, max(x) + 1)
-    low, high = np.quantile(vertices, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    low, high = plain.low, plain.high
+    if freedom or noise is not None:
+        draws = np.random.default_rng(0).normal(np.polyval(fit, x - center)[:, None], spread, (len(x), SAMPLES))
+        # A drawn parabola that opens downwards says only that the optimum may be anywhere in reach.
+        vertices = np.clip(_vertex(np.polyfit(x - center, draws, 2)) + center, min(x) - 1, max(x) + 1)
+        low, high = (2.0 ** float(end) for end in np.quantile(vertices, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]))
     a, b, c = (float(value) for value in fit)
-    shifted = (a, b - 2 * a * center, c - b * center + a * center**2)
-    return Optimum(
-        tested,
+    return replace(
+        plain,
         value=2.0**vertex,
-        low=2.0 ** float(low),
-        high=2.0 ** float(high),
+        low=low,
+        high=high,
         loss=float(np.polyval(fit, vertex - center)),
-        edge=edge,
-        points=len(finite),
-        coefficients=shifted,
+        coefficients=(a, b - 2 * a * center, c - b * center + a * center**2),
     )
 
 

@@ -108,8 +108,9 @@ def _draw_curve(
     points = list(points)
     finite = [(first, loss) for first, loss in points if math.isfinite(loss)]
     stopped = [first for first, loss in points if not math.isfinite(loss)]
-    top = axes.get_ylim()[1]
-    axes.plot(stopped, [top] * len(stopped), "x", color=color, clip_on=False, zorder=3)
+    if stopped:
+        top = axes.get_ylim()[1]
+        axes.plot(stopped, [top] * len(stopped), "x", color=color, clip_on=False, zorder=3)
     if not finite:
         return
     fitted = optimum is not None and bool(optimum.coefficients)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from hf_so2.arguments import TRAINER_FIELDS
 from hf_so2.errors import ConfigurationError
 from hf_so2.transfer.proxies import Proxy, shared_settings
 from hf_so2.transfer.runner import TrialTask, run_trial
@@ -98,8 +99,9 @@ class Sweep:
         self.seed = int(training.seed)
         assert training.learning_rate is not None  # the arguments fill it
         self.space = arguments.space(training.learning_rate, len(proxies))
+        given = {item.partition("=")[0].strip() for item in (training.optim_args or "").split(",")}
         for name in self.space.names:
-            if name in (training.optim_args or ""):
+            if given & {name, *(ours for ours, theirs in TRAINER_FIELDS.items() if theirs == name)}:
                 raise ConfigurationError("optim_args", training.optim_args, f"must leave {name} to the search")
             for value in self.space.grid.get(name, self.space.ranges.get(name, ())):
                 proxies[0].arguments(**{name: value})

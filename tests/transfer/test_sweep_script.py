@@ -156,7 +156,7 @@ def test_the_minutes_end_a_sweep_and_the_same_command_goes_on(
         (["--widths", "16", "--trials=0"], "trials=0: must be above 0"),
         (["--widths", "16", "32", "--trials=1"], "at least one for each of the 2 widths"),
         (["--widths", "16", "--optim=kfac", "--compare"], "needs an optimizer with _mup"),
-        (["--widths", "16", "--optim_args=learning_rate=0.1"], "must leave learning_rate to the search"),
+        (["--widths", "16", "--optim_args=lr=0.1"], "must leave learning_rate to the search"),
         (["--widths", "16", "--search", "damping=1:2", "--extend"], "extend=True"),
     ],
 )
@@ -177,7 +177,7 @@ def test_a_mistake_is_one_line_code_2_and_no_output_folder(
 
 def states(folder: Path) -> dict[tuple[int, str], int]:
     """Trials by study and state, read beside Optuna."""
-    with sqlite3.connect(f"file:{folder / 'sweep.db'}?mode=ro", uri=True) as database:
+    with sqlite3.connect(f"file:{folder / 'sweep.db'}?mode=ro", uri=True, timeout=0.1) as database:
         return Counter(database.execute("select study_id, state from trials").fetchall())
 
 
@@ -191,7 +191,7 @@ def killed_in_mid_trial(command: list[str], folder: Path, finished: int) -> None
             time.sleep(0.05)
             try:
                 process.send_signal(signal.SIGSTOP)  # what is seen holds until it is killed
-                seen = Counter({state: 0})
+                seen: Counter[str] = Counter()
                 for (_, state), count in states(folder).items():
                     seen[state] += count
                 if seen["COMPLETE"] >= finished and seen["RUNNING"]:

@@ -73,6 +73,16 @@ def test_far_values_do_not_bend_the_fit() -> None:
     assert optimum.value == pytest.approx(0.06, rel=1e-4)
 
 
+def test_a_cliff_beside_the_least_does_not_push_it_away() -> None:
+    """AdamW as measured at width 128: five values would put the least at 0.0027, below a neighbour of the best."""
+    curve = {0.001: 3.287, 0.002: 3.229, 0.004: 3.205, 0.008: 3.171, 0.016: 4.402}
+    optimum = find_optimum(curve)
+    assert optimum is not None
+    offset = (3.205 - 4.402) / (2 * (3.205 - 2 * 3.171 + 4.402))  # of the parabola through three points
+    assert optimum.value == pytest.approx(0.008 * 2**offset, rel=1e-6)
+    assert (optimum.low, optimum.high) == (0.004, 0.016)
+
+
 @pytest.mark.parametrize(
     ("losses", "edge", "value"),
     [
