@@ -48,7 +48,7 @@ class BenchmarkArguments:
         metadata={"help": "optimizers of ours, without μP, which changes no step's cost"},
     )
     peers: list[str] = field(
-        default_factory=lambda: list(INSTALLED), metadata={"help": "peers; by default all that are installed"}
+        default_factory=lambda: list(INSTALLED), metadata={"help": "peers, or none; by default all that are installed"}
     )
     hidden_size: int = field(default=256, metadata={"help": "of the Llama"})
     intermediate_size: int | None = field(default=None, metadata={"help": "of its MLP; four times the hidden size"})
@@ -73,6 +73,8 @@ class BenchmarkArguments:
             if name not in OPTIMIZERS or name.endswith("_mup"):
                 hint = did_you_mean(name, OPTIMIZERS)
                 raise ConfigurationError("optim", name, f"must be an optimizer of ours, without _mup{hint}")
+        if self.peers == ["none"]:
+            self.peers = []
         for name in self.peers:
             if name not in INSTALLED:
                 raise ConfigurationError("peers", name, f"must be one of those installed: {', '.join(INSTALLED)}")

@@ -16,6 +16,7 @@ from hf_so2.benchmark.phases import APPLY, FORWARD_BACKWARD, phases_timed
 from hf_so2.benchmark.stopwatch import Stopwatch
 from hf_so2.layers import select
 from hf_so2.optim import SecondOrderOptimizer, build_optimizer
+from hf_so2.optim.methods import parse_name
 
 # The cost of a step does not depend on its size, and a small one keeps every method finite on random tokens.
 LEARNING_RATE = 1e-4
@@ -74,8 +75,11 @@ def ours(name: str, build_model: Callable[[], nn.Module], interval: int) -> Cont
     """One of `hf_so2.OPTIMIZERS` at its defaults, with preconditioners rebuilt every `interval` steps."""
     model = build_model()
     settings: dict[str, Any] = {"lr": LEARNING_RATE}
-    if name.removesuffix("_mup") not in ("adamw", "sgd"):
-        settings |= {"fallback_learning_rate": LEARNING_RATE, "preconditioner_update_steps": interval}
+    method, _ = parse_name(name)
+    if "curvature" in method.uses:
+        settings["fallback_learning_rate"] = LEARNING_RATE
+    if "statistics" in method.uses:
+        settings["preconditioner_update_steps"] = interval
     return Contestant(name, model, [build_optimizer(name, model, **settings)])
 
 

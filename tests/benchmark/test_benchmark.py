@@ -1,0 +1,185 @@
+"""What the benchmark computes from what it measures, and one tiny measurement from the command line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import llama
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hf_so2.benchmark import peers, stopwatch
+from hf_so2.benchmark.contestants import BASELINE, baseline, ours, theirs
+from hf_so2.benchmark.memory import peak_bytes, tensor_bytes
+from hf_so2.benchmark.phases import PHASES
+from hf_so2.benchmark.ratios import fitted_exponent, paired_ratios
+from hf_so2.benchmark.report import table, to_dict
+from hf_so2.benchmark.rounds import Measurement
+from hf_so2.benchmark.stopwatch import Stopwatch
+from hf_so2.optim import OPTIMIZERS
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark.py"
+CPU = torch.device("cpu")
+
+
+@given(
+    ratio=st.floats(0.1, 10),
+    baseline=st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=9),
+)
+def test_a_slow_round_leaves_the_ratio_alone(ratio: float, baseline: list[float]) -> None:
+    spread = paired_ratios([ratio * seconds for seconds in baseline], baseline)
+    assert (spread.lower, spread.median, spread.upper) == pytest.approx((ratio,) * 3)
+
+
+def test_quartiles_of_the_ratios() -> None:
+    spread = paired_ratios([1.0, 4.0, 9.0, 16.0, 25.0], [1.0, 2.0, 3.0, 4.0, 5.0])
+    assert (spread.lower, spread.median, spread.upper) == (2.0, 3.0, 4.0)
+    assert str(spread) == "3.00 [2.00, 4.00]"
+
+
+@pytest.mark.parametrize(("own", "other"), [([], []), ([1.0], [1.0, 2.0])])
+def test_pairs_must_be_pairs(own: list[float], other: list[float]) -> None:
+    with pytest.raises(ValueError, match=r"pair|argument"):
+        paired_ratios(own, other)
+
+
+@given(exponent=st.floats(-2, 4), factor=st.floats(1e-6, 1e6))
+def test_a_power_law_has_its_exponent(exponent: float, factor: float) -> None:
+    assert fitted_exponent({size: factor * size**exponent for size in (128, 256, 1024)}) == pytest.approx(
+        exponent, abs=1e-9
+    )
+
+
+def test_a_phase_that_takes_no_time_has_no_exponent() -> None:
+    assert np.isnan(fitted_exponent({128: 0.0, 256: 1.0}))
+    with pytest.raises(ValueError, match="two sizes"):
+        fitted_exponent({128: 1.0})
+
+
+def test_nested_phases_are_not_counted_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 1.0, 3.0, 4.0, 7.0, 10.0, 20.0, 21.5])
+    monkeypatch.setattr(stopwatch.time, "perf_counter", lambda: next(clock))
+    watch = Stopwatch(CPU)
+    with watch.span("outer"):
+        with watch.span("inner"):
+            pass
+        inner = watch.around("inner", lambda value: value + 1)
+        assert inner(1) == 2
+    with watch.span("outer"):
+        pass
+    assert watch.take() == {"outer": 10.0 - 2.0 - 3.0 + 1.5, "inner": 5.0}
+    assert watch.take() == {}
+
+
+def test_bytes_of_nested_tensors_count_shared_storage_once() -> None:
+    tensor = torch.zeros(10, 3)
+    other = torch.zeros(7, dtype=torch.float64)
+    tree = {"a": [tensor, (tensor[2:], tensor.mT)], "b": {"c": other, "d": 3, "e": "text"}, "f": torch.zeros(0)}
+    assert tensor_bytes(tree) == 10 * 3 * 4 + 7 * 8
+
+
+def test_peak_of_allocations() -> None:
+    """Two megabytes at a time, though three are allocated in all and one is left."""
+
+    def work() -> torch.Tensor:
+        first = torch.zeros(2**18)
+        second = first + 1
+        del first
+        return second * 2
+
+    result, peak = peak_bytes(work, CPU)
+    assert result.sum() == 2 * 2**18
+    assert 2 * 2**20 <= peak < 2 * 2**20 + 2**12
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if not name.endswith("_mup")])
+def test_every_optimizer_can_be_measured(name: str) -> None:
+    contestant, watch = ours(name, lambda: llama().train(), interval=3), Stopwatch(CPU)
+    for _ in range(3):
+        contestant.step(torch.randint(0, 32, (2, 8)), watch)
+    phases = watch.take()
+    assert phases.keys() <= set(PHASES)
+    assert {"forward+backward", "apply"} <= phases.keys()
+    if name == "kfac":
+        assert phases.keys() == set(PHASES)
+        assert all(seconds > 0 for seconds in phases.values())
+    assert all(p.grad is None for p in contestant.model.parameters())
+
+
+def test_the_state_of_adamw_is_two_floats_per_parameter() -> None:
+    contestant = baseline(lambda: llama().train())
+    contestant.step(torch.randint(0, 32, (2, 8)), Stopwatch(CPU))
+    scalars = sum(4 for _ in contestant.model.parameters())  # a step counter each
+    weights = sum(p.numel() for p in contestant.model.parameters())
+    assert contestant.state_bytes_per_parameter() == pytest.approx(8 + scalars / weights)
+
+
+def test_a_peer_gets_what_ours_precondition_and_adamw_the_rest() -> None:
+    muon = next(peer for peer in peers.PEERS if peer.name == "torch.Muon")
+    contestant = theirs(muon, lambda: llama().train(), interval=10)
+    matrices, rest = ([p for g in o.param_groups for p in g["params"]] for o in contestant.optimizers)
+    assert len(matrices) == 14
+    assert {id(p) for p in matrices + rest} == {id(p) for p in contestant.model.parameters()}
+    assert len(matrices + rest) == len(list(contestant.model.parameters()))
+
+
+def test_peers_that_are_not_installed_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "find_spec", lambda name: object() if name == "torch" else None)
+    assert [peer.name for peer in peers.PEERS if peer.installed] == ["torch.Muon"]
+
+
+def test_a_diverged_contestant_is_not_measured() -> None:
+    contestant = baseline(lambda: llama().train())
+    with torch.no_grad():
+        next(contestant.model.parameters()).fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match=BASELINE):
+        contestant.step(torch.randint(0, 32, (2, 8)), Stopwatch(CPU))
+
+
+def test_the_report_compares_within_rounds() -> None:
+    def measured(name: str, rounds: list[list[float]]) -> Measurement:
+        return Measurement(name, 2**20, 8.0, rounds, [{"apply": sum(steps) / len(steps)} for steps in rounds])
+
+    slow = measured("slow", [[2.0, 4.0], [20.0, 40.0]])
+    measurements = [slow, measured(BASELINE, [[1.0, 2.0], [10.0, 20.0]])]
+    assert to_dict(measurements, BASELINE)["slow"]["ratio"] == {"median": 2.0, "lower": 2.0, "upper": 2.0}
+    rows = table(measurements, BASELINE).splitlines()
+    assert rows[2].startswith(f"| {BASELINE}")
+    assert "2.00 [2.00, 2.00]" in rows[3]
+    assert slow.phase("apply") == 16.5
+    assert slow.phase("capture") == 0.0
+
+
+def command(*flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, SCRIPT, *flags], capture_output=True, text=True, timeout=300)
+
+
+def test_the_command_line(tmp_path: Path) -> None:
+    size = "--num_hidden_layers 1 --num_attention_heads 2 --vocab_size 32 --tokens 16 --sequence_length 8"
+    turns = "--interval 1 --steps 1 --rounds 2 --device cpu --peers torch.Muon --optim kfac"
+    done = command(*size.split(), *turns.split(), "--scaling", "8", "16", "--output_dir", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    report: dict[str, Any] = json.loads((tmp_path / "benchmark.json").read_text("utf-8"))
+    assert report["widths"].keys() == {"8", "16"}
+    for figures in report["widths"].values():
+        assert figures.keys() == {BASELINE, "kfac", "torch.Muon"}
+        assert figures[BASELINE]["ratio"] == {"median": 1.0, "lower": 1.0, "upper": 1.0}
+        assert figures["kfac"]["phase_seconds"].keys() == set(PHASES)
+    assert report["exponents"].keys() == {BASELINE, "kfac", "torch.Muon"}
+    assert {path.name for path in tmp_path.glob("*.png")} == {"benchmark_8.png", "benchmark_16.png", "growth.png"}
+    assert done.stdout.count("| torch.Muon") == 3
+
+
+def test_a_mistake_is_one_line_and_code_2() -> None:
+    done = command("--optim", "kfca")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "optim='kfca'" in done.stderr
+    assert "kfac" in done.stderr
