@@ -103,6 +103,10 @@ class Settings:
         (), (are_overrides, OVERRIDES_ALLOWED), "Another damping for some modules: pattern=strength or"
         " pattern=rule:strength, with a regular expression on module names; the first that matches counts.", "damping"
     )  # fmt: skip
+    adaptive_damping: bool = setting(
+        False, FLAG, "Levenberg-Marquardt: damping falls while the curvature predicts how the loss changes, and rises"
+        " where it does not. Measured with two more forward passes at every refresh.", "damping"
+    )  # fmt: skip
     factor_update_steps: int = setting(1, COUNT, "Steps between updates of the curvature statistics.", "statistics")
     preconditioner_update_steps: int = setting(
         10,
@@ -159,6 +163,11 @@ class Settings:
             accepts, allowed = entry.metadata["check"]
             if not accepts(value):
                 raise ConfigurationError(entry.name, value, allowed)
+        if self.adaptive_damping and self.norm_control not in ("none", "kl_clip"):
+            # Damping would turn an update, whose length is fixed, and the measured ratio is one of lengths.
+            raise ConfigurationError(
+                "adaptive_damping", True, f"needs norm_control none or kl_clip, not {self.norm_control}"
+            )
         for name in LIST_SETTINGS:
             object.__setattr__(self, name, tuple(getattr(self, name)))
 

@@ -149,7 +149,7 @@ def report(curvature: Curvature, record: StepRecord, step: int, by: str) -> dict
             continue
         place = role_of(layer) if by == "role" else layer.name
         try:
-            found = dict(spectra(layer.block, layer.state, layer.damping))
+            found = dict(spectra(layer.block, layer.state, curvature.damping_of(layer)))
         except DecompositionError:  # under the spectral rule; the refresh has warned of it
             found = {}
         if record.step == step and layer.name in record.update_rms:
