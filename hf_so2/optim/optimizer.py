@@ -16,7 +16,7 @@ from torch import Tensor
 from hf_so2.errors import ConfigurationError, TrainingDivergedError
 from hf_so2.optim.adaptive import AdaptiveDamping, Loss
 from hf_so2.optim.coverage import CoverageReport
-from hf_so2.optim.fallback import adamw_step, sgd_step
+from hf_so2.optim.fallback import first_order_step
 from hf_so2.optim.norm_control import NORM_CONTROLS
 from hf_so2.optim.preconditioned import layer_update
 from hf_so2.optim.schedule import due
@@ -238,28 +238,8 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
     def _apply_first_order(self) -> None:
         for group in self.param_groups:
             entries = [(p, self.state[p]) for _, _, p in self._parameters(second_order=False, only=group)]
-            if not entries:
-                continue
-            parameters, states = zip(*entries, strict=True)
-            if group["algorithm"] == "sgd":
-                sgd_step(
-                    parameters,
-                    states,
-                    lr=group["lr"],
-                    momentum=group["momentum"],
-                    weight_decay=group["weight_decay"],
-                )
-                continue
-            # In a group of preconditioned weights, `lr` follows the method; its ratio to the fallback's rate is fixed.
-            adamw_step(
-                parameters,
-                states,
-                lr=group["lr"] * group["fallback_lr_ratio"],
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                eps=group["eps"],
-                weight_decay=group["weight_decay"] / group["fallback_lr_ratio"],
-            )
+            if entries:
+                first_order_step(group, *zip(*entries, strict=True))
 
     def _parameters(
         self, *, second_order: bool, only: dict[str, Any] | None = None
