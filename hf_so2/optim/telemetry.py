@@ -22,7 +22,7 @@ from hf_so2.linalg import DecompositionError, spectral_norm
 from hf_so2.optim.preconditioned import LayerUpdate
 from hf_so2.optim.statistics import Curvature, Layer
 
-# An eigendecomposition per factor would cost more than a refresh; so many products are 1 % off at most.
+# The cost of these products grows with the square of a factor, of an eigendecomposition with the cube; 1 % off at most.
 ITERATIONS, DIRECTIONS = 8, 16
 
 LEVELS = ("role", "layer")
