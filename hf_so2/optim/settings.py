@@ -163,11 +163,6 @@ class Settings:
             accepts, allowed = entry.metadata["check"]
             if not accepts(value):
                 raise ConfigurationError(entry.name, value, allowed)
-        if self.adaptive_damping and self.norm_control not in ("none", "kl_clip"):
-            # Damping would turn an update, whose length is fixed, and the measured ratio is one of lengths.
-            raise ConfigurationError(
-                "adaptive_damping", True, f"needs norm_control none or kl_clip, not {self.norm_control}"
-            )
         for name in LIST_SETTINGS:
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
@@ -223,4 +218,8 @@ def resolve(
             raise ConfigurationError(
                 entry.name, asked[entry.name], f"has no effect on {method}; it needs {INSTEAD[needs]}"
             )
+    if settings.adaptive_damping and settings.norm_control not in ("none", "kl_clip"):
+        # Damping would turn an update whose length is fixed, and lengths are what the measured ratio judges.
+        allowed = f"needs norm_control none or kl_clip, not {settings.norm_control}"
+        raise ConfigurationError("adaptive_damping", True, allowed)
     return settings
