@@ -107,6 +107,9 @@ class SecondOrderTrainingArguments(_OwnFields):
         self._fill_trainer_fields(name)
         if self.is_ours(name):
             _refuse_unsupported_launchers(name, self)
+            if self.adaptive_damping and self.max_grad_norm:
+                allowed = "needs max_grad_norm=0: a clipped gradient does not predict how the loss changes"
+                raise ConfigurationError("adaptive_damping", True, allowed)
         self._with_transformers_optimizer(super().__post_init__)
         self.optim = OptimizerName(name)
         self._check_base(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import Any
 
 import torch
@@ -88,7 +89,23 @@ class SecondOrderTrainer(Trainer):
         optimizer = self._second_order_optimizer()
         if optimizer is not None and optimizer.capturing:
             self._announce(optimizer, inputs, num_items_in_batch)
+        if optimizer is not None and optimizer.wants_loss:
+            optimizer.reevaluate_with(partial(self._loss_again, dict(inputs), num_items_in_batch))
         return super().training_step(model, inputs, num_items_in_batch)
+
+    def _loss_again(self, inputs: dict[str, Any], num_items: Tensor | int | None) -> Tensor:
+        """The loss of a micro-batch as `training_step` differentiates it, without dropout and without a graph."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                prepared = self._prepare_inputs(dict(inputs))
+                loss: Tensor = self.compute_loss(self.model, prepared, num_items_in_batch=num_items)
+        finally:
+            self.model.train(was_training)
+        if (num_items is None or not self.model_accepts_loss_kwargs) and self.compute_loss_func is None:
+            loss = loss / self.current_gradient_accumulation_steps
+        return loss
 
     def _announce(
         self, optimizer: SecondOrderOptimizer, inputs: dict[str, Any], num_items: Tensor | int | None

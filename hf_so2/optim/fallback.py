@@ -5,13 +5,36 @@ One call per parameter group, so that the update is that of `torch.optim` bit fo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
+
+
+def first_order_step(group: Mapping[str, Any], parameters: Sequence[Tensor], states: Sequence[dict[str, Any]]) -> None:
+    """One step of the group's first-order algorithm, in place, on those of its parameters that need one.
+
+    Args:
+        group: the parameter group; in one of preconditioned weights `lr` follows the method, and its ratio to the
+            fallback's rate, `fallback_lr_ratio`, is fixed.
+        parameters: with gradients.
+        states: the optimizer's state of each.
+    """
+    if group["algorithm"] == "sgd":
+        sgd_step(parameters, states, lr=group["lr"], momentum=group["momentum"], weight_decay=group["weight_decay"])
+        return
+    adamw_step(
+        parameters,
+        states,
+        lr=group["lr"] * group["fallback_lr_ratio"],
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        eps=group["eps"],
+        weight_decay=group["weight_decay"] / group["fallback_lr_ratio"],
+    )
 
 
 def adamw_step(

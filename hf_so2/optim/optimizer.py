@@ -6,6 +6,7 @@ statistics → reduce over ranks → refresh → momentum → precondition → n
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor
 
 from hf_so2.errors import ConfigurationError, TrainingDivergedError
+from hf_so2.optim.adaptive import AdaptiveDamping, Loss
 from hf_so2.optim.coverage import CoverageReport
-from hf_so2.optim.fallback import adamw_step, sgd_step
+from hf_so2.optim.fallback import first_order_step
 from hf_so2.optim.norm_control import NORM_CONTROLS
 from hf_so2.optim.preconditioned import layer_update
 from hf_so2.optim.schedule import due
@@ -59,6 +61,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         self.steps = self.skipped_steps = self._skipped_in_a_row = 0
         self.curvature_in_state_dict = True
         self._record = StepRecord()
+        self._adaptive = AdaptiveDamping(curvature) if curvature is not None and settings.adaptive_damping else None
         super().__init__(groups, {"lr": settings.lr, "weight_decay": settings.weight_decay})
         self._schedule_capture()
 
@@ -121,12 +124,35 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         factor = self._record.norm_factor if self._record.step == self.steps else None
         if factor is not None and self.settings.norm_control == "kl_clip":
             numbers["curvature/kl_clip_factor"] = float(factor)
+        if self._adaptive is not None:
+            numbers["curvature/damping_factor"] = self.curvature.damping_factor
+            if math.isfinite(self._adaptive.ratio):
+                numbers["curvature/reduction_ratio"] = self._adaptive.ratio
         return numbers | {"curvature/skipped_steps": self.skipped_steps}
 
     def discard_captures(self) -> None:
         """Forget micro-batches that will not be stepped on, as after an overflow, an interruption or a retry."""
         if self.curvature is not None:
             self.curvature.capture.discard()
+        if self._adaptive is not None:
+            self._adaptive.losses = []
+
+    @property
+    def wants_loss(self) -> bool:
+        """Whether adaptive damping measures the coming step and needs `reevaluate_with` before it."""
+        return self._adaptive is not None and due(self.steps + 1, self.settings.preconditioner_update_steps)
+
+    def reevaluate_with(self, loss: Loss) -> None:
+        """Give adaptive damping the loss of the coming step; call it once per micro-batch, or when `wants_loss` only.
+
+        Args:
+            loss: returns the loss of the micro-batch that `backward` is called on, for the parameters as they stand by
+                then; without randomness, which would be taken for a change of the loss, so in evaluation mode where
+                there is dropout. Several add up, and are averaged over ranks, as their gradients are.
+        """
+        if self.wants_loss:
+            assert self._adaptive is not None
+            self._adaptive.losses.append(loss)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -146,6 +172,8 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         self._skipped_in_a_row = 0
         self._update_curvature()
         self._apply_second_order()
+        if self._adaptive is not None:
+            self._adaptive.losses = []
         self._apply_first_order()
         self._schedule_capture()
         return loss
@@ -201,34 +229,17 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         self._record.before_norm_control(updates)
         NORM_CONTROLS[self.settings.norm_control](updates, self.settings)
         self._record.after_norm_control(updates, self.steps)
+        if updates and self._adaptive is not None and due(self.steps, self.settings.preconditioner_update_steps):
+            self._adaptive.apply(updates, self.steps)
+            return
         for update in updates:
             update.apply()
 
     def _apply_first_order(self) -> None:
         for group in self.param_groups:
             entries = [(p, self.state[p]) for _, _, p in self._parameters(second_order=False, only=group)]
-            if not entries:
-                continue
-            parameters, states = zip(*entries, strict=True)
-            if group["algorithm"] == "sgd":
-                sgd_step(
-                    parameters,
-                    states,
-                    lr=group["lr"],
-                    momentum=group["momentum"],
-                    weight_decay=group["weight_decay"],
-                )
-                continue
-            # In a group of preconditioned weights, `lr` follows the method; its ratio to the fallback's rate is fixed.
-            adamw_step(
-                parameters,
-                states,
-                lr=group["lr"] * group["fallback_lr_ratio"],
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                eps=group["eps"],
-                weight_decay=group["weight_decay"] / group["fallback_lr_ratio"],
-            )
+            if entries:
+                first_order_step(group, *zip(*entries, strict=True))
 
     def _parameters(
         self, *, second_order: bool, only: dict[str, Any] | None = None

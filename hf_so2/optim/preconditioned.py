@@ -32,6 +32,11 @@ class LayerUpdate:
     update: Tensor
     group: dict[str, Any]
 
+    def change(self) -> Tensor:
+        """What `apply` is going to add, (fan_out, fan_in), in the dtype of the statistics."""
+        decay = self.group["weight_decay"] * self.weight.to(self.update.dtype)
+        return -self.group["lr"] * (self.update + decay)
+
     def apply(self) -> None:
         """Decoupled weight decay, then the step."""
         self.weight.mul_(1 - self.group["lr"] * self.group["weight_decay"])

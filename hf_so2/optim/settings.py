@@ -103,6 +103,10 @@ class Settings:
         (), (are_overrides, OVERRIDES_ALLOWED), "Another damping for some modules: pattern=strength or"
         " pattern=rule:strength, with a regular expression on module names; the first that matches counts.", "damping"
     )  # fmt: skip
+    adaptive_damping: bool = setting(
+        False, FLAG, "Levenberg-Marquardt: damping falls while the curvature predicts how the loss changes, and rises"
+        " where it does not. Measured with two more forward passes at every refresh.", "damping"
+    )  # fmt: skip
     factor_update_steps: int = setting(1, COUNT, "Steps between updates of the curvature statistics.", "statistics")
     preconditioner_update_steps: int = setting(
         10,
@@ -214,4 +218,8 @@ def resolve(
             raise ConfigurationError(
                 entry.name, asked[entry.name], f"has no effect on {method}; it needs {INSTEAD[needs]}"
             )
+    if settings.adaptive_damping and settings.norm_control not in ("none", "kl_clip"):
+        # Damping would turn an update whose length is fixed, and lengths are what the measured ratio judges.
+        allowed = f"needs norm_control none or kl_clip, not {settings.norm_control}"
+        raise ConfigurationError("adaptive_damping", True, allowed)
     return settings

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -84,6 +84,8 @@ class Curvature:
     Attributes:
         dropped_statistics: how many times a layer's statistics were not finite and were left out.
         failed_refreshes: how many times a layer kept its last preconditioner because a new one could not be computed.
+        damping_factor: what adaptive damping multiplies the strength of every layer's damping by.
+        adapted_at: the step at which it did so last.
         refresh_seconds: how long the last refresh of all layers took here, waiting for other ranks included.
     """
 
@@ -92,6 +94,7 @@ class Curvature:
         self.dropped_statistics = 0
         self.failed_refreshes = 0
         self.refresh_seconds = 0.0
+        self.damping_factor, self.adapted_at = 1.0, 0
         for layer in layers:
             layer.state = layer.block.init_state(layer.shape, layer.device, layer.dtype)
         self._of_tokens: dict[str, TokenBlock] = {}
@@ -164,10 +167,14 @@ class Curvature:
             self._count(layer, errors.get(layer.name) or "on another rank" if has_failed else None)
         self.refresh_seconds = time.perf_counter() - started
 
+    def damping_of(self, layer: Layer) -> Damping:
+        """The damping of a layer as it stands, adaptive factor included."""
+        return replace(layer.damping, epsilon=layer.damping.epsilon * self.damping_factor)
+
     def _refresh(self, layer: Layer) -> str | None:
         """Rebuild one preconditioner; what went wrong, if anything did."""
         try:
-            layer.block.refresh(layer.state, layer.damping)
+            layer.block.refresh(layer.state, self.damping_of(layer))
         except DecompositionError as error:
             return str(error)
         return None
@@ -183,7 +190,7 @@ class Curvature:
         if layer.failures >= MAX_FAILURES_IN_A_ROW:
             raise TrainingDivergedError(
                 f"{layer.name}: its factors could not be decomposed {layer.failures} times in a row ({error});"
-                f" raise damping (now {layer.damping.epsilon}) or lower the learning rate"
+                f" raise damping (now {self.damping_of(layer).epsilon}) or lower the learning rate"
             )
 
     def _means(self, captured: Mapping[str, LayerSums], tokens: int | Tensor | None) -> dict[str, State]:
@@ -218,6 +225,8 @@ class Curvature:
         return {
             "dropped_statistics": self.dropped_statistics,
             "failed_refreshes": self.failed_refreshes,
+            "damping_factor": self.damping_factor,
+            "adapted_at": self.adapted_at,
             "layers": {
                 name: {**{key: getattr(layer, key) for key in COUNTERS}, "state": dict(layer.state)}
                 for name, layer in self.layers.items()
@@ -245,6 +254,7 @@ class Curvature:
                 setattr(layer, key, int(entry[key]))
         self.dropped_statistics = int(state["dropped_statistics"])
         self.failed_refreshes = int(state["failed_refreshes"])
+        self.damping_factor, self.adapted_at = float(state["damping_factor"]), int(state["adapted_at"])
         self.capture.discard()
 
 

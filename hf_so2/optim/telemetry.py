@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import singledispatch
 
 import torch
 from torch import Tensor, nn
 
-from hf_so2.curvature import EKFAC, KFAC, CurvatureBlock, State
+from hf_so2.curvature import EKFAC, KFAC, CurvatureBlock, KLShampoo, Shampoo, State
+from hf_so2.curvature import sides as two_sided
 from hf_so2.damping import Damping
 from hf_so2.linalg import DecompositionError, spectral_norm
 from hf_so2.optim.preconditioned import LayerUpdate
 from hf_so2.optim.statistics import Curvature, Layer
 
-# An eigendecomposition per factor would cost more than a refresh; so many products are 1 % off at most.
+# The cost of these products grows with the square of a factor, of an eigendecomposition with the cube; 1 % off at most.
 ITERATIONS, DIRECTIONS = 8, 16
 
 LEVELS = ("role", "layer")
@@ -91,13 +92,7 @@ def _(block: KFAC, state: State, damping: Damping) -> dict[str, Tensor]:
     rho = dict(zip("AB", damping(factors["A"], factors["B"]), strict=True))
     found: dict[str, Tensor] = {}
     for side, exponent in block.exponents.items():
-        # The root's largest eigenvalue is that power of the smallest one at the last refresh.
-        largest, inverse = _norm(factors[side]) + rho[side], _norm(state[f"{side}_root"]) ** (1 / exponent)
-        found |= {
-            f"trace_{side}": factors[side].sum() if factors[side].ndim == 1 else factors[side].trace(),
-            f"damping_{side}": rho[side],
-            f"condition_{side}": (largest * inverse).clamp(min=1),
-        }
+        found |= _of_roots({side: (factors[side], rho[side])}, {side: state[f"{side}_root"]}, exponent)
     return found
 
 
@@ -105,6 +100,38 @@ def _(block: KFAC, state: State, damping: Damping) -> dict[str, Tensor]:
 def _(block: EKFAC, state: State, damping: Damping) -> dict[str, Tensor]:
     s, rho = state["S"], state["rho"]
     return {"trace": s.sum(), "damping": rho, "condition": (s.max() + rho) / (s.min() + rho)}
+
+
+@spectra.register
+def _(block: Shampoo, state: State, damping: Damping) -> dict[str, Tensor]:
+    roots = two_sided.suffixed(state, "_root")
+    exponent = block.exponent if block.sides == two_sided.BOTH else 0.5
+    factors = two_sided.damped_factors(state, block.sides, damping)
+    if block.normalized and block.sides == two_sided.BOTH:
+        trace = factors["L"][0].trace()
+        roots["L"] = roots["L"] / torch.where(trace > 0, trace, torch.ones_like(trace)).sqrt()
+    return _of_roots(factors, roots, exponent)
+
+
+@spectra.register
+def _(block: KLShampoo, state: State, damping: Damping) -> dict[str, Tensor]:
+    return _of_roots(
+        two_sided.damped_factors(state, block.sides, damping), two_sided.suffixed(state, "_root"), exponent=0.5
+    )
+
+
+def _of_roots(
+    factors: Mapping[str, tuple[Tensor, Tensor]], roots: Mapping[str, Tensor], exponent: float
+) -> dict[str, Tensor]:
+    """Of factors and their ρ by side; the roots' largest eigenvalues are that power of the smallest at the refresh."""
+    found: dict[str, Tensor] = {}
+    for side, (factor, rho) in factors.items():
+        found |= {
+            f"trace_{side}": factor.sum() if factor.ndim == 1 else factor.trace(),
+            f"damping_{side}": rho,
+            f"condition_{side}": ((_norm(factor) + rho) * _norm(roots[side]) ** (1 / exponent)).clamp(min=1),
+        }
+    return found
 
 
 def _norm(matrix: Tensor) -> Tensor:
@@ -149,7 +176,7 @@ def report(curvature: Curvature, record: StepRecord, step: int, by: str) -> dict
             continue
         place = role_of(layer) if by == "role" else layer.name
         try:
-            found = dict(spectra(layer.block, layer.state, layer.damping))
+            found = dict(spectra(layer.block, layer.state, curvature.damping_of(layer)))
         except DecompositionError:  # under the spectral rule; the refresh has warned of it
             found = {}
         if record.step == step and layer.name in record.update_rms:
@@ -157,7 +184,7 @@ def report(curvature: Curvature, record: StepRecord, step: int, by: str) -> dict
         for quantity, value in found.items():
             gathered.setdefault(f"curvature/{place}/{quantity}", []).append(float(value))
     summary = {
-        key: _SUMMARIES.get(key.rpartition("/")[2].removesuffix("_A").removesuffix("_B"), _mean)(values)
+        key: _SUMMARIES.get(key.rpartition("/")[2].rstrip("ABLR").rstrip("_"), _mean)(values)
         for key, values in gathered.items()
     }
     return summary | {

@@ -39,6 +39,7 @@ ILLEGAL: dict[str, list[Any]] = {
         *([text] for text in ("", "q_proj", "=0.1", "q_proj=", "q_proj=big", "q_proj=0", "q_proj=-1", "q_proj=nan")),
         *([text] for text in ("q_proj=inf", "(=0.1", "q_proj=trace", "q_proj=trace:", "q_proj=traces:0.1")),
     ],
+    "adaptive_damping": [0, 1, "yes", None],
     "factor_update_steps": COUNT,
     "preconditioner_update_steps": COUNT,
     "norm_control": ["", "Spectral", "clip", 0, None],
@@ -130,6 +131,7 @@ def test_unknown_optimizer_gets_a_hint(wrong: str, right: str) -> None:
         ("kfac", {"kl_clip": 0.1, "norm_control": "none"}),
         ("adamw", {"kl_clip": 0.1}),
         ("sgd", {"damping_overrides": ["0=0.1"]}),
+        ("adamw", {"adaptive_damping": True}),
     ],
 )
 def test_setting_without_effect_is_refused(optim: str, settings: dict[str, Any]) -> None:

@@ -59,6 +59,23 @@ def test_factors_of_kfac_equal_numpy(rule: str, exponent: float) -> None:
             assert numbers[f"curvature/{name}/condition_{side}"] == pytest.approx(np.linalg.cond(damped), rel=1e-2)
 
 
+@pytest.mark.parametrize(
+    ("optim", "settings"),
+    [("shampoo", {}), ("shampoo", {"shampoo_exponent": 0.5}), ("kl_shampoo", {})],
+)
+def test_factors_of_shampoo_equal_numpy(optim: str, settings: dict[str, Any]) -> None:
+    _, optimizer, _ = observed(optim, 2, damping=1e-3, **settings)
+    numbers = optimizer.telemetry("layer")
+    for name, layer in optimizer.curvature.layers.items():
+        for side in "LR":
+            factor = (layer.state[side] / layer.state["weight"]).numpy()
+            rho = 1e-3 * np.trace(factor)
+            assert numbers[f"curvature/{name}/trace_{side}"] == pytest.approx(np.trace(factor), rel=1e-10)
+            assert numbers[f"curvature/{name}/damping_{side}"] == pytest.approx(rho, rel=1e-10)
+            expected = np.linalg.cond(factor + rho * np.eye(len(factor)))
+            assert numbers[f"curvature/{name}/condition_{side}"] == pytest.approx(expected, rel=1e-2)
+
+
 @pytest.mark.parametrize("optim", ["ekfac", "tekfac"])
 def test_corrected_diagonal_equals_numpy(optim: str) -> None:
     _, optimizer, _ = observed(optim, 2, damping=1e-3)

@@ -1,0 +1,132 @@
+"""Levenberg-Marquardt damping: how well the quadratic model predicted a step decides on the damping of the next.
+
+Martens & Grosse 2015 (arXiv 1503.05671, section 6.5): the ratio of the actual to the predicted change of the loss on
+the same batch is near 1 where the model can be trusted, and then damping falls; it is small where a step went further
+than the model holds, and then damping rises. Both changes are measured across the second-order updates alone, before
+the fallback moves embeddings, head, norms and biases, of which the model knows nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import singledispatch
+
+import torch
+from torch import Tensor
+
+from hf_so2.curvature import EKFAC, KFAC, CurvatureBlock, State
+from hf_so2.distributed import sum_over_ranks, world
+from hf_so2.errors import ConfigurationError
+from hf_so2.optim.preconditioned import LayerUpdate
+from hf_so2.optim.statistics import Curvature
+
+# The paper's thresholds, and its ω per step; it suggests to look every five steps.
+POOR, GOOD, DECAY = 0.25, 0.75, 19 / 20
+
+# Further out, damping either dominates every factor or is round-off.
+LEAST, MOST = 1e-6, 1e6
+
+Loss = Callable[[], Tensor | float]
+
+
+@singledispatch
+def curvature_along(block: CurvatureBlock, state: State, change: Tensor) -> Tensor:
+    """`<Δ, F Δ>`, 0-dim, with the block's own undamped approximation of the Fisher matrix.
+
+    Args:
+        block: K-FAC or TKFAC (`F = A ⊗ B`), EKFAC or TEKFAC (diagonal S in the eigenbasis).
+        state: its averages.
+        change: Δ, (fan_out, fan_in).
+
+    Raises:
+        NotImplementedError: the block has no such approximation.
+    """
+    raise NotImplementedError(type(block).__name__)
+
+
+@curvature_along.register
+def _(block: KFAC, state: State, change: Tensor) -> Tensor:
+    a, b = (block.moments.factor(state, side) for side in "AB")
+    # On a side that is kept as a diagonal the factor is a vector.
+    along = b @ change if b.ndim == 2 else b.unsqueeze(1) * change
+    return (change * (along @ a if a.ndim == 2 else along * a)).sum()
+
+
+@curvature_along.register
+def _(block: EKFAC, state: State, change: Tensor) -> Tensor:
+    return ((state["B_basis"].mT @ change @ state["A_basis"]).square() * state["S"]).sum()
+
+
+def _models_the_loss(block: CurvatureBlock) -> bool:
+    return isinstance(block, EKFAC) or (isinstance(block, KFAC) and block.exponents.keys() == {"A", "B"})
+
+
+def predicted_change(updates: Sequence[LayerUpdate]) -> float:
+    """`Σ <G, Δ> + ½ <Δ, F Δ>` over the layers, Δ being what is about to be added: momentum, clip and decay included."""
+    terms = []
+    for u in updates:
+        change = u.change()
+        terms.append((u.gradient * change).sum() + curvature_along(u.layer.block, u.layer.state, change) / 2)
+    return float(torch.stack([term.to(terms[0].device) for term in terms]).sum())
+
+
+class AdaptiveDamping:
+    """Moves `curvature.damping_factor`, which multiplies the strength of every layer's damping.
+
+    Args:
+        curvature: the layers.
+
+    Attributes:
+        losses: the loss of every micro-batch of the coming step, to be called with the parameters as they stand.
+        ratio: actual over predicted change at the last measurement; not a number before the first.
+
+    Raises:
+        ConfigurationError: a layer's block does not model the loss.
+    """
+
+    def __init__(self, curvature: Curvature) -> None:
+        self.curvature = curvature
+        self.losses: list[Loss] = []
+        self.ratio = math.nan
+        for layer in curvature.layers.values():
+            if not _models_the_loss(layer.block):
+                allowed = f"needs both factors of K-FAC's kind of every weight, and {layer.name} has not"
+                raise ConfigurationError("adaptive_damping", True, allowed)
+
+    def apply(self, updates: Sequence[LayerUpdate], step: int) -> None:
+        """Apply the updates, with the loss taken on either side, and set the damping of the next refresh.
+
+        Raises:
+            ConfigurationError: no loss was given for this step.
+        """
+        predicted = predicted_change(updates)
+        before = self._loss()
+        for update in updates:
+            update.apply()
+        actual = self._loss() - before
+        # A model that expects its own step to be of no use says the same as a ratio below zero.
+        self.ratio = actual / predicted if predicted < 0 else -math.inf
+        waited = step - self.curvature.adapted_at
+        self.curvature.adapted_at = step
+        if self.ratio > GOOD:
+            self._scale(DECAY**waited)
+        elif not self.ratio >= POOR:  # not a number after an overflow
+            self._scale(DECAY**-waited)
+
+    def _scale(self, by: float) -> None:
+        self.curvature.damping_factor = min(max(self.curvature.damping_factor * by, LEAST), MOST)
+
+    def _loss(self) -> float:
+        """Of the whole step: summed over micro-batches, averaged over ranks, and so the same number on each."""
+        if not self.losses:
+            raise ConfigurationError(
+                "adaptive_damping", True, "needs `optimizer.reevaluate_with(loss)` before every step that `wants_loss`"
+            )
+        mine = sum(float(loss()) for loss in self.losses)
+        _, ranks = world()
+        if ranks == 1:
+            return mine
+        total = torch.tensor(mine, dtype=torch.float64, device=next(iter(self.curvature.layers.values())).device)
+        sum_over_ranks([total])
+        return float(total) / ranks
