@@ -29,7 +29,7 @@ class Optimum:
         edge: on which end of the tried values `tested` lies, if on one.
         points: how many values ended with a finite loss.
         coefficients: of the parabola in log2 of the value, highest power first; empty where none fits.
-        fitted: lowest and highest of the values that the parabola was fitted to.
+        fitted: lowest and highest of the values that the parabola was fitted to; empty where none fits.
     """
 
     tested: float
@@ -40,7 +40,7 @@ class Optimum:
     edge: Edge
     points: int
     coefficients: tuple[float, ...] = ()
-    fitted: tuple[float, float] = (math.nan, math.nan)
+    fitted: tuple[float, ...] = ()
 
     def loss_at(self, value: float) -> float:
         """The parabola at `value`; NaN where none fits."""
