@@ -22,10 +22,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import datasets
-import optuna
-from transformers.utils import logging
-
 from hf_so2 import cli
 from hf_so2.arguments import SecondOrderTrainingArguments
 from hf_so2.errors import ConfigurationError
@@ -37,7 +33,7 @@ from hf_so2.transfer.coordinates import coordinate_check
 from hf_so2.transfer.proxies import Proxy, make_recipe, proxies_of, standard_parametrization
 from hf_so2.transfer.recipe import Recipe, write_recipe
 from hf_so2.transfer.report import SweepResult, versions, write_report
-from hf_so2.transfer.runner import TYPES
+from hf_so2.transfer.runner import TYPES, quieten
 from hf_so2.transfer.store import SweepStore
 from hf_so2.transfer.sweep import Sweep, SweepArguments, shown
 
@@ -76,9 +72,7 @@ def prepare(flags: Mapping[str, Any], arguments: SweepArguments) -> list[Proxy]:
     for name, instead in {"width": "widths", "model_name_or_path": "checkpoints"}.items():
         if name in flags:
             raise ConfigurationError(name, flags[name], f"must be left out: --{instead} says which")
-    logging.set_verbosity_error()
-    datasets.disable_progress_bars()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    quieten()
     proxies = proxies_of(flags, arguments.widths, arguments.checkpoints)
     for proxy in proxies:
         proxy.arguments()

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-FITTED_POINTS = 5
+REACH = 2.0 * (1 + 1e-6)  # values are written with six digits
 SAMPLES = 1000
 CONFIDENCE = 0.9
 
@@ -29,6 +29,7 @@ class Optimum:
         edge: on which end of the tried values `tested` lies, if on one.
         points: how many values ended with a finite loss.
         coefficients: of the parabola in log2 of the value, highest power first; empty where none fits.
+        fitted: lowest and highest of the values that the parabola was fitted to; empty where none fits.
     """
 
     tested: float
@@ -39,6 +40,7 @@ class Optimum:
     edge: Edge
     points: int
     coefficients: tuple[float, ...] = ()
+    fitted: tuple[float, ...] = ()
 
     def loss_at(self, value: float) -> float:
         """The parabola at `value`; NaN where none fits."""
@@ -46,11 +48,12 @@ class Optimum:
 
 
 def find_optimum(curve: Mapping[float, float], noise: float | None = None) -> Optimum | None:
-    """Fits the five values nearest to the best one, or three; losses on both sides of a least rise unequally further
-    out.
+    """Fits the best value, its neighbours and what else is within a factor of two.
 
-    The interval is a parametric bootstrap: losses are drawn anew around the parabola with the standard deviation of
-    `noise` or of the fit's own residuals, whichever is larger.
+    Further out losses rise unequally on the two sides: learning rates end in a cliff, which would push the least of a
+    wider parabola away. The interval is a parametric bootstrap: losses are drawn anew around the parabola with the
+    standard deviation of `noise` or of the fit's own residuals, whichever is larger; where there is neither, it reaches
+    from neighbour to neighbour.
 
     Args:
         curve: loss by positive value; infinite where the run diverged or was stopped.
@@ -71,11 +74,9 @@ def find_optimum(curve: Mapping[float, float], noise: float | None = None) -> Op
     # With one least only, it is between the neighbours of the best value tried.
     within = ordered[max(0, index - 1)], ordered[min(len(ordered) - 1, index + 1)]
     plain = Optimum(tested, tested, *within, finite[tested], edge, len(finite))
-    for count in (FITTED_POINTS, 3):  # fewer where a cliff next to the least bends the parabola
-        near = sorted((v for v in finite if v > 0), key=lambda v: abs(math.log2(v / tested)))[:count]
-        if len(near) >= 3 and (fitted := _fit(plain, {v: finite[v] for v in near}, within, noise)):
-            return fitted
-    return plain
+    low, high = min(within[0], tested / REACH), max(within[1], tested * REACH)
+    near = {value: loss for value, loss in finite.items() if value > 0 and low <= value <= high}
+    return (_fit(plain, near, within, noise) if len(near) >= 3 else None) or plain
 
 
 def _fit(
@@ -87,7 +88,8 @@ def _fit(
     center = float(np.mean(x))
     fit = np.polyfit(x - center, y, 2)
     vertex = float(_vertex(fit[:, None])[0]) + center
-    if not (fit[0] > 0 and math.log2(within[0]) <= vertex <= math.log2(within[1])):
+    lowest = max(within[0], min(points))  # a weight decay of 0 has no logarithm
+    if not (fit[0] > 0 and math.log2(lowest) <= vertex <= math.log2(within[1])):
         return None
     residuals = y - np.polyval(fit, x - center)
     freedom = len(x) - 3
@@ -105,6 +107,7 @@ def _fit(
         low=low,
         high=high,
         loss=float(np.polyval(fit, vertex - center)),
+        fitted=(min(points), max(points)),
         coefficients=(a, b - 2 * a * center, c - b * center + a * center**2),
     )
 

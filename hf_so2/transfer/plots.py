@@ -18,7 +18,6 @@ from hf_so2.transfer.verdict import RATE, Verdict, predicted_loss
 Color: TypeAlias = tuple[float, float, float, float]
 LOSS = "validation loss (nats per token)"
 MOST_TICKS = 8
-REACH = 2.5  # octaves around the best value over which a parabola is drawn
 
 
 def plot_loss_curve(log_history: Iterable[Mapping[str, Any]], path: str | Path, title: str) -> None:
@@ -114,11 +113,10 @@ def _draw_curve(
     if not finite:
         return
     fitted = optimum is not None and bool(optimum.coefficients)
-    axes.plot(*zip(*finite, strict=True), "o" if fitted else "o-", color=color, label=label)
+    axes.plot(*zip(*finite, strict=True), "o:" if fitted else "o-", color=color, linewidth=1, label=label)
     axes.plot(*min(finite, key=lambda point: point[1]), "*", color=color, markersize=15)
     if optimum is not None and fitted:
-        near = [first for first, _ in finite if abs(math.log2(first / optimum.tested)) <= REACH]
-        x = np.geomspace(min(near), max(near), 60)
+        x = np.geomspace(*optimum.fitted, 60)
         axes.plot(x, [optimum.loss_at(float(value)) for value in x], "-", color=color)
         axes.axvspan(optimum.low, optimum.high, color=color, alpha=0.08)
         axes.axvline(optimum.value, color=color, linestyle=":", linewidth=1)
@@ -137,7 +135,7 @@ def plot_widths(verdicts: Mapping[str, Verdict], path: str | Path) -> None:
     for index, (optim, verdict) in enumerate(verdicts.items()):
         color = f"C{index}"
         widths |= set(verdict.losses)
-        left.plot(*_columns(verdict.losses), "o-", color=color, label=f"{optim}, one setting at every width")
+        left.plot(*_columns(verdict.losses), "o-", color=color, label=optim)
         reached = [4 * max(verdict.losses)] if len(verdict.losses) > 1 else []
         for target in reached:
             bounds = predicted_loss(verdict.losses, target)
@@ -153,10 +151,8 @@ def plot_widths(verdicts: Mapping[str, Verdict], path: str | Path) -> None:
             above = [max(0.0, optimum.high - optimum.value) for optimum in optima.values()]
             right.errorbar(list(optima), values, [below, above], fmt="o-", color=color, capsize=4, label=optim)
             widths |= set(optima)
-    left.set(ylabel=LOSS, title="Wider is better; shaded: further gains between none and the last one kept up")
-    left.title.set_fontsize(10)
-    right.set(ylabel="learning rate", yscale="log", title="Optimal learning rate with its 90 % interval")
-    right.title.set_fontsize(10)
+    left.set(ylabel=LOSS, title="Loss at the setting found, and its range beyond")
+    right.set(ylabel="learning rate", yscale="log", title="Optimal learning rate, 90 % interval")
     for axes in (left, right):
         axes.set_xscale("log", base=2)
         axes.set_xticks(sorted(widths), [str(width) for width in sorted(widths)])

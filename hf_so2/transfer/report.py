@@ -108,7 +108,10 @@ def _draw(results: Mapping[str, SweepResult], folder: Path) -> list[dict[str, st
         )
         figures.append(_figure(f"Loss against {name.replace('_', ' ')}", folder / file, note))
     plot_widths({optim: result.verdict for optim, result in results.items()}, folder / "widths.png")
-    note = "The shaded area is a range, not a forecast: two or three proxies do not fix a scaling law."
+    note = (
+        "Shaded: losses between no further gain and the last gain per doubling of the width kept up. That is a range,"
+        " not a forecast: two or three proxies do not fix a scaling law."
+    )
     figures.append(_figure("Loss and optimum against the width", folder / "widths.png", note))
     return figures
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import datasets
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 from transformers import (
@@ -20,6 +21,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.utils import logging
 
 from hf_so2 import cli
 from hf_so2.arguments import SecondOrderTrainingArguments
@@ -73,6 +75,7 @@ def run_trial(task: TrialTask) -> None:
     Raises:
         ConfigurationError: the flags make no training run.
     """
+    quieten()
     model_args, data_args, args = cli.build(TYPES, {**task.flags, **TRIAL_FLAGS})
     corpus = _corpus(json.dumps(vars(data_args)), model_args.model_name_or_path)
 
@@ -110,6 +113,13 @@ def run_trial(task: TrialTask) -> None:
         states = {trial.state for trial in optuna.load_study(study_name=task.study, storage=storage).trials}
         if TrialState.PRUNED not in states or TrialState.COMPLETE in states:
             raise
+
+
+def quieten() -> None:
+    """Leaves the terminal to the sweep's own lines; a worker process starts with the libraries' defaults."""
+    logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
 class HopelessPruner(optuna.pruners.BasePruner):
