@@ -116,7 +116,8 @@ def _draw_curve(
     axes.plot(*zip(*finite, strict=True), "o:" if fitted else "o-", color=color, linewidth=1, label=label)
     axes.plot(*min(finite, key=lambda point: point[1]), "*", color=color, markersize=15)
     if optimum is not None and fitted:
-        x = np.geomspace(*optimum.fitted, 60)
+        lowest, highest = optimum.fitted
+        x = np.geomspace(lowest, highest, 60)
         axes.plot(x, [optimum.loss_at(float(value)) for value in x], "-", color=color)
         axes.axvspan(optimum.low, optimum.high, color=color, alpha=0.08)
         axes.axvline(optimum.value, color=color, linestyle=":", linewidth=1)
