@@ -46,7 +46,7 @@ def main() -> None:
     with args.main_process_first(desc="data preparation"):
         corpus = load_corpus(data_args, model_args.model_name_or_path)
     model, config = build_model_and_config(model_args, corpus.tokenizer, seed=args.seed, cache_dir=data_args.cache_dir)
-    require_positions(config, data_args.block_size)
+    require_positions(config, data_args.max_seq_length)
 
     trainer, report = build_trainer(args, model, corpus)
     if trainer.is_world_process_zero():

@@ -123,5 +123,5 @@ def test_what_makes_no_model_is_refused(
 def test_blocks_must_fit_the_positions(tokenizer: PreTrainedTokenizerFast) -> None:
     config = build_config(ModelArguments(None, "gpt2", SMALL + ",n_positions=64"), tokenizer)
     require_positions(config, 64)
-    with pytest.raises(ConfigurationError, match="block_size=65: must be at most the model's 64"):
+    with pytest.raises(ConfigurationError, match="max_seq_length=65: must be at most the model's 64"):
         require_positions(config, 65)

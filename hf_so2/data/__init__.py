@@ -17,7 +17,7 @@ __all__ = ["Corpus", "DataArguments", "collate_blocks", "load_corpus"]
 
 @dataclass(frozen=True)
 class Corpus:
-    """Blocks to train and to evaluate on (``input_ids``, int32 ``[block_size]``), and their tokenizer."""
+    """Blocks to train and to evaluate on (``input_ids``, int32 ``[max_seq_length]``), and their tokenizer."""
 
     train: Dataset
     evaluation: Dataset
@@ -44,13 +44,13 @@ def load_corpus(arguments: DataArguments, model_name_or_path: str | None = None)
         tokenizer: PreTrainedTokenizerBase = corpus_tokenizer(documents, arguments.vocab_size, arguments.cache_dir)
     else:
         tokenizer = checkpoint_tokenizer(model_name_or_path, arguments.cache_dir)
-    train = pack_documents(documents, tokenizer, arguments.block_size, arguments.cache_dir)
-    evaluation = pack_documents(held_out, tokenizer, arguments.block_size, arguments.cache_dir)
+    train = pack_documents(documents, tokenizer, arguments.max_seq_length, arguments.cache_dir)
+    evaluation = pack_documents(held_out, tokenizer, arguments.max_seq_length, arguments.cache_dir)
     for blocks, part in ((train, "training"), (evaluation, "evaluation")):
         if len(blocks) == 0:
             raise ConfigurationError(
-                "block_size",
-                arguments.block_size,
+                "max_seq_length",
+                arguments.max_seq_length,
                 f"must be smaller: the {part} data do not fill a single block",
             )
     return Corpus(

@@ -45,7 +45,9 @@ class DataArguments:
         default=5,
         metadata={"help": "percentage of the documents held out when the source has no validation split"},
     )
-    block_size: int = field(default=128, metadata={"help": "tokens in a training example"})
+    max_seq_length: int = field(
+        default=128, metadata={"help": "tokens in a training example; documents are joined and cut into these"}
+    )
     vocab_size: int = field(
         default=2048, metadata={"help": "size of the byte-level BPE vocabulary trained on the corpus"}
     )
@@ -66,8 +68,8 @@ class DataArguments:
             raise ConfigurationError(
                 "validation_split_percentage", self.validation_split_percentage, "must lie between 1 and 99"
             )
-        if self.block_size < 2:
-            raise ConfigurationError("block_size", self.block_size, "must be at least 2 tokens")
+        if self.max_seq_length < 2:
+            raise ConfigurationError("max_seq_length", self.max_seq_length, "must be at least 2 tokens")
         for name in ("max_train_samples", "max_eval_samples"):
             limit = getattr(self, name)
             if limit is not None and limit < 1:

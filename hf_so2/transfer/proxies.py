@@ -24,7 +24,7 @@ from hf_so2.transfer.space import Params, Space
 _SPELLED_OUT = (
     "per_device_train_batch_size gradient_accumulation_steps lr_scheduler_type warmup_steps max_grad_norm seed"
 ).split()
-_SPELLED_OUT_DATA = ("block_size", "vocab_size", "validation_split_percentage")
+_SPELLED_OUT_DATA = ("max_seq_length", "vocab_size", "validation_split_percentage")
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def proxies_of(flags: Mapping[str, Any], widths: Sequence[int], checkpoints: Seq
         (data,) = cli.build((DataArguments,), own)
         tokenizer = load_corpus(data, model.model_name_or_path).tokenizer
         config = build_config(model, tokenizer) if widths else AutoConfig.from_pretrained(model.model_name_or_path)
-        require_positions(config, data.block_size)
+        require_positions(config, data.max_seq_length)
         proxies.append(Proxy(text_width(config), config, own))
     proxies.sort(key=lambda proxy: proxy.width)
     found = [proxy.width for proxy in proxies]

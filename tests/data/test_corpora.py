@@ -86,7 +86,9 @@ def test_a_single_document_is_cut_at_a_line_near_its_end() -> None:
 
 def test_limits_and_a_corpus_from_end_to_end(tmp_path: Path) -> None:
     file = write(tmp_path / "train.jsonl", TEXTS)
-    corpus = load_corpus(arguments(tmp_path, train_file=str(file), vocab_size=300, block_size=8, max_train_samples=5))
+    corpus = load_corpus(
+        arguments(tmp_path, train_file=str(file), vocab_size=300, max_seq_length=8, max_train_samples=5)
+    )
     assert len(corpus.train) == 5
     assert len(corpus.evaluation) > 1
     assert len(corpus.train[0]["input_ids"]) == 8
@@ -120,7 +122,7 @@ def test_an_unknown_hub_data_set_is_refused(tmp_path: Path) -> None:
 
 def test_a_corpus_smaller_than_a_block_is_refused(tmp_path: Path) -> None:
     file = write(tmp_path / "small.txt", ["a\n", "b\n"])
-    with pytest.raises(ConfigurationError, match="block_size=128: must be smaller: the training data"):
+    with pytest.raises(ConfigurationError, match="max_seq_length=128: must be smaller: the training data"):
         load_corpus(arguments(tmp_path, train_file=str(file), vocab_size=300))
 
 
@@ -130,7 +132,7 @@ def test_a_corpus_smaller_than_a_block_is_refused(tmp_path: Path) -> None:
         ({"train_file": "a", "dataset_name": "b"}, "must not be combined with dataset_name"),
         ({"validation_file": "a"}, "needs train_file"),
         ({"dataset_config_name": "a"}, "needs dataset_name"),
-        ({"block_size": 1}, "at least 2"),
+        ({"max_seq_length": 1}, "at least 2"),
         ({"max_eval_samples": 0}, "at least 1"),
         ({"validation_split_percentage": 100}, "between 1 and 99"),
     ],

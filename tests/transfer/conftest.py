@@ -34,7 +34,7 @@ def tiny(workspace: Path) -> list[str]:
         "train_file": workspace / "train.jsonl",
         "cache_dir": workspace / "cache",
         "vocab_size": 300,
-        "block_size": 16,
+        "max_seq_length": 16,
         "max_eval_samples": 8,
         "optim": "kfac_mup",
         "per_device_train_batch_size": 4,

@@ -25,7 +25,7 @@ RECIPE = Recipe(
     optimizer={"optim": "kfac_mup", "learning_rate": 0.12, "damping": 1e-05, "skip_modules": ["gate", "lm"]},
     base={"mup_base_width": 64},
     model={"model_type": "llama", "config_overrides": {"hidden_size": 64, "hidden_act": "silu"}, "head": "count"},
-    data={"block_size": 64, "vocab_size": 300},
+    data={"max_seq_length": 64, "vocab_size": 300},
     training={
         "per_device_train_batch_size": 8,
         "gradient_accumulation_steps": 1,
@@ -64,7 +64,7 @@ def test_every_setting_reaches_the_arguments_untouched(path: Path) -> None:
     assert lines == [f"recipe {path}: kfac_mup, tuned at width 64 and 128"]
     assert (model.width, model.model_type) == (512, "llama")
     assert parse_overrides(model.config_overrides) == RECIPE.model["config_overrides"]
-    assert (data.block_size, data.vocab_size) == (64, 300)
+    assert (data.max_seq_length, data.vocab_size) == (64, 300)
     for section in (RECIPE.optimizer, RECIPE.base, RECIPE.training):
         for name, value in section.items():
             assert getattr(getattr(args, name), "value", getattr(args, name)) == value, name

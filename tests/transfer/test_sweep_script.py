@@ -241,7 +241,7 @@ def test_a_diverged_run_is_a_stopped_trial(tiny: list[str], tmp_path: Path) -> N
     store.open("sgd", 16, {})
     store.queue("sgd", 16, [({"learning_rate": 1e20}, 0)])
     flags: dict[str, Any] = dict(flag.removeprefix("--").split("=", 1) for flag in tiny)
-    numbers = ("vocab_size", "block_size", "max_eval_samples", "per_device_train_batch_size", "max_steps", "seed")
+    numbers = ("vocab_size", "max_seq_length", "max_eval_samples", "per_device_train_batch_size", "max_steps", "seed")
     flags |= {name: int(flags[name]) for name in numbers}
     flags |= {"optim": "sgd", "width": 16, "use_cpu": True, "output_dir": str(tmp_path), "max_grad_norm": 0.0}
     space = Space(grid={"learning_rate": (1e20,)})
