@@ -4,9 +4,10 @@
     python scripts/benchmark.py --optim kfac foof --tokens 8192 --rounds 9
     python scripts/benchmark.py --optim kfac --scaling 128 256 512 1024          # how the cost grows with the width
 
-A Llama of the given size trains on random tokens. In every round each optimizer makes a few steps, in shuffled order,
-and its time is divided by AdamW's of the same round. Prints a table (milliseconds; medians over rounds) and leaves
-benchmark.json and benchmark.png in --output_dir. Peers: heavyball and pytorch-optimizer, where they are installed.
+A Llama of the given size trains on random tokens. In every round each optimizer makes a few steps, in turn and in
+shuffled order, and its time is divided by AdamW's of the same round. Prints a table (milliseconds; medians over
+rounds) and leaves benchmark.json and benchmark.png in --output_dir. Peers: heavyball and pytorch-optimizer, where
+they are installed.
 """
 
 from __future__ import annotations

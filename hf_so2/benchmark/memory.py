@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from enum import Enum
+from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -23,16 +25,20 @@ def tensor_bytes(tree: Any) -> int:
 
 
 def _tensors(tree: Any) -> Iterable[Tensor]:
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, Mapping):
-        for value in tree.values():
-            yield from _tensors(value)
-    elif isinstance(tree, list | tuple):
-        for value in tree:
-            yield from _tensors(value)
-    elif hasattr(tree, "__dict__"):  # some peers keep objects of their own in the state
-        yield from _tensors(vars(tree))
+    pending, seen = [tree], set()
+    while pending:
+        item = pending.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, Tensor):
+            yield item
+        elif isinstance(item, Mapping):
+            pending += item.values()
+        elif isinstance(item, list | tuple):
+            pending += item
+        elif hasattr(item, "__dict__") and not callable(item) and not isinstance(item, ModuleType | Enum):
+            pending += vars(item).values()  # some peers keep objects of their own in the state
 
 
 def peak_bytes(function: Callable[[], T], device: torch.device) -> tuple[T, int]:

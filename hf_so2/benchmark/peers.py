@@ -70,9 +70,13 @@ PEERS = (
     Peer(
         "pytorch_optimizer.ScalableShampoo",
         "pytorch_optimizer",
-        # Its own default preconditions blocks of 512 only.
+        # By default it cuts weights into blocks of 512, and small ones into vectors.
         _pytorch_optimizer(
-            "ScalableShampoo", "preconditioning_compute_steps", start_preconditioning_step=1, block_size=8192
+            "ScalableShampoo",
+            "preconditioning_compute_steps",
+            start_preconditioning_step=1,
+            block_size=8192,
+            shape_interpretation=False,
         ),
         "shampoo",
     ),

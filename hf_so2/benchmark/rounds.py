@@ -59,7 +59,7 @@ def measure(
     seed: int,
     report: Callable[[str], None] = lambda line: None,
 ) -> list[Measurement]:
-    """Builds every contestant, warms it up for `steps` steps, and times `steps` steps of each in every round.
+    """Builds every contestant, warms it up for `steps` steps, and times `steps` steps of each in every round, in turn.
 
     Args:
         builders: make the contestants; all are kept until the end.
@@ -75,10 +75,16 @@ def measure(
         contestant, peak = peak_bytes(lambda build=build: _warmed_up(build(), batch, steps, device), device)  # type: ignore[misc]
         pairs.append((contestant, Measurement(contestant.name, peak, contestant.state_bytes_per_parameter())))
         report(f"{contestant.name}: warmed up")
-    order = random.Random(seed)
+    order, stopwatch = random.Random(seed), Stopwatch(device)
     for number in range(rounds):
-        for contestant, measurement in order.sample(pairs, len(pairs)):
-            _time(contestant, measurement, batch, steps, device)
+        taken: list[list[dict[str, float]]] = [[] for _ in pairs]
+        # Step by step in turn: what slows the machine for a minute must not hit one of them alone.
+        for _ in range(steps):
+            for index in order.sample(range(len(pairs)), len(pairs)):
+                pairs[index][0].step(batch(), stopwatch)
+                taken[index].append(stopwatch.take())
+        for (_, measurement), phases in zip(pairs, taken, strict=True):
+            _record(measurement, phases)
         report(f"round {number + 1} of {rounds}")
     return [measurement for _, measurement in pairs]
 
@@ -89,12 +95,7 @@ def _warmed_up(contestant: Contestant, batch: Batch, steps: int, device: torch.d
     return contestant
 
 
-def _time(contestant: Contestant, measurement: Measurement, batch: Batch, steps: int, device: torch.device) -> None:
-    stopwatch, taken = Stopwatch(device), []
-    for _ in range(steps):
-        tokens = batch()
-        contestant.step(tokens, stopwatch)
-        taken.append(stopwatch.take())
-    measurement.rounds.append([sum(phases.values()) for phases in taken])
-    names = {name for phases in taken for name in phases}
-    measurement.phases.append({name: sum(phases.get(name, 0.0) for phases in taken) / steps for name in names})
+def _record(measurement: Measurement, steps: Sequence[dict[str, float]]) -> None:
+    measurement.rounds.append([sum(phases.values()) for phases in steps])
+    names = {name for phases in steps for name in phases}
+    measurement.phases.append({name: sum(phases.get(name, 0.0) for phases in steps) / len(steps) for name in names})

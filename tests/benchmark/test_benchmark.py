@@ -7,6 +7,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -82,7 +83,8 @@ def test_nested_phases_are_not_counted_twice(monkeypatch: pytest.MonkeyPatch) ->
 def test_bytes_of_nested_tensors_count_shared_storage_once() -> None:
     tensor = torch.zeros(10, 3)
     other = torch.zeros(7, dtype=torch.float64)
-    tree = {"a": [tensor, (tensor[2:], tensor.mT)], "b": {"c": other, "d": 3, "e": "text"}, "f": torch.zeros(0)}
+    tree: dict[str, Any] = {"a": [tensor, (tensor[2:], tensor.mT)], "b": {"c": 3, "d": "text"}, "e": torch.zeros(0)}
+    tree["object"] = SimpleNamespace(back=tree, tensor=other)
     assert tensor_bytes(tree) == 10 * 3 * 4 + 7 * 8
 
 
