@@ -209,7 +209,8 @@ class Curvature:
             sums = seen.sums or {key: torch.zeros_like(layer.state[key]) for key in statistics}
             if tokens is None:
                 for key, statistic in statistics.items():
-                    sums[key] = sums[key] * rows**statistic.gradient_degree
+                    if statistic.gradient_degree:
+                        sums[key].mul_(rows**statistic.gradient_degree)
             packed[name] = sums, rows, count
         sum_over_ranks([t for sums, rows, count in packed.values() for t in (*sums.values(), rows, count)])
         means: dict[str, State] = {}
@@ -217,7 +218,7 @@ class Curvature:
             if bool(rows > 0):
                 divisors = {"rows": rows, "tokens": count.clamp(min=1)}
                 statistics = self._of_tokens[name].statistics
-                means[name] = {key: sums[key] / divisors[s.per] for key, s in statistics.items()}
+                means[name] = {key: sums[key].div_(divisors[s.per]) for key, s in statistics.items()}
         return means
 
     def state_dict(self) -> dict[str, Any]:
