@@ -40,8 +40,17 @@ def spectral(updates: Sequence[LayerUpdate], settings: Settings) -> None:
 
     The target holds μP's width scaling, so no learning-rate multiplier is applied besides. An update of zero stays
     zero.
+
+    An embedding is fed unit vectors, of which the spectral norm would allow mixtures that never occur: `sqrt(fan_out)`
+    per `sqrt(vocabulary)` lets the change of a token's vector depend on the size of the vocabulary. The norm of a map
+    from unit vectors to vectors measured by their root mean square is the largest one of a column (Large et al. 2024,
+    arXiv 2405.14813, section 3.3), and its target 1: no token's vector changes by a root mean square above 1.
     """
     for u in updates:
+        if u.layer.adapter.one_hot:
+            column = torch.linalg.vector_norm(u.update, dim=0).max()
+            u.update.mul_(_ratio(math.sqrt(u.update.shape[0]), column))
+            continue
         target = math.sqrt(u.update.shape[0] / u.update.shape[1])
         if u.layer.block.orthogonal:
             u.update.mul_(target)
