@@ -132,8 +132,8 @@ class Settings:
         False, FLAG, "Precondition the output head, with the output factor that head_output_factor says.", "tokens"
     )
     head_output_factor: str = setting(
-        "diagonal", one_of(("diagonal", "identity")), "Output factor of a preconditioned head, which has the size of"
-        " the vocabulary: diagonal, or identity (the input side alone).", "precondition_head"
+        "identity", one_of(("identity", "diagonal")), "Output factor of a preconditioned head, which has the size of"
+        " the vocabulary: identity (the input side alone), or diagonal.", "precondition_head"
     )  # fmt: skip
     precondition_biases: bool = setting(
         False, FLAG, "Precondition the biases of preconditioned weights, as one more column with an input of 1.",

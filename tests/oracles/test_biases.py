@@ -43,6 +43,7 @@ def extended_rows(model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, t
 def test_preconditioners_are_those_of_the_extended_layer(name: str, case: str) -> None:
     model, batch = CASES[case]()
     optimizer = stand_still(name, model, batch, damping=RHO, precondition_biases=True)
+    optimizer.curvature.capture.remove()
     for layer, (h, delta) in extended_rows(model, batch).items():
         entry = optimizer.curvature.layers[layer]
         a, b = h.T @ h / len(h), delta.T @ delta / len(h)

@@ -19,7 +19,7 @@ import hf_so2
 from hf_so2.damping import RULES, Damping
 
 VOCABULARY, WIDTH, RHO = 6, 3, 0.02
-BOTH = {"precondition_embeddings": True, "precondition_head": True}
+BOTH = {"precondition_embeddings": True, "precondition_head": True, "head_output_factor": "diagonal"}
 
 
 class Bigram(nn.Module):
