@@ -96,7 +96,8 @@ def build_from_settings(
         layer = None
         is_bias = parameter.ndim < 2
         if method.block is not None and treatment.preconditioned and not is_bias:
-            damping = Damping(resolved.damping_rule, resolved.damping, **method.damping(width))
+            epsilon = resolved.embedding_damping if treatment.adapter.one_hot else resolved.damping
+            damping = Damping(resolved.damping_rule, epsilon, **method.damping(width))
             damping = overrides.apply(damping, treatment.modules)
             layer = _layer(parameter_name, parameter, treatment, method, resolved, width, damping)
             layers.append(layer)

@@ -128,6 +128,10 @@ class Settings:
         False, FLAG, "Precondition the token embedding, with a diagonal input factor: the frequencies of the tokens.",
         "tokens"
     )  # fmt: skip
+    embedding_damping: float = setting(
+        1.0, POSITIVE, "Damping strength of a preconditioned embedding in place of damping. Under trace it is relative to"
+        " the mean frequency of a token: what is much rarer is not magnified further.", "precondition_embeddings"
+    )  # fmt: skip
     precondition_head: bool = setting(
         False, FLAG, "Precondition the output head, with the output factor that head_output_factor says.", "tokens"
     )
@@ -204,6 +208,7 @@ INSTEAD = {
     "shampoo": "shampoo",
     "basis": "soap",
     "kl_clip": "norm_control='kl_clip'",
+    "precondition_embeddings": "precondition_embeddings=True",
     "precondition_head": "precondition_head=True",
 }
 
@@ -238,7 +243,7 @@ def resolve(
         asked[field_name] = value
     settings = Settings(**{**defaults, **asked})
     parts = uses | {settings.norm_control} if "curvature" in uses else uses
-    parts = parts | {"precondition_head"} if settings.precondition_head else parts
+    parts = parts | {name for name in ("precondition_embeddings", "precondition_head") if getattr(settings, name)}
     for entry in fields(Settings):
         needs = entry.metadata["needs"]
         if entry.name in asked and needs and needs not in parts:

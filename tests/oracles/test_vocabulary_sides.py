@@ -83,7 +83,7 @@ def damped_block(name: str, layer: str, h: np.ndarray, delta: np.ndarray, state:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_preconditioners_are_the_inverses_of_dense_blocks(name: str, batch: tuple[Tensor, Tensor]) -> None:
-    optimizer = stand_still(name, Bigram(), batch, damping=RHO, **BOTH)
+    optimizer = stand_still(name, Bigram(), batch, damping=RHO, embedding_damping=RHO, **BOTH)
     for layer, (h, delta) in rows_of(batch).items():
         entry = optimizer.curvature.layers[layer]
         block = damped_block(name, layer, h, delta, entry.state)
