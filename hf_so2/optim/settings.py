@@ -129,7 +129,7 @@ class Settings:
         "tokens"
     )  # fmt: skip
     embedding_damping: float = setting(
-        1.0, POSITIVE, "Damping strength of a preconditioned embedding in place of `damping`. Under trace it is relative"
+        1.0, POSITIVE, "Damping of a preconditioned embedding, in place of damping. Under trace it is relative"
         " to the mean frequency of a token: what is much rarer is not magnified further.", "precondition_embeddings"
     )  # fmt: skip
     precondition_head: bool = setting(
