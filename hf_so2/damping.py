@@ -40,6 +40,9 @@ class Damping:
     def __call__(self, factor_a: Tensor, factor_b: Tensor) -> tuple[Tensor, Tensor]:
         """`(ρ_A, ρ_B)`, 0-dim tensors, for factors of shape (fan_in, fan_in) and (fan_out, fan_out).
 
+        A factor may be a diagonal, given as a vector. Its entries belong to single rows, of which a vocabulary has
+        thousands, and are judged one by one: `trace` is relative to their mean there.
+
         A factor that is exactly zero holds no information (a LoRA `A` before its `B` has moved), and of one so small
         that the inverse of ρ leaves the range of its dtype (gradients near 1e-18 in float32) none is left. It is given
         ρ = 1, which makes its side of the preconditioner the identity.
@@ -48,11 +51,17 @@ class Damping:
             DecompositionError: under `spectral`, a factor that has no eigenvalues.
         """
         rho_a, rho_b = RULES[self.rule].factored(self, factor_a, factor_b)
-        return _one_if_vanishing(factor_a.diagonal(), rho_a), _one_if_vanishing(factor_b.diagonal(), rho_b)
+        return _one_if_vanishing(_diagonal(factor_a), rho_a), _one_if_vanishing(_diagonal(factor_b), rho_b)
 
-    def single(self, diagonal: Tensor) -> Tensor:
-        """ρ, 0-dim, for a curvature that is `diagonal`, of any shape, in its own basis; 1 for a vanishing one."""
-        return _one_if_vanishing(diagonal, RULES[self.rule].single(self, diagonal))
+    def single(self, s: Tensor, per_row: str = "") -> Tensor:
+        """ρ, 0-dim, for a curvature whose diagonal in its own basis is `s`; 1 for a vanishing one.
+
+        Args:
+            s: of shape (fan_out, fan_in), or of any shape where no side is judged per row.
+            per_row: the sides, of "A" and "B", that are judged row by row as in the factored form.
+        """
+        rows = (s.shape[0] if "B" in per_row else 1) * (s.shape[-1] if "A" in per_row else 1)
+        return _one_if_vanishing(s, RULES[self.rule].single(self, s, rows))
 
 
 def _one_if_vanishing(diagonal: Tensor, rho: Tensor) -> Tensor:
@@ -61,20 +70,26 @@ def _one_if_vanishing(diagonal: Tensor, rho: Tensor) -> Tensor:
     return torch.where(vanishing, torch.ones_like(rho), rho)
 
 
+def _diagonal(factor: Tensor) -> Tensor:
+    return factor if factor.ndim == 1 else factor.diagonal()
+
+
 def _trace(damping: Damping, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    return damping.epsilon * a.trace(), damping.epsilon * b.trace()
+    rho_a, rho_b = (damping.epsilon * (x.mean() if x.ndim == 1 else x.trace()) for x in (a, b))
+    return rho_a, rho_b
 
 
 def _trace_mean(damping: Damping, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    return damping.epsilon * a.diagonal().mean(), damping.epsilon * b.diagonal().mean()
+    return damping.epsilon * _diagonal(a).mean(), damping.epsilon * _diagonal(b).mean()
 
 
 def _spectral(damping: Damping, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    return damping.epsilon * largest_eigenvalue(a), damping.epsilon * largest_eigenvalue(b)
+    rho_a, rho_b = (damping.epsilon * (x.max() if x.ndim == 1 else largest_eigenvalue(x)) for x in (a, b))
+    return rho_a, rho_b
 
 
 def _pi(damping: Damping, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    mean_a, mean_b = a.diagonal().mean(), b.diagonal().mean()
+    mean_a, mean_b = _diagonal(a).mean(), _diagonal(b).mean()
     ratio = torch.sqrt(mean_a / mean_b)
     # A zero factor leaves π undefined; 1 splits the damping evenly, as if the factors were alike.
     ratio = torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, torch.ones_like(ratio))
@@ -91,18 +106,19 @@ class Rule:
 
     Args:
         factored: `(ρ_A, ρ_B)` for a pair of factors.
-        single: ρ for a curvature that is diagonal in some basis, given its diagonal S.
+        single: ρ for a curvature that is diagonal in some basis, given its diagonal S and over how many rows S extends
+            that are judged one by one.
     """
 
     factored: Callable[[Damping, Tensor, Tensor], tuple[Tensor, Tensor]]
-    single: Callable[[Damping, Tensor], Tensor]
+    single: Callable[[Damping, Tensor, int], Tensor]
 
 
 RULES: dict[str, Rule] = {
-    "trace": Rule(_trace, lambda damping, s: damping.epsilon * s.sum()),
-    "trace_mean": Rule(_trace_mean, lambda damping, s: damping.epsilon * s.mean()),
-    "spectral": Rule(_spectral, lambda damping, s: damping.epsilon * s.max()),
+    "trace": Rule(_trace, lambda damping, s, rows: damping.epsilon * s.sum() / rows),
+    "trace_mean": Rule(_trace_mean, lambda damping, s, rows: damping.epsilon * s.mean()),
+    "spectral": Rule(_spectral, lambda damping, s, rows: damping.epsilon * s.max()),
     # Both sides of π's split multiply to ε whatever the factors, and ε is what is left where nothing is to be split.
-    "pi": Rule(_pi, lambda damping, s: s.new_tensor(damping.epsilon)),
-    "constant": Rule(_constant, lambda damping, s: s.new_tensor(damping.epsilon * damping.multiplier)),
+    "pi": Rule(_pi, lambda damping, s, rows: s.new_tensor(damping.epsilon)),
+    "constant": Rule(_constant, lambda damping, s, rows: s.new_tensor(damping.epsilon * damping.multiplier)),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -87,7 +88,7 @@ class SecondOrderTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         optimizer = self._second_order_optimizer()
-        if optimizer is not None and optimizer.capturing:
+        if optimizer is not None and optimizer.capturing and optimizer.settings.fisher == "empirical":
             self._announce(optimizer, inputs, num_items_in_batch)
         if optimizer is not None and optimizer.wants_loss:
             optimizer.reevaluate_with(partial(self._loss_again, dict(inputs), num_items_in_batch))
@@ -107,16 +108,41 @@ class SecondOrderTrainer(Trainer):
             loss = loss / self.current_gradient_accumulation_steps
         return loss
 
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        optimizer = self._second_order_optimizer()
+        samples = optimizer is not None and optimizer.capturing and optimizer.settings.fisher == "mc"
+        if not samples or not (model.training and torch.is_grad_enabled()):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        assert optimizer is not None
+        given = dict(inputs)  # a label smoother takes the labels out
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        logits = outputs["logits"] if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
+        if not isinstance(logits, Tensor):
+            raise ConfigurationError("fisher", "mc", f"needs a model that returns logits, not {type(outputs).__name__}")
+        counted = _counted_positions(given)
+        if counted is not None and counted.shape != logits.shape[:-1]:
+            raise ConfigurationError(
+                "fisher",
+                "mc",
+                f"needs one label per row of logits, not {tuple(counted.shape)} for {tuple(logits.shape)}",
+            )
+        optimizer.sample_fisher(logits, counted, _padding_mask(given), seed=self.args.seed)
+        return (loss, outputs) if return_outputs else loss
+
     def _announce(
         self, optimizer: SecondOrderOptimizer, inputs: dict[str, Any], num_items: Tensor | int | None
     ) -> None:
         """Tell the optimizer which factor backward will put on the gradient of each token's own loss."""
-        labels = inputs["shift_labels"] if "shift_labels" in inputs else inputs.get("labels")
-        if not isinstance(labels, Tensor) or labels.ndim != 2:
+        counted = _counted_positions(inputs)
+        if counted is None:
             return
-        if "shift_labels" not in inputs:
-            labels = labels[:, 1:]
-        tokens = (labels != IGNORED_LABEL).sum()
+        tokens = counted.sum()
         if num_items is not None and (self.model_accepts_loss_kwargs or self.compute_loss_func is not None):
             # The count that the Trainer divides by, right or not, is the factor to undo.
             ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
@@ -125,9 +151,7 @@ class SecondOrderTrainer(Trainer):
             gradient_scale = 1.0 / (tokens.clamp(min=1) * self.current_gradient_accumulation_steps)
         if self.accelerator.scaler is not None:
             gradient_scale = gradient_scale * self.accelerator.scaler.get_scale()
-        mask = inputs.get("attention_mask")
-        is_padding_mask = isinstance(mask, Tensor) and mask.ndim == 2
-        optimizer.announce(tokens, gradient_scale, mask if is_padding_mask else None)
+        optimizer.announce(tokens, gradient_scale, _padding_mask(inputs))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in transformers; the log of training steps holds `SecondOrderOptimizer.telemetry` besides."""
@@ -165,6 +189,22 @@ class SecondOrderTrainer(Trainer):
 
     def _second_order_optimizer(self) -> SecondOrderOptimizer | None:
         return second_order_optimizer(self.optimizer)
+
+
+def _counted_positions(inputs: Mapping[str, Any]) -> Tensor | None:
+    """Where the logits of a causal LM meet a label, (batch, sequence); None where there is no label per token."""
+    labels = inputs["shift_labels"] if "shift_labels" in inputs else inputs.get("labels")
+    if not isinstance(labels, Tensor) or labels.ndim != 2:
+        return None
+    counted = labels != IGNORED_LABEL
+    if "shift_labels" not in inputs:
+        counted = torch.cat([counted[:, 1:], torch.zeros_like(counted[:, :1])], dim=1)
+    return counted
+
+
+def _padding_mask(inputs: Mapping[str, Any]) -> Tensor | None:
+    mask = inputs.get("attention_mask")
+    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
 def _apply_mup(model: nn.Module, args: SecondOrderTrainingArguments) -> None:

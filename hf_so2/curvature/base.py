@@ -1,8 +1,9 @@
 """What a curvature method is: a few statistics, of tokens or of gradients, and four verbs on a dictionary of tensors.
 
 Convention of this package: a layer computes `u = W h`; every matrix is `(fan_out, fan_in)`; `inputs` are the rows `h`
-of shape (rows, fan_in) and `gradients` the rows `δ = ∂ℓ/∂u` of shape (rows, fan_out), of each token's own loss. A block
-knows nothing of modules, processes, the Trainer or μP.
+of shape (rows, fan_in), or for one-hot `h` the integers (rows,) of `hf_so2.curvature.forms`, and `gradients` the rows
+`δ = ∂ℓ/∂u` of shape (rows, fan_out), of each token's own loss. A block knows nothing of modules, processes, the Trainer
+or μP.
 """
 
 from __future__ import annotations

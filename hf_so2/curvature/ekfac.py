@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_so2.curvature.base import State, Statistic, TokenBlock, update_average, update_averages
+from hf_so2.curvature.forms import from_left, from_right, is_one_hot, sum_by_index, transposed
 from hf_so2.curvature.moments import INDEPENDENT, Moments
 from hf_so2.damping import Damping
 from hf_so2.linalg import DecompositionError, eigenspace_mean, eigh
@@ -27,62 +28,76 @@ class EKFAC(TokenBlock):
     split of the same batch would give another update. There S is averaged over the eigenspace, which keeps its trace.
 
     State: the averages of `moments` with their `weight`; `A_basis` (fan_in, fan_in), `B_basis` (fan_out, fan_out) and
-    their eigenvalues `A_values` (fan_in,), `B_values` (fan_out,); `S` (fan_out, fan_in); `rho`, 0-dim.
+    their eigenvalues `A_values` (fan_in,), `B_values` (fan_out,); `S` (fan_out, fan_in); `rho`, 0-dim. A diagonal side
+    is in its eigenbasis already and has neither a basis nor eigenvalues in the state.
 
     Args:
         beta: decay of the running averages, in [0, 1).
         moments: how the block is split into the factors whose eigenbases are used.
+        diagonal: the sides, of "A" and "B", whose factor is kept as a diagonal.
     """
 
     beta: float
     moments: Moments = INDEPENDENT
+    diagonal: str = ""
 
     @property
     def statistics(self) -> dict[str, Statistic]:
         return {**self.moments.statistics, "S": Statistic(gradient_degree=2, per="tokens")}
 
+    @property
+    def rotated(self) -> list[str]:
+        """The sides that have a basis."""
+        return [side for side in "AB" if side not in self.diagonal]
+
     def init_state(self, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> State:
-        state = self.moments.init_state(shape, device, dtype)
-        state |= {f"{side}_basis": torch.zeros_like(state[side]) for side in "AB"}
-        state |= {f"{side}_values": torch.zeros_like(state[side][0]) for side in "AB"}
+        state = self.moments.init_state(shape, device, dtype, self.diagonal)
+        state |= {f"{side}_basis": torch.zeros_like(state[side]) for side in self.rotated}
+        state |= {f"{side}_values": torch.zeros_like(state[side][0]) for side in self.rotated}
         state |= {"S": torch.zeros(shape, device=device, dtype=dtype), "rho": torch.zeros_like(state["weight"])}
         return state
 
     def observe(self, state: State, inputs: Tensor, gradients: Tensor, known: State | None = None) -> State:
-        sums = self.moments.observe(self.moments.statistics, inputs, gradients, known or {})
+        sums = self.moments.observe(state, self.moments.statistics, inputs, gradients, known or {})
         # Before the first refresh the bases are zero, and so is this sum.
-        rotated_inputs, rotated_gradients = inputs @ state["A_basis"], gradients @ state["B_basis"]
-        return sums | {"S": rotated_gradients.square().mT @ rotated_inputs.square()}
+        squared_gradients = from_right(gradients, state.get("B_basis")).square()
+        if is_one_hot(inputs):
+            return sums | {"S": sum_by_index(inputs, squared_gradients, state["S"].shape[1]).mT}
+        return sums | {"S": squared_gradients.mT @ from_right(inputs, state.get("A_basis")).square()}
 
     def update(self, state: State, observation: State) -> None:
         update_averages(state, {name: observation[name] for name in self.moments.statistics}, self.beta)
         # S starts from a seed, not from zero, so it needs no bias correction; until it is seeded it stays zero.
-        observed = _over_eigenspaces(observation["S"], state["B_values"], state["A_values"])
+        observed = _over_eigenspaces(observation["S"], state.get("B_values"), state.get("A_values"))
         update_average(state, "S", torch.where(state["S"].any(), observed, state["S"]), self.beta)
 
     def refresh(self, state: State, damping: Damping) -> None:
-        values_a, basis_a = eigh(self.moments.factor(state, "A"))
-        values_b, basis_b = eigh(self.moments.factor(state, "B"))
-        carried = _overlap(basis_b, state["B_basis"]) @ state["S"] @ _overlap(basis_a, state["A_basis"]).mT
-        s = torch.where(state["S"].any(), carried, values_b.outer(values_a))
-        s = _over_eigenspaces(s, values_b, values_a)
-        rho = damping.single(s)
+        factors = {side: self.moments.factor(state, side) for side in "AB"}
+        spectra = {side: eigh(factors[side]) for side in self.rotated}
+        values = {side: spectra[side][0] for side in spectra}
+        overlaps = {side: _overlap(spectra[side][1], state[f"{side}_basis"]) for side in spectra}
+        carried = from_right(from_left(overlaps.get("B"), state["S"]), transposed(overlaps.get("A")))
+        seed = (factors | values)["B"].outer((factors | values)["A"])
+        s = torch.where(state["S"].any(), carried, seed)
+        s = _over_eigenspaces(s, values.get("B"), values.get("A"))
+        rho = damping.single(s, self.diagonal)
         # Products of eigenvalues overflow before the factors do, and a small share of denormal numbers is zero.
         if not bool(torch.isfinite(s.sum() + rho) & (rho > 0)):
             raise DecompositionError(f"the eigenvalues of a {tuple(s.shape)} block leave the range of {s.dtype}")
         state["S"].copy_(s)
         state["rho"].copy_(rho)
-        for side, values, basis in (("A", values_a, basis_a), ("B", values_b, basis_b)):
-            state[f"{side}_values"].copy_(values)
+        for side, (eigenvalues, basis) in spectra.items():
+            state[f"{side}_values"].copy_(eigenvalues)
             state[f"{side}_basis"].copy_(basis)
 
     @property
     def refreshed(self) -> list[str]:
-        return ["A_values", "B_values", "A_basis", "B_basis", "S", "rho"]
+        return [*(f"{side}_{part}" for part in ("values", "basis") for side in self.rotated), "S", "rho"]
 
     def precondition(self, state: State, gradient: Tensor) -> Tensor:
-        rotated = state["B_basis"].mT @ gradient @ state["A_basis"]
-        return state["B_basis"] @ (rotated / (state["S"] + state["rho"])) @ state["A_basis"].mT
+        basis_b, basis_a = state.get("B_basis"), state.get("A_basis")
+        rotated = from_right(from_left(transposed(basis_b), gradient), basis_a)
+        return from_right(from_left(basis_b, rotated / (state["S"] + state["rho"])), transposed(basis_a))
 
 
 def _overlap(new: Tensor, old: Tensor) -> Tensor:
@@ -92,6 +107,7 @@ def _overlap(new: Tensor, old: Tensor) -> Tensor:
     return (new.mT @ old).square()
 
 
-def _over_eigenspaces(s: Tensor, values_b: Tensor, values_a: Tensor) -> Tensor:
-    """S averaged over each pair of eigenspaces."""
-    return eigenspace_mean(values_b) @ s @ eigenspace_mean(values_a)
+def _over_eigenspaces(s: Tensor, values_b: Tensor | None, values_a: Tensor | None) -> Tensor:
+    """S averaged over each pair of eigenspaces; a side without a basis has none to be averaged over."""
+    mean_b, mean_a = (None if values is None else eigenspace_mean(values) for values in (values_b, values_a))
+    return from_right(from_left(mean_b, s), mean_a)

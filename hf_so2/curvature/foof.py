@@ -5,6 +5,6 @@ from __future__ import annotations
 from hf_so2.curvature.kfac import KFAC
 
 
-def FOOF(beta: float) -> KFAC:  # noqa: N802  named as the method, like its siblings
+def FOOF(beta: float, diagonal: str = "") -> KFAC:  # noqa: N802  named as the method, like its siblings
     """`P(G) = G (A + ρ_A I)^-1`; see `KFAC` for the state."""
-    return KFAC(beta, exponent_a=1.0, exponent_b=0.0)
+    return KFAC(beta, exponent_a=1.0, exponent_b=0.0, diagonal=diagonal)

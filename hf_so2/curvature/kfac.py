@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from hf_so2.curvature.base import State, Statistic, TokenBlock, update_averages
+from hf_so2.curvature.forms import from_left, from_right, root
 from hf_so2.curvature.moments import INDEPENDENT, Moments
 from hf_so2.damping import Damping
-from hf_so2.linalg import damped_root
 
 
 @dataclass(frozen=True)
@@ -21,19 +21,21 @@ class KFAC(TokenBlock):
     statistics.
 
     State: the averages `A` (fan_in, fan_in), `B` (fan_out, fan_out), uncorrected, with `weight`, the running average of
-    1; `A_root` and `B_root`, the powers of the damped factors.
+    1; `A_root` and `B_root`, the powers of the damped factors. On a diagonal side both are vectors.
 
     Args:
         beta: decay of the running averages, in [0, 1).
         exponent_a: e_A ≥ 0.
         exponent_b: e_B ≥ 0, not both zero.
         moments: how the block is split into factors.
+        diagonal: the sides, of "A" and "B", whose factor is kept as a diagonal.
     """
 
     beta: float
     exponent_a: float = 1.0
     exponent_b: float = 1.0
     moments: Moments = INDEPENDENT
+    diagonal: str = ""
 
     @property
     def exponents(self) -> dict[str, float]:
@@ -46,12 +48,12 @@ class KFAC(TokenBlock):
         return {name: statistic for name, statistic in self.moments.statistics.items() if name not in idle}
 
     def init_state(self, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> State:
-        averages = self.moments.init_state(shape, device, dtype)
+        averages = self.moments.init_state(shape, device, dtype, self.diagonal)
         state = {name: averages[name] for name in ("weight", *self.statistics)}
         return state | {f"{side}_root": torch.zeros_like(state[side]) for side in self.exponents}
 
     def observe(self, state: State, inputs: Tensor, gradients: Tensor, known: State | None = None) -> State:
-        return self.moments.observe(self.statistics, inputs, gradients, known or {})
+        return self.moments.observe(state, self.statistics, inputs, gradients, known or {})
 
     def update(self, state: State, observation: State) -> None:
         update_averages(state, observation, self.beta)
@@ -63,15 +65,13 @@ class KFAC(TokenBlock):
         rho_a, rho_b = damping(a, b)
         damped = {"A": (a, rho_a), "B": (b, rho_b)}
         # All roots before any is stored: a failure of the second must not leave the first one new.
-        roots = {side: damped_root(*damped[side], exponent) for side, exponent in self.exponents.items()}
-        for side, root in roots.items():
-            state[f"{side}_root"].copy_(root)
+        roots = {side: root(*damped[side], exponent) for side, exponent in self.exponents.items()}
+        for side, fresh in roots.items():
+            state[f"{side}_root"].copy_(fresh)
 
     @property
     def refreshed(self) -> list[str]:
         return [f"{side}_root" for side in self.exponents]
 
     def precondition(self, state: State, gradient: Tensor) -> Tensor:
-        if self.exponent_b:
-            gradient = state["B_root"] @ gradient
-        return gradient @ state["A_root"] if self.exponent_a else gradient
+        return from_right(from_left(state.get("B_root"), gradient), state.get("A_root"))

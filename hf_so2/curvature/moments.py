@@ -5,7 +5,8 @@ arXiv 1503.05671). `TRACE_RESTRICTED` weighs each by the size of the other and k
 `F ≈ τ Φ ⊗ Ψ` with `τ = E[|h|² |δ|²]`, `Φ = E[|δ|² h hᵀ]/τ`, `Ψ = E[|h|² δ δᵀ]/τ` (Gao et al. 2020, arXiv 2011.10741,
 equation 11); here as `A = √τ Φ`, `B = √τ Ψ`.
 
-The sums are additive over rows; the state keeps their running averages under the same names.
+The sums are additive over rows; the state keeps their running averages under the same names. A factor is a matrix, or
+on a side of `diagonal` its diagonal as a vector.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from hf_so2.curvature.base import State, Statistic, corrected_average
+from hf_so2.curvature.forms import second_moment, squared_length
 
 
 @dataclass(frozen=True)
@@ -25,28 +27,26 @@ class Moments:
 
     Args:
         statistics: what is averaged; always `A` (fan_in, fan_in) and `B` (fan_out, fan_out), and any 0-dim scalars.
-        sums: maps rows `h` (rows, fan_in) and `δ` (rows, fan_out) to each statistic's sum.
+        sums: maps rows `h` and `δ` and the average of a statistic, for its form, to the statistic's sum.
         factor: the factor `A` or `B` of `F ≈ A ⊗ B` from the state.
     """
 
     statistics: Mapping[str, Statistic]
-    sums: Mapping[str, Callable[[Tensor, Tensor], Tensor]]
+    sums: Mapping[str, Callable[[Tensor, Tensor, Tensor], Tensor]]
     factor: Callable[[State, str], Tensor]
 
-    def init_state(self, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> State:
-        """Zeroed averages and their `weight`."""
+    def init_state(self, shape: tuple[int, int], device: torch.device, dtype: torch.dtype, diagonal: str) -> State:
+        """Zeroed averages and their `weight`; `diagonal` holds the names of the sides that are kept as vectors."""
         fan_out, fan_in = shape
-        sizes = {"A": (fan_in, fan_in), "B": (fan_out, fan_out)}
+        sizes = {side: (dim,) if side in diagonal else (dim, dim) for side, dim in (("A", fan_in), ("B", fan_out))}
         names = ("weight", *self.statistics)
         return {name: torch.zeros(sizes.get(name, ()), device=device, dtype=dtype) for name in names}
 
-    def observe(self, names: Iterable[str], inputs: Tensor, gradients: Tensor, known: State) -> State:
-        """The sums of these names, computed unless they are `known`."""
-        return {name: known[name] if name in known else self.sums[name](inputs, gradients) for name in names}
-
-
-def _squared_length(rows: Tensor) -> Tensor:
-    return rows.square().sum(dim=1, keepdim=True)
+    def observe(self, state: State, names: Iterable[str], inputs: Tensor, gradients: Tensor, known: State) -> State:
+        """The sums of these names, computed unless they are `known`; `state` holds their averages."""
+        return {
+            name: known[name] if name in known else self.sums[name](inputs, gradients, state[name]) for name in names
+        }
 
 
 def _trace_restricted_factor(state: State, name: str) -> Tensor:
@@ -57,16 +57,19 @@ def _trace_restricted_factor(state: State, name: str) -> Tensor:
 
 INDEPENDENT = Moments(
     statistics={"A": Statistic(gradient_degree=0, per="rows"), "B": Statistic(gradient_degree=2, per="tokens")},
-    sums={"A": lambda h, delta: h.mT @ h, "B": lambda h, delta: delta.mT @ delta},
+    sums={
+        "A": lambda h, delta, like: second_moment(h, like),
+        "B": lambda h, delta, like: second_moment(delta, like),
+    },
     factor=corrected_average,
 )
 
 TRACE_RESTRICTED = Moments(
     statistics={name: Statistic(gradient_degree=2, per="tokens") for name in ("A", "B", "tau")},
     sums={
-        "A": lambda h, delta: (h * _squared_length(delta)).mT @ h,
-        "B": lambda h, delta: (delta * _squared_length(h)).mT @ delta,
-        "tau": lambda h, delta: (_squared_length(h) * _squared_length(delta)).sum(),
+        "A": lambda h, delta, like: second_moment(h, like, squared_length(delta)),
+        "B": lambda h, delta, like: second_moment(delta, like, squared_length(h)),
+        "tau": lambda h, delta, like: (squared_length(h) * squared_length(delta)).sum(),
     },
     factor=_trace_restricted_factor,
 )

@@ -6,6 +6,6 @@ from hf_so2.curvature.ekfac import EKFAC
 from hf_so2.curvature.moments import TRACE_RESTRICTED
 
 
-def TEKFAC(beta: float) -> EKFAC:  # noqa: N802  named as the method, like its siblings
+def TEKFAC(beta: float, diagonal: str = "") -> EKFAC:  # noqa: N802  named as the method, like its siblings
     """`P(G)` as in EKFAC, with `U_A`, `U_B` the eigenbases of `Φ`, `Ψ`; see `EKFAC` for the state."""
-    return EKFAC(beta, moments=TRACE_RESTRICTED)
+    return EKFAC(beta, moments=TRACE_RESTRICTED, diagonal=diagonal)

@@ -10,18 +10,23 @@ from transformers.pytorch_utils import Conv1D
 
 @dataclass(frozen=True)
 class Adapter:
-    """How a module stores its weight. GPT-2's `Conv1D` keeps the transpose; nothing behind this class has to know."""
+    """How a module stores its weight, and what it takes in. Nothing behind this class has to know.
+
+    Args:
+        transposed: the weight is stored as (fan_in, fan_out), as in GPT-2's `Conv1D` and in an embedding.
+        one_hot: the module takes indices, each of which stands for a unit vector: an embedding.
+        ignored_index: the index whose row of the weight gets no gradient, an embedding's `padding_idx`.
+        has_bias: the bias belongs to the matrix, as a last column that meets an input of 1.
+    """
 
     transposed: bool = False
+    one_hot: bool = False
+    ignored_index: int | None = None
+    has_bias: bool = False
 
     def matrix(self, tensor: Tensor) -> Tensor:
         """The weight (or its gradient, or its momentum) as a (fan_out, fan_in) view that writes through."""
         return tensor.mT if self.transposed else tensor
-
-    @staticmethod
-    def rows(tensor: Tensor) -> Tensor:
-        """Inputs or output gradients of shape (..., fan) as (rows, fan)."""
-        return tensor.reshape(-1, tensor.shape[-1])
 
 
 LINEAR = Adapter()
@@ -29,9 +34,14 @@ CONV1D = Adapter(transposed=True)
 
 
 def adapter_for(module: nn.Module) -> Adapter | None:
-    """The adapter of a module whose `weight` is a plain linear map of its one input, or None."""
+    """The adapter of a module whose `weight` is a plain linear map of its one input, or None.
+
+    Subclasses of `Embedding` scale or shift what they look up, and some options change its gradient: those have none.
+    """
     if isinstance(module, nn.Linear):
         return LINEAR
     if isinstance(module, Conv1D):
         return CONV1D
+    if type(module) is nn.Embedding and not (module.sparse or module.scale_grad_by_freq or module.max_norm):
+        return Adapter(transposed=True, one_hot=True, ignored_index=module.padding_idx)
     return None

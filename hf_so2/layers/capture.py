@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hf_so2.layers.adapters import Adapter
+from hf_so2.layers.rows import WEIGHT_SHARING, InputRows
 
 Sums = dict[str, Tensor]
 Observe = Callable[[Tensor, Tensor, Sums], Sums]
@@ -25,29 +26,32 @@ Observe = Callable[[Tensor, Tensor, Sums], Sums]
 
 @dataclass
 class LayerSums:
-    """Sums over the rows that one weight has seen since they were last taken, and how many rows those were."""
+    """Sums over the rows that one weight has seen since they were last taken, how many rows those were, and from how
+    many positions of sequences.
+    """
 
     sums: Sums = field(default_factory=dict)
     rows: int | Tensor = 0
+    positions: int | Tensor = 0
 
-    def add(self, sums: Sums, rows: int | Tensor) -> None:
+    def add(self, sums: Sums, rows: int | Tensor, positions: int | Tensor) -> None:
         for name, value in sums.items():
             self.sums[name] = self.sums[name].add_(value) if name in self.sums else value
-        self.rows = self.rows + rows
+        self.rows, self.positions = self.rows + rows, self.positions + positions
 
 
 @dataclass
 class _Inputs:
-    """The inputs that the last layer read: as it was given them, as rows `h`, and their sums by themselves."""
+    """The inputs that the last layer read: as it was given them, as rows, and their sums by themselves."""
 
     given: Tensor
     version: int
     mask: Tensor | None
-    h: Tensor
-    rows: int | Tensor
+    adapter: Adapter
+    rows: InputRows
     sums: Sums = field(default_factory=dict)
 
-    def are(self, given: Tensor, mask: Tensor | None, dtype: torch.dtype) -> bool:
+    def are(self, given: Tensor, mask: Tensor | None, adapter: Adapter, dtype: torch.dtype) -> bool:
         """Whether another layer was given the same values: the same memory (`given` keeps it from being used anew),
         seen the same way and not written to since.
         """
@@ -56,7 +60,8 @@ class _Inputs:
             == (self.given.data_ptr(), self.given.shape, self.given.stride(), self.given.dtype, self.given.device)
             and given._version == self.version
             and mask is self.mask
-            and dtype == self.h.dtype
+            and adapter == self.adapter
+            and dtype == self.rows.h.dtype
         )
 
 
@@ -69,6 +74,7 @@ class Capture:
             those of them that are known already.
         of_inputs: for every weight: the names of the sums that depend on `h` alone.
         dtypes: for every weight: the dtype of its statistics; low-precision activations are cast before the products.
+        weight_sharing: a key of `hf_so2.layers.rows.WEIGHT_SHARING`.
 
     Attributes:
         enabled: whether the next forward pass is captured. Off, a layer pays one attribute look-up per call.
@@ -80,18 +86,21 @@ class Capture:
         observers: Mapping[str, Observe],
         of_inputs: Mapping[str, Collection[str]],
         dtypes: Mapping[str, torch.dtype],
+        weight_sharing: str = "expand",
     ) -> None:
         self.enabled = False
         self._observers, self._of_inputs, self._dtypes = observers, of_inputs, dtypes
+        self._weight_sharing = WEIGHT_SHARING[weight_sharing]
         self._last_inputs: _Inputs | None = None
         self._handles: list[RemovableHandle] = []
         for name, (modules, adapter) in layers.items():
             for module in modules:
                 self._handles.append(module.register_forward_hook(self._forward_hook(name, adapter)))
-        self._sums: dict[str, LayerSums] = {}
-        self._tokens: int | Tensor | None = None
-        self._gradient_scale: float | Tensor | None = None
-        self._row_mask: Tensor | None = None
+        self._sums: dict[str, LayerSums]
+        self._tokens: int | Tensor | None
+        self._gradient_scale: float | Tensor | None
+        self._row_mask: Tensor | None
+        self.discard()
 
     def announce(self, tokens: int | Tensor, gradient_scale: float | Tensor, row_mask: Tensor | None = None) -> None:
         """What the caller knows of the next micro-batch; see `SecondOrderOptimizer.announce`."""
@@ -119,33 +128,31 @@ class Capture:
     def _forward_hook(self, name: str, adapter: Adapter) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             if self.enabled and module.training and torch.is_grad_enabled() and output.requires_grad:
-                inputs = args[0].detach()
-                output.register_hook(lambda gradient: self._observe(name, adapter, inputs, gradient))
+                self._watch(name, adapter, args[0].detach(), output)
 
         return hook
+
+    def _watch(self, name: str, adapter: Adapter, inputs: Tensor, output: Tensor) -> None:
+        output.register_hook(lambda gradient: self._observe(name, adapter, inputs, gradient))
 
     @torch.no_grad()
     def _observe(self, name: str, adapter: Adapter, inputs: Tensor, gradient: Tensor) -> None:
         seen = self._seen(adapter, inputs, self._dtypes[name])
-        delta = adapter.rows(gradient).to(seen.h.dtype)
+        delta = self._weight_sharing.gradients(adapter, gradient.to(self._dtypes[name]), seen.rows)
         if self._gradient_scale is not None:
             delta = delta / self._gradient_scale
         # Copies: a layer adds the sums of later micro-batches into what it was handed.
         known = {key: seen.sums[key].clone() for key in self._of_inputs[name] if key in seen.sums}
         # Checkpointing may run a layer inside another micro-batch's autocast region.
         with torch.autocast(delta.device.type, enabled=False):
-            sums = self._observers[name](seen.h, delta, known)
-        self._sums.setdefault(name, LayerSums()).add(sums, seen.rows)
+            sums = self._observers[name](seen.rows.h, delta, known)
+        self._sums.setdefault(name, LayerSums()).add(sums, seen.rows.count, seen.rows.positions)
         seen.sums.update({key: sums[key] for key in self._of_inputs[name]})
 
     def _seen(self, adapter: Adapter, inputs: Tensor, dtype: torch.dtype) -> _Inputs:
         """The rows of a layer's inputs: those of the layer before, if it read the same tensor."""
         mask = self._row_mask
-        if self._last_inputs is None or not self._last_inputs.are(inputs, mask, dtype):
-            h = adapter.rows(inputs).to(dtype)
-            rows: int | Tensor = h.shape[0]
-            # Experts see a selection of the tokens, which no mask of the whole batch describes.
-            if mask is not None and mask.numel() == rows:
-                h, rows = h * mask.reshape(-1, 1), mask.sum()
-            self._last_inputs = _Inputs(inputs, inputs._version, mask, h, rows)
+        if self._last_inputs is None or not self._last_inputs.are(inputs, mask, adapter, dtype):
+            rows = self._weight_sharing.inputs(adapter, inputs if adapter.one_hot else inputs.to(dtype), mask)
+            self._last_inputs = _Inputs(inputs, inputs._version, mask, adapter, rows)
         return self._last_inputs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -22,26 +22,52 @@ class Treatment:
         reason: one phrase for the coverage table.
         modules: the modules whose calls use a preconditioned weight.
         adapter: how they store it.
+        is_head: whether it is the output head, with one output per entry of a vocabulary.
+        partner: of a weight, the name of the bias that is preconditioned with it, and of that bias, the weight's.
     """
 
     preconditioned: bool
     reason: str
     modules: tuple[nn.Module, ...] = ()
     adapter: Adapter = LINEAR
+    is_head: bool = False
+    partner: str | None = None
+
+
+@dataclass(frozen=True)
+class Extent:
+    """What is preconditioned beside the weights of hidden layers.
+
+    Args:
+        embeddings: the token embedding.
+        head: the output head.
+        biases: the biases of all preconditioned weights.
+    """
+
+    embeddings: bool = False
+    head: bool = False
+    biases: bool = False
 
 
 def select(
-    model: nn.Module, skip_modules: Sequence[str] = (), max_dim: float = math.inf, *, one_sided: bool = False
+    model: nn.Module,
+    skip_modules: Sequence[str] = (),
+    max_dim: float = math.inf,
+    extent: Extent = Extent(),
+    *,
+    one_sided: bool = False,
 ) -> dict[str, Treatment]:
     """Decide for every trainable parameter, by its name in `model.named_parameters()`.
 
     Weights of `Linear` and `Conv1D` modules are preconditioned, except the output head, weights tied to an embedding,
-    those matched by `skip_modules` and those with a dimension above `max_dim`.
+    those matched by `skip_modules` and those with a dimension above `max_dim`; more of them as `extent` says.
 
     Args:
-        model: any module; the head is what `get_output_embeddings()` names, where there is such a method.
+        model: any module; the head is what `get_output_embeddings()` names and the token embedding what
+            `get_input_embeddings()` names, where there is such a method.
         skip_modules: regular expressions searched for in qualified module names, as in PEFT's `exclude_modules`.
-        max_dim: the largest fan_in or fan_out that is preconditioned.
+        max_dim: the largest fan_in or fan_out that gets a full factor.
+        extent: what is preconditioned beside hidden layers.
         one_sided: whether a weight with one dimension above `max_dim` is preconditioned on the other side alone.
 
     Raises:
@@ -49,8 +75,14 @@ def select(
     """
     users = _modules_by_weight(model)
     head = getattr(model, "get_output_embeddings", lambda: None)()
+    tokens = _token_embeddings(model)
     patterns = [_compiled(pattern) for pattern in skip_modules]
-    candidates = [name for uses in users.values() for name, module in uses if adapter_for(module)]
+    candidates = [
+        name
+        for uses in users.values()
+        for name, module in uses
+        if adapter_for(module) and (extent.embeddings or not isinstance(module, nn.Embedding))
+    ]
     for pattern in patterns:
         if not any(pattern.search(name) for name in candidates):
             raise ConfigurationError(
@@ -64,22 +96,69 @@ def select(
             return Treatment(False, "empty")
         if parameter.ndim < 2:
             return Treatment(False, "a vector: norm gain or bias" if parameter.ndim else "a scalar")
-        if any(isinstance(module, nn.Embedding) for module in modules):
-            return Treatment(False, "tied to the embedding" if len(modules) > 1 else "an embedding")
+        is_embedding = any(isinstance(module, nn.Embedding) for module in modules)
+        is_head = any(module is head for module in modules)
+        if is_embedding and (reason := _why_not(modules, tokens, extent)):
+            return Treatment(False, reason)
         adapters = {adapter_for(module) for module in modules}
         adapter = next(iter(adapters), None)
         if adapter is None or len(adapters) > 1:
             return Treatment(False, f"{parameter.ndim}-D weight of {_kind(modules)}, which no curvature method covers")
-        if any(module is head for module in modules):
+        if is_head and not extent.head:
             return Treatment(False, "the output head")
         if matched := [p.pattern for p in patterns if any(p.search(name) for name, _ in uses)]:
             return Treatment(False, f"skip_modules {matched[0]!r}")
-        size = min(parameter.shape) if one_sided else max(parameter.shape)
+        # An embedding and a head have the vocabulary first, and no full factor of that size.
+        full = parameter.shape[1:] if is_embedding or is_head else parameter.shape
+        size = min(full) if one_sided else max(full)
         if size > max_dim:
             return Treatment(False, f"a dimension of {size} is above max_preconditioner_dim {max_dim}")
-        return Treatment(True, f"weight of {_kind(modules)}", modules, adapter)
+        return Treatment(True, f"weight of {_kind(modules)}", modules, adapter, is_head)
 
-    return {name: decide(p) for name, p in model.named_parameters() if p.requires_grad}
+    treatments = {name: decide(p) for name, p in model.named_parameters() if p.requires_grad}
+    return _with_biases(model, treatments) if extent.biases else treatments
+
+
+def _token_embeddings(model: nn.Module) -> set[nn.Module]:
+    """The embeddings that look up tokens: the one that the model names, or all of a model that names none.
+
+    Others (of positions, of token types) are often looked up once for a whole batch, so that their output gradients
+    are sums over examples.
+    """
+    try:
+        named = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return {module for module in model.modules() if isinstance(module, nn.Embedding)}
+    return {named}
+
+
+def _why_not(modules: Sequence[nn.Module], tokens: set[nn.Module], extent: Extent) -> str | None:
+    """Why the weight of an embedding is not preconditioned, if it is not."""
+    if len(modules) > 1:
+        both = extent.embeddings and extent.head
+        return "tied to the embedding" + (": its block is a sum of two Kronecker products" if both else "")
+    if not extent.embeddings:
+        return "an embedding"
+    if modules[0] not in tokens:
+        return "an embedding of something else than tokens"
+    if adapter_for(modules[0]) is None:
+        return f"weight of {_kind(modules)}, which does more than look up a row"
+    return None
+
+
+def _with_biases(model: nn.Module, treatments: dict[str, Treatment]) -> dict[str, Treatment]:
+    """The same with the bias of every preconditioned weight beside it, where one module alone uses both."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    paired = dict(treatments)
+    for name, treatment in treatments.items():
+        bias = getattr(treatment.modules[0], "bias", None) if len(treatment.modules) == 1 else None
+        partner = names.get(id(bias))
+        if partner in treatments:
+            adapter = replace(treatment.adapter, has_bias=True)
+            paired[name] = replace(treatment, adapter=adapter, partner=partner)
+            reason = f"bias of {_kind(treatment.modules)}, a column of its weight"
+            paired[partner] = Treatment(True, reason, treatment.modules, adapter, partner=name)
+    return paired
 
 
 def _modules_by_weight(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:

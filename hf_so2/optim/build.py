@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,10 +11,10 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.trainer_pt_utils import get_parameter_names
 
-from hf_so2.curvature import CurvatureBlock
 from hf_so2.damping import Damping
 from hf_so2.errors import ConfigurationError
 from hf_so2.layers import Treatment, select
+from hf_so2.layers.selection import Extent
 from hf_so2.mup import ParameterWidth, apply_mup, read_mup, rules
 from hf_so2.optim.coverage import Coverage, CoverageReport
 from hf_so2.optim.damping_overrides import DampingOverrides
@@ -71,8 +71,9 @@ def build_from_settings(
 ) -> SecondOrderOptimizer:
     """`build_optimizer` for settings that have been checked already."""
     method, is_mup = parse_name(name)
+    extent = Extent(resolved.precondition_embeddings, resolved.precondition_head, resolved.precondition_biases)
     limit = math.inf if resolved.block_size else resolved.max_preconditioner_dim
-    treatments = select(model, resolved.skip_modules, limit, one_sided="gradients" in method.uses)
+    treatments = select(model, resolved.skip_modules, limit, extent, one_sided="gradients" in method.uses)
     widths = _widths(name, model, base_config) if is_mup else {}
     if decay_parameters is None:
         decay_parameters = get_parameter_names(model, [nn.LayerNorm], NOT_DECAYED)
@@ -93,10 +94,12 @@ def build_from_settings(
             (parameter_name, parameter)
         )
         layer = None
-        if method.block is not None and treatment.preconditioned:
-            damping = Damping(resolved.damping_rule, resolved.damping, **method.damping(width))
+        is_bias = parameter.ndim < 2
+        if method.block is not None and treatment.preconditioned and not is_bias:
+            epsilon = resolved.embedding_damping if treatment.adapter.one_hot else resolved.damping
+            damping = Damping(resolved.damping_rule, epsilon, **method.damping(width))
             damping = overrides.apply(damping, treatment.modules)
-            layer = _layer(parameter_name, parameter, treatment, method.block, resolved, width, damping)
+            layer = _layer(parameter_name, parameter, treatment, method, resolved, width, damping)
             layers.append(layer)
         report.append(
             Coverage(
@@ -113,7 +116,7 @@ def build_from_settings(
     if not groups:
         raise ConfigurationError("model", type(model).__name__, "must have a parameter that requires a gradient")
     overrides.refuse_idle()
-    curvature = Curvature(layers) if layers else None
+    curvature = Curvature(layers, resolved.fisher, resolved.weight_sharing) if layers else None
     return SecondOrderOptimizer(
         _base_rate_first(groups.values(), resolved.lr), resolved, curvature, CoverageReport(name, report)
     )
@@ -163,15 +166,31 @@ def _layer(
     name: str,
     parameter: nn.Parameter,
     treatment: Treatment,
-    make: Callable[[Settings, Site], CurvatureBlock],
+    method: Method,
     settings: Settings,
     width: ParameterWidth,
     damping: Damping,
 ) -> Layer:
-    fan_out, fan_in = treatment.adapter.matrix(parameter).shape
-    block = make(settings, Site((fan_out, fan_in), width))
+    adapter = treatment.adapter
+    fan_out, fan_in = adapter.matrix(parameter).shape
+    diagonal = "A" * adapter.one_hot + "B" * treatment.is_head
+    one_sided = treatment.is_head and settings.head_output_factor == "identity"
+    site = Site((fan_out, fan_in + adapter.has_bias), width, diagonal, one_sided)
+    block = method.block_for(settings, site)
+    assert block is not None
     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-    return Layer(name, (fan_out, fan_in), block, treatment.modules, treatment.adapter, damping, parameter.device, dtype)
+    return Layer(
+        name,
+        site.shape,
+        block,
+        treatment.modules,
+        adapter,
+        damping,
+        parameter.device,
+        dtype,
+        site.decomposed,
+        treatment.partner,
+    )
 
 
 def _base_rate_first(groups: Iterable[dict[str, Any]], lr: float) -> list[dict[str, Any]]:

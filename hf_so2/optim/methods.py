@@ -59,12 +59,22 @@ class Site:
     """The place of a block in the model.
 
     Args:
-        shape: (fan_out, fan_in) of the weight.
+        shape: (fan_out, fan_in) of the weight, with a column for its bias where that belongs to the block.
         width: its role and growth.
+        diagonal: the sides, of "A" and "B", whose factor is a diagonal.
+        one_sided: whether the output side is left alone.
     """
 
     shape: tuple[int, int]
     width: ParameterWidth
+    diagonal: str = ""
+    one_sided: bool = False
+
+    @property
+    def decomposed(self) -> tuple[int, ...]:
+        """The sizes of the factors that a refresh has to decompose."""
+        sides = zip("BA", self.shape, strict=True)
+        return tuple(dim for side, dim in sides if not (side in self.diagonal or (side == "B" and self.one_sided)))
 
     def sides(self, settings: Settings) -> frozenset[str]:
         """The sides of a gradient that are preconditioned: those that are small enough, or cut into blocks."""
@@ -105,6 +115,16 @@ class Method:
         """How the learning rate of a preconditioned weight scales with the width under the norm control in use."""
         grafted = {"spectral": rules.NONE, "graft_adam": rules.ADAM, "graft_sgd": rules.SGD}
         return grafted.get(settings.norm_control) or self.lr_rule(settings)
+
+    def block_for(self, settings: Settings, site: Site) -> CurvatureBlock | None:
+        """The curvature block of a site, or None for a first-order method.
+
+        With one side every member of the K-FAC family is the same: in the eigenbasis of `A` alone, `S` is its spectrum,
+        and with nothing on the other side there is no trace to be restricted.
+        """
+        if site.one_sided:
+            return KFAC(settings.beta2, settings.exponent_a, 0.0, diagonal=site.diagonal)
+        return None if self.block is None else self.block(settings, site)
 
     def settings(self, given: Mapping[str, Any], **aliases: str) -> Settings:
         """What was given, then this method's defaults under the norm control in use, then those of `Settings`.
@@ -147,14 +167,14 @@ _TABLE = (
     Method(
         "kfac",
         lambda s: rules.two_sided(s.exponent_a, s.exponent_b),
-        block=lambda s, site: KFAC(s.beta2, s.exponent_a, s.exponent_b),
+        block=lambda s, site: KFAC(s.beta2, s.exponent_a, s.exponent_b, diagonal=site.diagonal),
         uses=K_FAC | {"exponents"},
         defaults=SPECTRAL,
     ),
     Method(
         "ekfac",
         lambda s: rules.KFAC,
-        block=lambda s, site: EKFAC(s.beta2),
+        block=lambda s, site: EKFAC(s.beta2, diagonal=site.diagonal),
         damping=single_damping,
         uses=K_FAC,
         defaults={**SPECTRAL, "damping": 1e-5},
@@ -162,7 +182,7 @@ _TABLE = (
     Method(
         "tkfac",
         lambda s: rules.two_sided(s.exponent_a, s.exponent_b),
-        block=lambda s, site: TKFAC(s.beta2, s.exponent_a, s.exponent_b),
+        block=lambda s, site: TKFAC(s.beta2, s.exponent_a, s.exponent_b, diagonal=site.diagonal),
         damping=trace_restricted_damping,
         uses=K_FAC | {"exponents"},
         defaults=SPECTRAL,
@@ -170,7 +190,7 @@ _TABLE = (
     Method(
         "tekfac",
         lambda s: rules.KFAC,
-        block=lambda s, site: TEKFAC(s.beta2),
+        block=lambda s, site: TEKFAC(s.beta2, diagonal=site.diagonal),
         damping=single_damping,
         uses=K_FAC,
         defaults={**SPECTRAL, "damping": 1e-5},
@@ -178,7 +198,7 @@ _TABLE = (
     Method(
         "foof",
         lambda s: rules.FOOF,
-        block=lambda s, site: FOOF(s.beta2),
+        block=lambda s, site: FOOF(s.beta2, diagonal=site.diagonal),
         uses=K_FAC,
         defaults=SPECTRAL,
     ),

@@ -13,12 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_so2.distributed import world
 from hf_so2.errors import ConfigurationError, TrainingDivergedError
+from hf_so2.layers import SampledCapture
 from hf_so2.optim.adaptive import AdaptiveDamping, Loss
 from hf_so2.optim.coverage import CoverageReport
 from hf_so2.optim.fallback import first_order_step
 from hf_so2.optim.norm_control import NORM_CONTROLS
 from hf_so2.optim.preconditioned import layer_update
+from hf_so2.optim.sampled_labels import generator_for, sampled_loss
 from hf_so2.optim.schedule import due
 from hf_so2.optim.settings import Settings
 from hf_so2.optim.statistics import Curvature
@@ -60,6 +63,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         self.settings, self.curvature, self._report = settings, curvature, report
         self.steps = self.skipped_steps = self._skipped_in_a_row = 0
         self.curvature_in_state_dict = True
+        self._generator: torch.Generator | None = None
         self._record = StepRecord()
         self._adaptive = AdaptiveDamping(curvature) if curvature is not None and settings.adaptive_damping else None
         super().__init__(groups, {"lr": settings.lr, "weight_decay": settings.weight_decay})
@@ -73,7 +77,8 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         """
         if self.steps == 0 or self.curvature is None:
             return self._report
-        uncaptured = {name for name in self.curvature.layers if not self._is_preconditioned(name)}
+        chosen = [*self.curvature.layers, *self.curvature.weight_of_bias]
+        uncaptured = {name for name in chosen if not self._is_preconditioned(name)}
         return self._report.moved_to_fallback(uncaptured)
 
     @property
@@ -130,8 +135,37 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
                 numbers["curvature/reduction_ratio"] = self._adaptive.ratio
         return numbers | {"curvature/skipped_steps": self.skipped_steps}
 
+    def sample_fisher(
+        self, logits: Tensor, counted: Tensor | None = None, row_mask: Tensor | None = None, *, seed: int = 0
+    ) -> None:
+        """Take the curvature statistics of `fisher="mc"`; call it between every forward pass and its backward.
+
+        Draws labels from the model's own predictions and sends their loss backward to the outputs of the layers, on
+        steps that update the statistics only. Gradients of parameters and torch's random numbers stay as they are, and
+        no call of `announce` is needed. With `fisher="empirical"` it does nothing.
+
+        Args:
+            logits: (..., classes), with the graph of the forward pass.
+            counted: (...), true where a position's label counts in the training loss; None where all do.
+            row_mask: (batch, sequence), non-zero where a token is no padding; None when there is none.
+            seed: of the draws, which also depend on the step and the rank.
+
+        Raises:
+            ConfigurationError: the model runs under reentrant checkpointing.
+        """
+        if self.curvature is None or not self.capturing or not isinstance(self.curvature.capture, SampledCapture):
+            return
+        if self._generator is None:
+            self._generator = generator_for(seed, self.steps, world()[0], logits.device)
+        with torch.enable_grad():
+            loss = sampled_loss(logits, counted, self._generator)
+        tokens = logits[..., 0].numel() if counted is None else counted.sum()
+        self.announce(tokens, 1.0, row_mask)
+        self.curvature.capture.differentiate(loss)
+
     def discard_captures(self) -> None:
         """Forget micro-batches that will not be stepped on, as after an overflow, an interruption or a retry."""
+        self._generator = None
         if self.curvature is not None:
             self.curvature.capture.discard()
         if self._adaptive is not None:
@@ -168,6 +202,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         if not self._gradients_are_finite():
             self._skip()
             return loss
+        self._generator = None
         self.steps += 1
         self._skipped_in_a_row = 0
         self._update_curvature()
@@ -221,10 +256,11 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
     def _apply_second_order(self) -> None:
         if self.curvature is None:
             return
+        found = {name: (group, parameter) for group, name, parameter in self._parameters(second_order=True)}
         updates = [
-            layer_update(layer, group, parameter, self.state[parameter], self.settings)
-            for group, name, parameter in self._parameters(second_order=True)
-            if not (layer := self.curvature.layers[name]).building
+            layer_update(layer, *found[name], found.get(layer.bias or ""), self.state, self.settings)
+            for name in found
+            if (layer := self.curvature.layers.get(name)) and not layer.building
         ]
         self._record.before_norm_control(updates)
         NORM_CONTROLS[self.settings.norm_control](updates, self.settings)
@@ -255,7 +291,9 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
                     yield group, name, parameter
 
     def _is_preconditioned(self, name: str) -> bool:
-        layer = self.curvature.layers.get(name) if self.curvature is not None else None
+        if self.curvature is None:
+            return False
+        layer = self.curvature.layers.get(self.curvature.weight_of_bias.get(name, name))
         return layer is not None and layer.refreshes > 0
 
     def state_dict(self) -> dict[str, Any]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hf_so2.optim.settings import Settings
@@ -23,6 +24,7 @@ class LayerUpdate:
         moment: its moving average (with `momentum_order` "after", G itself): what was preconditioned.
         update: the step's direction, (fan_out, fan_in); scaled in place by norm control.
         group: the parameter group: `lr` and `weight_decay` with width multipliers and schedule, Adam's constants.
+        bias: group and parameter of the bias that is the matrices' last column, if one is.
     """
 
     layer: Layer
@@ -31,6 +33,7 @@ class LayerUpdate:
     moment: Tensor
     update: Tensor
     group: dict[str, Any]
+    bias: Column | None = None
 
     def change(self) -> Tensor:
         """What `apply` is going to add, (fan_out, fan_in), in the dtype of the statistics."""
@@ -39,15 +42,29 @@ class LayerUpdate:
 
     def apply(self) -> None:
         """Decoupled weight decay, then the step."""
-        self.weight.mul_(1 - self.group["lr"] * self.group["weight_decay"])
-        self.weight.sub_(self.update.to(self.weight.dtype), alpha=self.group["lr"])
+        if self.bias is None:
+            _descend(self.weight, self.update, self.group)
+        else:
+            _descend(self.weight, self.update[:, :-1], self.group)
+            _descend(self.bias[1], self.update[:, -1], self.bias[0])
 
 
+def _descend(parameter: Tensor, update: Tensor, group: dict[str, Any]) -> None:
+    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+    parameter.sub_(update.to(parameter.dtype), alpha=group["lr"])
+
+
+Column = tuple[dict[str, Any], Tensor]
 NormControl = Callable[[Sequence[LayerUpdate], Settings], None]
 
 
 def layer_update(
-    layer: Layer, group: dict[str, Any], parameter: Tensor, state: dict[str, Any], settings: Settings
+    layer: Layer,
+    group: dict[str, Any],
+    parameter: Tensor,
+    bias: Column | None,
+    states: Mapping[Tensor, dict[str, Any]],
+    settings: Settings,
 ) -> LayerUpdate:
     """The update of one weight, before norm control.
 
@@ -55,14 +72,21 @@ def layer_update(
         layer: its statistics, refreshed at least once.
         group: its parameter group.
         parameter: with a gradient.
-        state: the optimizer's state of this parameter; its `momentum_buffer` is moved.
+        bias: group and parameter of the bias that goes with it.
+        states: the optimizer's state by parameter; the `momentum_buffer` of this one is moved, (fan_out, fan_in) with
+            the bias's column where there is one.
         settings: momentum, its order and Nesterov's variant.
     """
     assert parameter.grad is not None
+    matrix, dtype, state = layer.adapter.matrix, layer.dtype, states[parameter]
+    gradient = matrix(parameter.grad).to(dtype)
+    if bias is not None:
+        assert bias[1].grad is not None
+        gradient = torch.cat([gradient, bias[1].grad.to(dtype).unsqueeze(1)], dim=1)
     if "momentum_buffer" not in state:
-        state["momentum_buffer"] = parameter.new_zeros(parameter.shape)
-    matrix, dtype = layer.adapter.matrix, layer.dtype
-    gradient, buffer = matrix(parameter.grad).to(dtype), matrix(state["momentum_buffer"])
+        shape = parameter.shape if bias is None else gradient.shape
+        state["momentum_buffer"] = parameter.new_zeros(shape)
+    buffer = matrix(state["momentum_buffer"]) if bias is None else state["momentum_buffer"]
     layer.steps += 1
     if settings.momentum_order == "after":
         moment = gradient
@@ -71,7 +95,7 @@ def layer_update(
     else:
         moment = _averaged(gradient, buffer, layer, settings)
         update = layer.block.precondition(layer.state, moment)
-    return LayerUpdate(layer, matrix(parameter), gradient, moment, update, group)
+    return LayerUpdate(layer, matrix(parameter), gradient, moment, update, group, bias)
 
 
 def _averaged(value: Tensor, buffer: Tensor, layer: Layer, settings: Settings) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 
 from hf_so2.damping import RULES
 from hf_so2.errors import ConfigurationError
+from hf_so2.layers import WEIGHT_SHARING
 from hf_so2.optim.damping_overrides import ALLOWED as OVERRIDES_ALLOWED
 from hf_so2.optim.damping_overrides import are_overrides
 from hf_so2.spelling import did_you_mean
@@ -114,6 +115,34 @@ class Settings:
         "Steps between refreshes of the preconditioners (early ones besides, at steps 1, 2, 4, 7).",
         "statistics",
     )
+    fisher: str = setting(
+        "empirical", one_of(("empirical", "mc")), "Whose labels the output gradients are of: empirical (the training"
+        " labels, at no extra cost) or mc (drawn from the model's own predictions, one more backward pass on the steps"
+        " that update statistics).", "tokens"
+    )  # fmt: skip
+    weight_sharing: str = setting(
+        "expand", one_of(WEIGHT_SHARING), "What counts as an example of a layer: expand (every position of a sequence)"
+        " or reduce (a sequence: its mean input, its summed output gradient).", "tokens"
+    )  # fmt: skip
+    precondition_embeddings: bool = setting(
+        False, FLAG, "Precondition the token embedding, with a diagonal input factor: the frequencies of the tokens.",
+        "tokens"
+    )  # fmt: skip
+    embedding_damping: float = setting(
+        1.0, POSITIVE, "Damping of a preconditioned embedding, in place of damping. Under trace it is relative"
+        " to the mean frequency of a token: what is much rarer is not magnified further.", "precondition_embeddings"
+    )  # fmt: skip
+    precondition_head: bool = setting(
+        False, FLAG, "Precondition the output head, with the output factor that head_output_factor says.", "tokens"
+    )
+    head_output_factor: str = setting(
+        "identity", one_of(("identity", "diagonal")), "Output factor of a preconditioned head, which has the size of"
+        " the vocabulary: identity (the input side alone), or diagonal.", "precondition_head"
+    )  # fmt: skip
+    precondition_biases: bool = setting(
+        False, FLAG, "Precondition the biases of preconditioned weights, as one more column with an input of 1.",
+        "tokens"
+    )  # fmt: skip
     norm_control: str = setting(
         "spectral", one_of(("none", "kl_clip", "graft_adam", "graft_sgd", "spectral")), "What fixes the size of a"
         " preconditioned update: none, kl_clip (one factor for the whole model), graft_adam and graft_sgd (the norm of"
@@ -179,6 +208,8 @@ INSTEAD = {
     "shampoo": "shampoo",
     "basis": "soap",
     "kl_clip": "norm_control='kl_clip'",
+    "precondition_embeddings": "precondition_embeddings=True",
+    "precondition_head": "precondition_head=True",
 }
 
 SETTING_NAMES = tuple(entry.name for entry in fields(Settings))
@@ -212,6 +243,7 @@ def resolve(
         asked[field_name] = value
     settings = Settings(**{**defaults, **asked})
     parts = uses | {settings.norm_control} if "curvature" in uses else uses
+    parts = parts | {name for name in ("precondition_embeddings", "precondition_head") if getattr(settings, name)}
     for entry in fields(Settings):
         needs = entry.metadata["needs"]
         if entry.name in asked and needs and needs not in parts:

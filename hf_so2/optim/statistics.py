@@ -15,7 +15,7 @@ from hf_so2.curvature import CurvatureBlock, GradientBlock, State, TokenBlock
 from hf_so2.damping import Damping
 from hf_so2.distributed import assign, send_from_owners, sum_over_ranks, world
 from hf_so2.errors import TrainingDivergedError
-from hf_so2.layers import Adapter, Capture
+from hf_so2.layers import Adapter, Capture, SampledCapture
 from hf_so2.layers.capture import LayerSums
 from hf_so2.linalg import DecompositionError
 
@@ -35,13 +35,15 @@ class Layer:
 
     Args:
         name: qualified name of the parameter.
-        shape: (fan_out, fan_in).
+        shape: (fan_out, fan_in), the column of its bias included.
         block: its curvature method.
         modules: the modules whose calls use it.
         adapter: how they store it.
         damping: rule, strength and width multipliers.
         device: where the statistics live.
         dtype: float32, or float64 for a float64 weight.
+        decomposed: the sizes of the factors that a refresh decomposes, for sharing the work.
+        bias: the parameter that is the last column of the matrix.
         state: the block's tensors.
         updates: how often its statistics have been updated.
         refreshes: how many preconditioners have been built; until the first, the weight is in the fallback.
@@ -57,6 +59,8 @@ class Layer:
     damping: Damping
     device: torch.device
     dtype: torch.dtype
+    decomposed: Sequence[int]
+    bias: str | None = None
     state: State = field(default_factory=dict)
     updates: int = 0
     refreshes: int = 0
@@ -80,8 +84,11 @@ class Curvature:
 
     Args:
         layers: the preconditioned weights; every rank must list the same ones in the same order.
+        fisher: `empirical` or `mc`: where the gradients of token statistics come from.
+        weight_sharing: `expand` or `reduce`.
 
     Attributes:
+        weight_of_bias: the name of the weight that each preconditioned bias is a column of.
         dropped_statistics: how many times a layer's statistics were not finite and were left out.
         failed_refreshes: how many times a layer kept its last preconditioner because a new one could not be computed.
         damping_factor: what adaptive damping multiplies the strength of every layer's damping by.
@@ -89,8 +96,9 @@ class Curvature:
         refresh_seconds: how long the last refresh of all layers took here, waiting for other ranks included.
     """
 
-    def __init__(self, layers: Sequence[Layer]) -> None:
+    def __init__(self, layers: Sequence[Layer], fisher: str = "empirical", weight_sharing: str = "expand") -> None:
         self.layers = {layer.name: layer for layer in layers}
+        self.weight_of_bias = {layer.bias: layer.name for layer in layers if layer.bias}
         self.dropped_statistics = 0
         self.failed_refreshes = 0
         self.refresh_seconds = 0.0
@@ -105,11 +113,12 @@ class Curvature:
             else:
                 self._of_tokens[layer.name] = cast(TokenBlock, layer.block)
         seen = [self.layers[name] for name in self._of_tokens]
-        self.capture = Capture(
+        self.capture = (SampledCapture if fisher == "mc" else Capture)(
             {layer.name: (layer.modules, layer.adapter) for layer in seen},
             {layer.name: self._observer(layer, self._of_tokens[layer.name]) for layer in seen},
             {name: _of_inputs(block) for name, block in self._of_tokens.items()},
             {layer.name: layer.dtype for layer in seen},
+            weight_sharing,
         )
 
     @property
@@ -155,8 +164,8 @@ class Curvature:
         started = time.perf_counter()
         due = [layer for layer in self.layers.values() if layer.updates]
         rank, ranks = world()
-        # Both factors are decomposed at cubic cost, whatever the method.
-        owners = assign({layer.name: sum(dim**3 for dim in layer.shape) for layer in due}, ranks)
+        # Full factors are decomposed at cubic cost, whatever the method.
+        owners = assign({layer.name: sum(dim**3 for dim in layer.decomposed) for layer in due}, ranks)
         errors = {layer.name: self._refresh(layer) for layer in due if owners[layer.name] == rank}
         failed = torch.tensor([errors.get(layer.name) is not None for layer in due], dtype=torch.int64)
         if due:
@@ -197,7 +206,7 @@ class Curvature:
         """Means over the global step, for every layer that saw a row on any rank.
 
         A loss that is a mean over N tokens hands out `δ/N`. Whoever announces tokens also announces that factor, and
-        the capture has undone it already; otherwise N is the number of rows that the layer saw.
+        the capture has undone it already; otherwise N is the number of positions that the layer saw.
         """
         packed: dict[str, tuple[State, Tensor, Tensor]] = {}
         for name, block in self._of_tokens.items():
@@ -205,12 +214,13 @@ class Curvature:
             seen = captured.get(name) or LayerSums()
             # Clones: `tokens` is one number for all layers, and the in-place sum would add it up once per layer.
             rows = torch.as_tensor(seen.rows, device=layer.device, dtype=torch.int64).clone()
-            count = torch.as_tensor(rows if tokens is None else tokens, device=layer.device, dtype=torch.int64).clone()
+            count = seen.positions if tokens is None else tokens
+            count = torch.as_tensor(count, device=layer.device, dtype=torch.int64).clone()
             sums = seen.sums or {key: torch.zeros_like(layer.state[key]) for key in statistics}
             if tokens is None:
                 for key, statistic in statistics.items():
                     if statistic.gradient_degree:
-                        sums[key].mul_(rows**statistic.gradient_degree)
+                        sums[key].mul_(count**statistic.gradient_degree)
             packed[name] = sums, rows, count
         sum_over_ranks([t for sums, rows, count in packed.values() for t in (*sums.values(), rows, count)])
         means: dict[str, State] = {}

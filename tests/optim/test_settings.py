@@ -42,6 +42,13 @@ ILLEGAL: dict[str, list[Any]] = {
     "adaptive_damping": [0, 1, "yes", None],
     "factor_update_steps": COUNT,
     "preconditioner_update_steps": COUNT,
+    "fisher": ["", "MC", "exact", 1, None],
+    "weight_sharing": ["", "Reduce", "sum", 1, None],
+    "precondition_embeddings": [0, 1, "yes", None],
+    "embedding_damping": POSITIVE,
+    "precondition_head": [0, 1, "yes", None],
+    "head_output_factor": ["", "full", 1, None],
+    "precondition_biases": [0, 1, "yes", None],
     "norm_control": ["", "Spectral", "clip", 0, None],
     "kl_clip": POSITIVE,
     "shampoo_exponent": [0.3, 1.0, "0.25", None],
@@ -57,6 +64,9 @@ ILLEGAL: dict[str, list[Any]] = {
 }
 ALLOWED = {
     "damping_rule": "trace, trace_mean, spectral, pi, constant",
+    "fisher": "empirical, mc",
+    "weight_sharing": "expand, reduce",
+    "head_output_factor": "identity, diagonal",
     "norm_control": "none, kl_clip, graft_adam, graft_sgd, spectral",
 }
 
@@ -127,6 +137,10 @@ def test_unknown_optimizer_gets_a_hint(wrong: str, right: str) -> None:
         ("adamw", {"momentum": 0.5}),
         ("sgd", {"norm_control": "spectral"}),
         ("sgd", {"beta2": 0.9}),
+        ("kfac", {"head_output_factor": "diagonal"}),
+        ("kfac", {"embedding_damping": 0.5}),
+        ("shampoo", {"fisher": "mc"}),
+        ("shampoo", {"precondition_head": True}),
         ("kfac", {"kl_clip": 0.1}),
         ("kfac", {"kl_clip": 0.1, "norm_control": "none"}),
         ("adamw", {"kl_clip": 0.1}),

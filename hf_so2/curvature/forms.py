@@ -1,0 +1,78 @@
+"""One side of a layer, input or output: its factor is a full matrix, or a diagonal kept as a vector.
+
+Which of the two it is, is read off the tensor itself: a factor of two dimensions is a matrix, one of a single dimension
+a diagonal; a side that takes no part (exponent 0) has no tensor, None here. Diagonals are for the sides of the size of
+the vocabulary: an embedding's input, whose exact `A` is diagonal, and a language model's logits.
+
+Rows are tensors of shape (rows, n), or integers of shape (rows,): then each row is the unit vector at that index, and
+zero where the index is -1. One-hot rows are never written out.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_so2.linalg import DecompositionError, damped_root
+
+
+def is_one_hot(rows: Tensor) -> bool:
+    return not rows.is_floating_point()
+
+
+def squared_length(rows: Tensor) -> Tensor:
+    """`|x|²` of every row, shape (rows, 1)."""
+    return (rows >= 0).unsqueeze(1) if is_one_hot(rows) else rows.square().sum(dim=1, keepdim=True)
+
+
+def second_moment(rows: Tensor, like: Tensor, weights: Tensor | float = 1.0) -> Tensor:
+    """`Σ w x xᵀ`, or its diagonal, as `like` has it.
+
+    Args:
+        rows: (rows, n), or one-hot; one-hot rows ask for a diagonal.
+        like: the factor, (n, n) or (n,).
+        weights: one per row, (rows, 1), or one for all.
+    """
+    if is_one_hot(rows):
+        counted = (squared_length(rows) * weights).to(like.dtype)
+        return sum_by_index(rows, counted, len(like)).squeeze(1)
+    weighted = rows if isinstance(weights, float) else rows * weights
+    return weighted.mT @ rows if like.ndim == 2 else (weighted * rows).sum(dim=0)
+
+
+def sum_by_index(indices: Tensor, values: Tensor, size: int) -> Tensor:
+    """Row `i` is the sum of the rows of `values` (rows, k) whose index is `i`, shape (size, k); -1 is left out."""
+    kept = values * (indices >= 0).unsqueeze(1)
+    return values.new_zeros(size, values.shape[1]).index_add_(0, indices.clamp(min=0), kept)
+
+
+def root(factor: Tensor, damping: Tensor, exponent: float) -> Tensor:
+    """`(X + ρI)^-e` in the form of X.
+
+    Raises:
+        DecompositionError: as `hf_so2.linalg.damped_root`.
+    """
+    if factor.ndim == 2:
+        return damped_root(factor, damping, exponent)
+    power = (factor + damping).pow(-exponent)
+    if not bool(torch.isfinite(power).all()):
+        raise DecompositionError(f"a diagonal of {len(factor)} entries has no finite power -{exponent} after damping")
+    return power
+
+
+def from_left(operator: Tensor | None, matrix: Tensor) -> Tensor:
+    """`X G`."""
+    if operator is None:
+        return matrix
+    return operator @ matrix if operator.ndim == 2 else operator.unsqueeze(1) * matrix
+
+
+def from_right(matrix: Tensor, operator: Tensor | None) -> Tensor:
+    """`G X`."""
+    if operator is None:
+        return matrix
+    return matrix @ operator if operator.ndim == 2 else matrix * operator
+
+
+def transposed(operator: Tensor | None) -> Tensor | None:
+    return operator if operator is None or operator.ndim < 2 else operator.mT

@@ -1,0 +1,36 @@
+"""Labels drawn from a model's own predictions, for the Fisher matrix itself (Martens 2020, arXiv 1412.1193, section 5).
+
+The draws have a generator of their own, so that neither dropout nor data see another stream of random numbers than
+without them, and a run that is resumed draws what it would have drawn.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def generator_for(seed: int, step: int, rank: int, device: torch.device) -> torch.Generator:
+    """A generator of random numbers that depend on these three only; one serves all micro-batches of a step."""
+    (word,) = np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)
+    return torch.Generator(device).manual_seed(int(word >> np.uint64(1)))
+
+
+def sampled_loss(logits: Tensor, counted: Tensor | None, generator: torch.Generator) -> Tensor:
+    """The sum over counted positions of the cross-entropy with a label drawn from `softmax(logits)`.
+
+    Args:
+        logits: (..., classes), of any floating-point dtype.
+        counted: (...), true where a position has a loss; None where all have. Labels are drawn at the others too, so
+            that a draw does not depend on what is masked elsewhere.
+        generator: on the device of `logits`.
+
+    Returns:
+        The loss in float32 (float64 for float64 logits), 0-dim.
+    """
+    rows = logits.reshape(-1, logits.shape[-1])
+    rows = rows if rows.dtype == torch.float64 else rows.float()
+    labels = torch.multinomial(rows.detach().softmax(dim=1), 1, generator=generator).squeeze(1)
+    losses = torch.nn.functional.cross_entropy(rows, labels, reduction="none")
+    return losses.sum() if counted is None else losses[counted.reshape(-1)].sum()

@@ -1,0 +1,49 @@
+"""A tiny Llama in a plain loop with its embedding and head preconditioned, under every method of the K-FAC family."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from curvature.dense_fisher import METHODS
+from curvature.test_plain_loop import batches, distance, train, trained
+from helpers import assert_same_parameters, in_float64, llama
+
+import hf_so2
+
+BOTH: dict[str, Any] = {"precondition_embeddings": True, "precondition_head": True}
+RATES = {"lr": 0.01, "fallback_learning_rate": 0.01}
+
+
+@pytest.mark.parametrize("factor", ["identity", "diagonal"])
+@pytest.mark.parametrize("name", METHODS)
+def test_the_split_of_a_batch_changes_nothing(name: str, factor: str) -> None:
+    settings = {**BOTH, **RATES, "head_output_factor": factor}
+    data = batches()
+    whole, halves = trained(name, data, **settings)[0], trained(name, data, 2, **settings)[0]
+    assert distance(halves, whole, in_float64(llama())) < 1e-8
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_mup_at_the_base_width_is_the_standard_parametrization_bit_for_bit(name: str) -> None:
+    data = batches()
+    plain, _ = trained(name, data, model=llama(), **BOTH)
+    mup, _ = trained(f"{name}_mup", data, model=llama(), base_config=llama().config, **BOTH)
+    assert_same_parameters(mup, plain)
+
+
+@pytest.mark.parametrize("name", ["kfac", "tekfac"])
+def test_state_dict_resumes_bit_for_bit(name: str, tmp_path: Path) -> None:
+    data = batches(count=6)
+    model, optimizer = trained(name, data[:3], model=llama(), **BOTH)
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "state.pt")
+    train(model, optimizer, data[3:])
+    saved = torch.load(tmp_path / "state.pt", weights_only=True)
+    resumed = llama().train()
+    other = hf_so2.build_optimizer(name, resumed, **BOTH)
+    resumed.load_state_dict(saved["model"])
+    other.load_state_dict(saved["optimizer"])
+    train(resumed, other, data[3:])
+    assert_same_parameters(resumed, model)
