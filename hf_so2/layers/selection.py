@@ -23,6 +23,7 @@ class Treatment:
         modules: the modules whose calls use a preconditioned weight.
         adapter: how they store it.
         is_head: whether it is the output head, with one output per entry of a vocabulary.
+        is_hidden: whether it is a matrix (or several) of a hidden layer, whoever updates it.
         partner: of a weight, the name of the bias that is preconditioned with it, and of that bias, the weight's.
     """
 
@@ -31,6 +32,7 @@ class Treatment:
     modules: tuple[nn.Module, ...] = ()
     adapter: Adapter = LINEAR
     is_head: bool = False
+    is_hidden: bool = False
     partner: str | None = None
 
 
@@ -102,18 +104,21 @@ def select(
             return Treatment(False, reason)
         adapters = {adapter_for(module) for module in modules}
         adapter = next(iter(adapters), None)
+        is_hidden = not (is_embedding or is_head)
         if adapter is None or len(adapters) > 1:
-            return Treatment(False, f"{parameter.ndim}-D weight of {_kind(modules)}, which no curvature method covers")
+            reason = f"{parameter.ndim}-D weight of {_kind(modules)}, which no curvature method covers"
+            return Treatment(False, reason, is_hidden=is_hidden)
         if is_head and not extent.head:
             return Treatment(False, "the output head")
         if matched := [p.pattern for p in patterns if any(p.search(name) for name, _ in uses)]:
-            return Treatment(False, f"skip_modules {matched[0]!r}")
+            return Treatment(False, f"skip_modules {matched[0]!r}", is_hidden=is_hidden)
         # An embedding and a head have the vocabulary first, and no full factor of that size.
         full = parameter.shape[1:] if is_embedding or is_head else parameter.shape
         size = min(full) if one_sided else max(full)
         if size > max_dim:
-            return Treatment(False, f"a dimension of {size} is above max_preconditioner_dim {max_dim}")
-        return Treatment(True, f"weight of {_kind(modules)}", modules, adapter, is_head)
+            reason = f"a dimension of {size} is above max_preconditioner_dim {max_dim}"
+            return Treatment(False, reason, is_hidden=is_hidden)
+        return Treatment(True, f"weight of {_kind(modules)}", modules, adapter, is_head, is_hidden)
 
     treatments = {name: decide(p) for name, p in model.named_parameters() if p.requires_grad}
     return _with_biases(model, treatments) if extent.biases else treatments

@@ -138,9 +138,11 @@ def _options(
     """The hyperparameters of one parameter, width multipliers included: the keys of its group."""
     second_order = method.block is not None and treatment.preconditioned
     first_order_rule = rules.ADAM if method.first_order == "adamw" else rules.SGD
-    # A first-order method has one rate for what a curvature method would precondition and may have another for the
-    # rest.
-    lr = settings.lr if treatment.preconditioned else settings.fallback_learning_rate or settings.lr
+    fallback_lr = settings.fallback_learning_rate or settings.lr
+    if treatment.is_hidden:
+        # A first-order method has one rate for hidden matrices and may have another for the rest.
+        fallback_lr = settings.lr if method.block is None else settings.hidden_fallback_learning_rate or fallback_lr
+    lr = settings.lr if second_order else fallback_lr
     rule = method.learning_rate_rule(settings) if second_order else first_order_rule
     scaled_lr = lr * rules.learning_rate_multiplier(rule, width)
     options: dict[str, Any] = {
@@ -152,7 +154,6 @@ def _options(
         return {**options, "momentum": settings.momentum}
     fallback_ratio = 1.0
     if second_order:
-        fallback_lr = settings.fallback_learning_rate or settings.lr
         fallback_ratio = fallback_lr * rules.learning_rate_multiplier(rules.ADAM, width) / scaled_lr
     return {
         **options,

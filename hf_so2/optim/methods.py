@@ -146,7 +146,7 @@ K_FAC = CURVATURE | {"statistics", "damping", "tokens"}
 SHAMPOO = CURVATURE | {"statistics", "gradients"}
 
 # Tuned for K-FAC on configs/quickstart.yaml (docs/results.md); the others' updates have the same spectral norm.
-SPECTRAL = {"lr": 0.06, "fallback_learning_rate": 0.08}
+SPECTRAL = {"lr": 0.06, "fallback_learning_rate": 0.08, "hidden_fallback_learning_rate": 0.002}
 
 
 def _shampoo(settings: Settings, site: Site) -> GradientBlock:

@@ -31,6 +31,8 @@ def kl_clip(updates: Sequence[LayerUpdate], settings: Settings) -> None:
         divergence = torch.stack([u.group["lr"] ** 2 * (u.update * u.moment).sum() for u in updates]).sum()
         # `clamp` guards against a tiny negative sum of round-off; an infinite ratio means ν = 1.
         factor = torch.sqrt(settings.kl_clip / divergence.clamp(min=0)).clamp(max=1.0)
+        # A divergence out of range, inf - inf at worst, is surely too large: no step.
+        factor = factor.nan_to_num(0.0)
         for u in updates:
             u.update.mul_(factor)
 

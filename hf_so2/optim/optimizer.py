@@ -112,8 +112,8 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         Keys are `curvature/<role or layer>/<quantity>`: `trace`, `damping` (ρ) and `condition` of each factor, with
         `_A` or `_B` where a block has two, and, where `observe_next_step` was called before the step, `update_rms`,
         the root mean square of the change of a weight; besides `curvature/kl_clip_factor` under that norm control, and
-        `curvature/refresh_seconds`, `curvature/failed_refreshes`, `curvature/dropped_statistics` and
-        `curvature/skipped_steps`. This call waits for the device.
+        `curvature/refresh_seconds`, `curvature/failed_refreshes`, `curvature/dropped_statistics`,
+        `curvature/overflowed_updates` and `curvature/skipped_steps`. This call waits for the device.
 
         Args:
             by: `role` (`attention`, `mlp`, …: means over layers, of condition numbers the largest) or `layer`.

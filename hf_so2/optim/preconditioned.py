@@ -91,11 +91,19 @@ def layer_update(
     if settings.momentum_order == "after":
         moment = gradient
         # A copy, since norm control works in place and the average may be the buffer itself.
-        update = _averaged(layer.block.precondition(layer.state, gradient), buffer, layer, settings).clone()
+        update = _averaged(_preconditioned(layer, gradient), buffer, layer, settings).clone()
     else:
         moment = _averaged(gradient, buffer, layer, settings)
-        update = layer.block.precondition(layer.state, moment)
+        update = _preconditioned(layer, moment)
     return LayerUpdate(layer, matrix(parameter), gradient, moment, update, group, bias)
+
+
+def _preconditioned(layer: Layer, gradient: Tensor) -> Tensor:
+    """`P(G)`; zero where that leaves the range of the dtype, as a finite but huge gradient can make it. Counted."""
+    update = layer.block.precondition(layer.state, gradient)
+    is_finite = torch.isfinite(update.sum())
+    layer.overflows = layer.overflows + ~is_finite  # on the device: nobody waits for it
+    return torch.where(is_finite, update, torch.zeros_like(is_finite, dtype=update.dtype))
 
 
 def _averaged(value: Tensor, buffer: Tensor, layer: Layer, settings: Settings) -> Tensor:

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 MAX_FAILURES_IN_A_ROW = 10
 
 # What a layer counts and a checkpoint keeps.
-COUNTERS = ("updates", "refreshes", "failures", "steps")
+COUNTERS = ("updates", "refreshes", "failures", "steps", "overflows")
 
 
 @dataclass
@@ -49,6 +49,7 @@ class Layer:
         refreshes: how many preconditioners have been built; until the first, the weight is in the fallback.
         failures: how many refreshes in a row have failed.
         steps: how many second-order updates its weight has had.
+        overflows: how many of them were left at zero because the preconditioned gradient was not finite.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Layer:
     refreshes: int = 0
     failures: int = 0
     steps: int = 0
+    overflows: int | Tensor = 0
 
     @property
     def building(self) -> bool:
@@ -239,7 +241,7 @@ class Curvature:
             "damping_factor": self.damping_factor,
             "adapted_at": self.adapted_at,
             "layers": {
-                name: {**{key: getattr(layer, key) for key in COUNTERS}, "state": dict(layer.state)}
+                name: {**{key: int(getattr(layer, key)) for key in COUNTERS}, "state": dict(layer.state)}
                 for name, layer in self.layers.items()
             },
         }

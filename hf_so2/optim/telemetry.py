@@ -191,4 +191,5 @@ def report(curvature: Curvature, record: StepRecord, step: int, by: str) -> dict
         "curvature/refresh_seconds": curvature.refresh_seconds,
         "curvature/failed_refreshes": curvature.failed_refreshes,
         "curvature/dropped_statistics": curvature.dropped_statistics,
+        "curvature/overflowed_updates": sum(int(layer.overflows) for layer in curvature.layers.values()),
     }

@@ -166,3 +166,41 @@ def test_large_weights_are_cut_into_blocks_or_preconditioned_on_one_side(name: s
     assert {"L", "R"} & with_sides.curvature.layers[mlp].state.keys() == {"L"}
     for model in (blocked, one_sided):
         assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("norm_control", NORM_CONTROLS)
+@pytest.mark.parametrize("name", SECOND_ORDER)
+def test_one_huge_gradient_among_ordinary_ones_leaves_no_trace_that_is_not_finite(
+    name: str, norm_control: str, order: str
+) -> None:
+    """Finite, so that the step is made, but too large for products in float32."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8, bias=False), nn.Tanh(), nn.Linear(8, 4, bias=False))
+    optimizer = hf_so2.build_optimizer(
+        name, model, norm_control=norm_control, momentum_order=order, lr=1e-3, fallback_learning_rate=1e-3
+    )
+    inputs, targets = torch.randn(20, 6), torch.randn(20, 4)
+    for turn in range(6):
+        optimizer.zero_grad()
+        ((model(inputs) - targets).square().mean() * (1e36 if turn == 3 else 1e-4)).backward()
+        optimizer.step()
+    # Where a step follows the gradient's size it throws the weights so far off that later gradients overflow.
+    assert optimizer.steps == 6 or norm_control in ("none", "kl_clip", "graft_sgd")
+    assert optimizer.steps + optimizer.skipped_steps == 6
+    assert optimizer.curvature is not None
+    for layer in optimizer.curvature.layers.values():
+        assert all(torch.isfinite(value).all() for value in layer.state.values()), layer.name
+    for key, value in model.state_dict().items():
+        assert torch.isfinite(value).all(), key
+
+
+def test_hidden_matrices_in_the_fallback_have_a_rate_of_their_own() -> None:
+    """The fallback's rate suits embeddings and heads and is forty times too high for hidden matrices."""
+    model = llama()
+    optimizer = hf_so2.build_optimizer(
+        "kfac", model, fallback_learning_rate=0.08, hidden_fallback_learning_rate=0.003, skip_modules=["down_proj"]
+    )
+    rates = {name: g["lr"] for g in optimizer.param_groups for name in g["param_names"] if g["algorithm"] == "adamw"}
+    assert rates.pop("model.layers.0.mlp.down_proj.weight") == rates.pop("model.layers.1.mlp.down_proj.weight") == 0.003
+    assert set(rates.values()) == {0.08}
