@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+import runpy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -207,3 +209,10 @@ def test_settings_cannot_be_changed_and_errors_can_be_pickled() -> None:
         Settings().lr = 1.0  # type: ignore[misc]
     error = pickle.loads(pickle.dumps(hf_so2.ConfigurationError("damping", -1, "must be a number above 0")))
     assert str(error) == "damping=-1: must be a number above 0"
+
+
+def test_the_page_of_settings_is_up_to_date() -> None:
+    root = Path(__file__).parents[2]
+    page = runpy.run_path(str(root / "scripts" / "settings_table.py"))["page"]()
+    expected = (root / "docs" / "settings.md").read_text("utf-8")
+    assert expected == page + "\n", "python scripts/settings_table.py > docs/settings.md"

@@ -1,0 +1,56 @@
+"""Prints docs/settings.md: every setting of the optimizers, and what each method makes of it when it is left out.
+
+python scripts/settings_table.py > docs/settings.md
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+from hf_so2.optim.methods import METHODS
+from hf_so2.optim.settings import INSTEAD, Settings
+
+HEAD = """# Settings
+
+Keywords of `hf_so2.build_optimizer`, fields of `hf_so2.SecondOrderTrainingArguments` and flags of every script, by the
+same name (`lr` is `learning_rate` there). All of them are given at the base width; μP scales them from there. A setting
+that the chosen method would ignore is refused. Printed by `python scripts/settings_table.py`.
+"""
+
+
+def shown(value: object) -> str:
+    return "none" if value is None else f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
+
+
+def settings_rows() -> list[list[str]]:
+    """Name, default, what needs it, meaning."""
+    rows = [["setting", "default", "for", "meaning"]]
+    for entry in fields(Settings):
+        needs = INSTEAD.get(entry.metadata["needs"], "all")
+        rows.append([f"`{entry.name}`", shown(entry.default), needs, entry.metadata["help"]])
+    return rows
+
+
+def method_rows() -> list[list[str]]:
+    """Where a method's own defaults differ from those above."""
+    own = [entry for entry in fields(Settings) if any(entry.name in m.defaults for m in METHODS.values())]
+    rows = [["method", *(f"`{entry.name}`" for entry in own)]]
+    for method in METHODS.values():
+        resolved = method.settings({})
+        cells = [shown(getattr(resolved, e.name)) if e.metadata["needs"] in method.uses | {""} else "-" for e in own]
+        rows.append([f"`{method.name}`", *cells])
+    return rows
+
+
+def table(rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+def page() -> str:
+    """The whole page."""
+    return "\n".join([HEAD, table(settings_rows()), "", "## Defaults by method", "", table(method_rows())])
+
+
+if __name__ == "__main__":
+    print(page())
