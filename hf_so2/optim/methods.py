@@ -142,7 +142,8 @@ class Method:
 
 
 CURVATURE = frozenset({"curvature", "momentum"})
-K_FAC = CURVATURE | {"statistics", "damping", "tokens"}
+INPUT_SIDE = CURVATURE | {"statistics", "damping", "tokens"}
+K_FAC = INPUT_SIDE | {"output factors"}
 SHAMPOO = CURVATURE | {"statistics", "gradients"}
 
 # Tuned for K-FAC on configs/quickstart.yaml (docs/results.md); the others' updates have the same spectral norm.
@@ -199,7 +200,7 @@ _TABLE = (
         "foof",
         lambda s: rules.FOOF,
         block=lambda s, site: FOOF(s.beta2, diagonal=site.diagonal),
-        uses=K_FAC,
+        uses=INPUT_SIDE,
         defaults=SPECTRAL,
     ),
     Method(

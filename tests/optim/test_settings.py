@@ -139,6 +139,7 @@ def test_unknown_optimizer_gets_a_hint(wrong: str, right: str) -> None:
         ("sgd", {"norm_control": "spectral"}),
         ("sgd", {"beta2": 0.9}),
         ("kfac", {"head_output_factor": "diagonal"}),
+        ("foof", {"head_output_factor": "diagonal", "precondition_head": True}),
         ("kfac", {"embedding_damping": 0.5}),
         ("shampoo", {"fisher": "mc"}),
         ("shampoo", {"precondition_head": True}),

@@ -83,7 +83,8 @@ def damped_block(name: str, layer: str, h: np.ndarray, delta: np.ndarray, state:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_preconditioners_are_the_inverses_of_dense_blocks(name: str, batch: tuple[Tensor, Tensor]) -> None:
-    optimizer = stand_still(name, Bigram(), batch, damping=RHO, embedding_damping=RHO, **BOTH)
+    both = BOTH if name != "foof" else {k: v for k, v in BOTH.items() if k != "head_output_factor"}
+    optimizer = stand_still(name, Bigram(), batch, damping=RHO, embedding_damping=RHO, **both)
     for layer, (h, delta) in rows_of(batch).items():
         entry = optimizer.curvature.layers[layer]
         block = damped_block(name, layer, h, delta, entry.state)
@@ -95,7 +96,7 @@ def test_preconditioners_are_the_inverses_of_dense_blocks(name: str, batch: tupl
 def test_a_head_without_an_output_factor_is_preconditioned_by_its_inputs(
     name: str, batch: tuple[Tensor, Tensor]
 ) -> None:
-    optimizer = stand_still(name, Bigram(), batch, damping=RHO, precondition_head=True, head_output_factor="identity")
+    optimizer = stand_still(name, Bigram(), batch, damping=RHO, precondition_head=True)
     (entry,) = optimizer.curvature.layers.values()
     h, _ = rows_of(batch)["head.weight"]
     a = h.T @ h / len(h)
