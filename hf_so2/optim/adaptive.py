@@ -106,6 +106,8 @@ class AdaptiveDamping:
         for update in updates:
             update.apply()
         actual = self._loss() - before
+        if predicted == 0:  # a step of length zero, as at the start of a warm-up, says nothing
+            return
         # A model that expects its own step to be of no use says the same as a ratio below zero.
         self.ratio = actual / predicted if predicted < 0 else -math.inf
         waited = step - self.curvature.adapted_at

@@ -159,6 +159,17 @@ def test_a_trustworthy_model_lowers_damping_and_a_step_too_long_raises_it(name: 
     assert factors[0] < 1 < factors[1]
 
 
+def test_a_step_of_length_zero_says_nothing() -> None:
+    """A warm-up starts at a rate of zero."""
+    model = mlp()
+    optimizer = hf_so2.build_optimizer("kfac", model, weight_decay=0.1, **ADAPTIVE)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    train(model, optimizer, range(1))
+    assert optimizer.curvature.damping_factor == 1.0
+    assert "curvature/reduction_ratio" not in optimizer.telemetry()
+
+
 def test_resume_continues_bit_for_bit() -> None:
     settings = {"lr": 0.3, "damping": 0.1, "preconditioner_update_steps": 3, **ADAPTIVE}
     model = mlp()
