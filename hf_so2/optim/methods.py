@@ -111,10 +111,25 @@ class Method:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     defaults_under: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
-    def learning_rate_rule(self, settings: Settings) -> rules.LearningRateRule:
-        """How the learning rate of a preconditioned weight scales with the width under the norm control in use."""
+    def learning_rate_rule(self, settings: Settings, *, one_sided: bool = False) -> rules.LearningRateRule:
+        """How the learning rate of a preconditioned weight scales with the width under the norm control in use.
+
+        Args:
+            settings: which norm control that is.
+            one_sided: whether the weight is preconditioned on its input side alone; see `block_for`.
+        """
         grafted = {"spectral": rules.NONE, "graft_adam": rules.ADAM, "graft_sgd": rules.SGD}
-        return grafted.get(settings.norm_control) or self.lr_rule(settings)
+        own = rules.two_sided(settings.exponent_a, 0) if one_sided else self.lr_rule(settings)
+        return grafted.get(settings.norm_control, own)
+
+    def damping_multipliers(self, width: ParameterWidth, *, one_sided: bool = False) -> Mapping[str, float]:
+        """How the damping of a weight scales with the width under the rule `constant`.
+
+        Args:
+            width: the weight's role and growth.
+            one_sided: as for the learning rate; what is damped then is `A` itself, whatever the method.
+        """
+        return factored_damping(width) if one_sided else self.damping(width)
 
     def block_for(self, settings: Settings, site: Site) -> CurvatureBlock | None:
         """The curvature block of a site, or None for a first-order method.
@@ -137,7 +152,7 @@ class Method:
             ConfigurationError: an unknown name, a value out of range, or a setting that this method would ignore.
         """
         norm_control = given.get("norm_control") or self.defaults.get("norm_control", "spectral")
-        defaults = {**self.defaults, **self.defaults_under.get(norm_control, {})}
+        defaults = {**self.defaults, **self.defaults_under.get(str(norm_control), {})}
         return resolve(self.name, self.uses, defaults, given, **aliases)
 
 

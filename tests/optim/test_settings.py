@@ -50,7 +50,7 @@ ILLEGAL: dict[str, list[Any]] = {
     "precondition_head": [0, 1, "yes", None],
     "head_output_factor": ["", "full", 1, None],
     "precondition_biases": [0, 1, "yes", None],
-    "norm_control": ["", "Spectral", "clip", 0, None],
+    "norm_control": ["", "Spectral", "clip", 0, None, ["spectral"]],
     "kl_clip": POSITIVE,
     "shampoo_exponent": [0.3, 1.0, "0.25", None],
     "shampoo_accumulation": ["", "mean", None],

@@ -105,6 +105,17 @@ def test_a_head_without_an_output_factor_is_preconditioned_by_its_inputs(
 
 
 @pytest.mark.parametrize("name", METHODS)
+def test_a_head_without_an_output_factor_scales_with_the_width_like_its_inputs(name: str) -> None:
+    """Whatever the method: `A` grows with the width, and constant damping with it; the rate stays."""
+    given = {"precondition_head": True, "damping_rule": "constant", "norm_control": "none"}
+    optimizer = hf_so2.build_optimizer(f"{name}_mup", llama(64), base_config=llama(16).config, **given)
+    layer = optimizer.curvature.layers["lm_head.weight"]
+    assert layer.damping.multiplier_a == 4.0
+    (group,) = (group for group in optimizer.param_groups if "lm_head.weight" in group["param_names"])
+    assert group["lr"] == optimizer.settings.lr
+
+
+@pytest.mark.parametrize("name", METHODS)
 @given(seed=st.integers(0, 2**31 - 1), count=st.integers(1, 12), size=st.integers(1, 5), fan_out=st.integers(1, 4))
 @settings(max_examples=15)
 def test_indices_are_unit_vectors(name: str, seed: int, count: int, size: int, fan_out: int) -> None:
