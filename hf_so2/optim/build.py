@@ -191,7 +191,6 @@ def _layer(
         damping,
         parameter.device,
         dtype,
-        site.decomposed,
         treatment.partner,
     )
 

@@ -70,12 +70,6 @@ class Site:
     diagonal: str = ""
     one_sided: bool = False
 
-    @property
-    def decomposed(self) -> tuple[int, ...]:
-        """The sizes of the factors that a refresh has to decompose."""
-        sides = zip("BA", self.shape, strict=True)
-        return tuple(dim for side, dim in sides if not (side in self.diagonal or (side == "B" and self.one_sided)))
-
     def sides(self, settings: Settings) -> frozenset[str]:
         """The sides of a gradient that are preconditioned: those that are small enough, or cut into blocks."""
         limit = math.inf if settings.block_size else settings.max_preconditioner_dim
