@@ -28,6 +28,7 @@ from hf_so2.optim import SecondOrderOptimizer
 from hf_so2.optim.build import build_from_settings
 from hf_so2.optim.settings import Settings
 from hf_so2.transfer.coordinate_plot import plot_coordinate_check
+from hf_so2.transfer.coordinates import informed
 
 
 @dataclass
@@ -58,7 +59,7 @@ def check(
     """The check of the optimizer `name` with these settings, on models of the family of `config`."""
 
     def build(fresh: PreTrainedModel, base: PretrainedConfig) -> SecondOrderOptimizer:
-        return build_from_settings(name, fresh, settings, base)
+        return informed(build_from_settings(name, fresh, settings, base), fresh)
 
     return run_coordinate_check(
         config,

@@ -70,7 +70,10 @@ class CurvatureBlock(Protocol):
 
     @property
     def refreshed(self) -> list[str]:
-        """The names in the state that `refresh` writes: what a rank that did not refresh needs to be sent."""
+        """The names in the state that `refresh` writes: what a rank that did not refresh needs to be sent.
+
+        What comes from decomposing a factor ends in `_root` or `_basis`; its size says what the refresh costs.
+        """
         ...
 
     def precondition(self, state: State, gradient: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hf_so2.curvature import EKFAC, KFAC, CurvatureBlock, State
+from hf_so2.curvature.forms import from_left, from_right, transposed
 from hf_so2.distributed import sum_over_ranks, world
 from hf_so2.errors import ConfigurationError
 from hf_so2.optim.preconditioned import LayerUpdate
@@ -48,14 +49,14 @@ def curvature_along(block: CurvatureBlock, state: State, change: Tensor) -> Tens
 @curvature_along.register
 def _(block: KFAC, state: State, change: Tensor) -> Tensor:
     a, b = (block.moments.factor(state, side) for side in "AB")
-    # On a side that is kept as a diagonal the factor is a vector.
-    along = b @ change if b.ndim == 2 else b.unsqueeze(1) * change
-    return (change * (along @ a if a.ndim == 2 else along * a)).sum()
+    return (change * from_right(from_left(b, change), a)).sum()
 
 
 @curvature_along.register
 def _(block: EKFAC, state: State, change: Tensor) -> Tensor:
-    return ((state["B_basis"].mT @ change @ state["A_basis"]).square() * state["S"]).sum()
+    # On a side that is kept as a diagonal there is no basis to go to.
+    rotated = from_right(from_left(transposed(state.get("B_basis")), change), state.get("A_basis"))
+    return (rotated.square() * state["S"]).sum()
 
 
 def _models_the_loss(block: CurvatureBlock) -> bool:
@@ -105,6 +106,8 @@ class AdaptiveDamping:
         for update in updates:
             update.apply()
         actual = self._loss() - before
+        if predicted == 0:  # a step of length zero, as at the start of a warm-up, says nothing
+            return
         # A model that expects its own step to be of no use says the same as a ratio below zero.
         self.ratio = actual / predicted if predicted < 0 else -math.inf
         waited = step - self.curvature.adapted_at

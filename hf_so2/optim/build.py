@@ -97,7 +97,8 @@ def build_from_settings(
         is_bias = parameter.ndim < 2
         if method.block is not None and treatment.preconditioned and not is_bias:
             epsilon = resolved.embedding_damping if treatment.adapter.one_hot else resolved.damping
-            damping = Damping(resolved.damping_rule, epsilon, **method.damping(width))
+            multipliers = method.damping_multipliers(width, one_sided=_is_one_sided(treatment, resolved))
+            damping = Damping(resolved.damping_rule, epsilon, **multipliers)
             damping = overrides.apply(damping, treatment.modules)
             layer = _layer(parameter_name, parameter, treatment, method, resolved, width, damping)
             layers.append(layer)
@@ -143,7 +144,8 @@ def _options(
         # A first-order method has one rate for hidden matrices and may have another for the rest.
         fallback_lr = settings.lr if method.block is None else settings.hidden_fallback_learning_rate or fallback_lr
     lr = settings.lr if second_order else fallback_lr
-    rule = method.learning_rate_rule(settings) if second_order else first_order_rule
+    own_rule = method.learning_rate_rule(settings, one_sided=_is_one_sided(treatment, settings))
+    rule = own_rule if second_order else first_order_rule
     scaled_lr = lr * rules.learning_rate_multiplier(rule, width)
     options: dict[str, Any] = {
         "algorithm": method.name if second_order else method.first_order,
@@ -175,8 +177,8 @@ def _layer(
     adapter = treatment.adapter
     fan_out, fan_in = adapter.matrix(parameter).shape
     diagonal = "A" * adapter.one_hot + "B" * treatment.is_head
-    one_sided = treatment.is_head and settings.head_output_factor == "identity"
-    site = Site((fan_out, fan_in + adapter.has_bias), width, diagonal, one_sided)
+    shape = (fan_out, fan_in + adapter.has_bias)
+    site = Site(shape, width, diagonal, one_sided=_is_one_sided(treatment, settings))
     block = method.block_for(settings, site)
     assert block is not None
     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
@@ -189,9 +191,12 @@ def _layer(
         damping,
         parameter.device,
         dtype,
-        site.decomposed,
         treatment.partner,
     )
+
+
+def _is_one_sided(treatment: Treatment, settings: Settings) -> bool:
+    return treatment.is_head and settings.head_output_factor == "identity"
 
 
 def _base_rate_first(groups: Iterable[dict[str, Any]], lr: float) -> list[dict[str, Any]]:

@@ -70,12 +70,6 @@ class Site:
     diagonal: str = ""
     one_sided: bool = False
 
-    @property
-    def decomposed(self) -> tuple[int, ...]:
-        """The sizes of the factors that a refresh has to decompose."""
-        sides = zip("BA", self.shape, strict=True)
-        return tuple(dim for side, dim in sides if not (side in self.diagonal or (side == "B" and self.one_sided)))
-
     def sides(self, settings: Settings) -> frozenset[str]:
         """The sides of a gradient that are preconditioned: those that are small enough, or cut into blocks."""
         limit = math.inf if settings.block_size else settings.max_preconditioner_dim
@@ -111,10 +105,25 @@ class Method:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     defaults_under: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
-    def learning_rate_rule(self, settings: Settings) -> rules.LearningRateRule:
-        """How the learning rate of a preconditioned weight scales with the width under the norm control in use."""
+    def learning_rate_rule(self, settings: Settings, *, one_sided: bool = False) -> rules.LearningRateRule:
+        """How the learning rate of a preconditioned weight scales with the width under the norm control in use.
+
+        Args:
+            settings: which norm control that is.
+            one_sided: whether the weight is preconditioned on its input side alone; see `block_for`.
+        """
         grafted = {"spectral": rules.NONE, "graft_adam": rules.ADAM, "graft_sgd": rules.SGD}
-        return grafted.get(settings.norm_control) or self.lr_rule(settings)
+        own = rules.two_sided(settings.exponent_a, 0) if one_sided else self.lr_rule(settings)
+        return grafted.get(settings.norm_control, own)
+
+    def damping_multipliers(self, width: ParameterWidth, *, one_sided: bool = False) -> Mapping[str, float]:
+        """How the damping of a weight scales with the width under the rule `constant`.
+
+        Args:
+            width: the weight's role and growth.
+            one_sided: as for the learning rate; what is damped then is `A` itself, whatever the method.
+        """
+        return factored_damping(width) if one_sided else self.damping(width)
 
     def block_for(self, settings: Settings, site: Site) -> CurvatureBlock | None:
         """The curvature block of a site, or None for a first-order method.
@@ -137,12 +146,13 @@ class Method:
             ConfigurationError: an unknown name, a value out of range, or a setting that this method would ignore.
         """
         norm_control = given.get("norm_control") or self.defaults.get("norm_control", "spectral")
-        defaults = {**self.defaults, **self.defaults_under.get(norm_control, {})}
+        defaults = {**self.defaults, **self.defaults_under.get(str(norm_control), {})}
         return resolve(self.name, self.uses, defaults, given, **aliases)
 
 
 CURVATURE = frozenset({"curvature", "momentum"})
-K_FAC = CURVATURE | {"statistics", "damping", "tokens"}
+INPUT_SIDE = CURVATURE | {"statistics", "damping", "tokens"}
+K_FAC = INPUT_SIDE | {"output factors"}
 SHAMPOO = CURVATURE | {"statistics", "gradients"}
 
 # Tuned for K-FAC on configs/quickstart.yaml (docs/results.md); the others' updates have the same spectral norm.
@@ -199,7 +209,7 @@ _TABLE = (
         "foof",
         lambda s: rules.FOOF,
         block=lambda s, site: FOOF(s.beta2, diagonal=site.diagonal),
-        uses=K_FAC,
+        uses=INPUT_SIDE,
         defaults=SPECTRAL,
     ),
     Method(

@@ -36,17 +36,24 @@ class LayerUpdate:
     bias: Column | None = None
 
     def change(self) -> Tensor:
-        """What `apply` is going to add, (fan_out, fan_in), in the dtype of the statistics."""
-        decay = self.group["weight_decay"] * self.weight.to(self.update.dtype)
-        return -self.group["lr"] * (self.update + decay)
+        """What `apply` is going to add, of the update's shape and dtype."""
+        columns = [
+            -group["lr"] * (update + group["weight_decay"] * parameter.to(update.dtype))
+            for parameter, update, group in self._parts()
+        ]
+        return torch.cat(columns, dim=1)
 
     def apply(self) -> None:
         """Decoupled weight decay, then the step."""
+        for parameter, update, group in self._parts():
+            _descend(parameter, update, group)
+
+    def _parts(self) -> list[tuple[Tensor, Tensor, dict[str, Any]]]:
+        """The weight with its update and group, and its bias as a column with those of its own."""
         if self.bias is None:
-            _descend(self.weight, self.update, self.group)
-        else:
-            _descend(self.weight, self.update[:, :-1], self.group)
-            _descend(self.bias[1], self.update[:, -1], self.bias[0])
+            return [(self.weight, self.update, self.group)]
+        group, bias = self.bias
+        return [(self.weight, self.update[:, :-1], self.group), (bias.unsqueeze(1), self.update[:, -1:], group)]
 
 
 def _descend(parameter: Tensor, update: Tensor, group: dict[str, Any]) -> None:

@@ -141,7 +141,7 @@ class Settings:
     )
     head_output_factor: str = setting(
         "identity", one_of(("identity", "diagonal")), "Output factor of a preconditioned head, which has the size of"
-        " the vocabulary: identity (the input side alone), or diagonal.", "precondition_head"
+        " the vocabulary: identity (the input side alone), or diagonal.", "head_output_factor"
     )  # fmt: skip
     precondition_biases: bool = setting(
         False, FLAG, "Precondition the biases of preconditioned weights, as one more column with an input of 1.",
@@ -213,10 +213,20 @@ INSTEAD = {
     "basis": "soap",
     "kl_clip": "norm_control='kl_clip'",
     "precondition_embeddings": "precondition_embeddings=True",
-    "precondition_head": "precondition_head=True",
+    "head_output_factor": "precondition_head=True and a method with output factors",
 }
 
 SETTING_NAMES = tuple(entry.name for entry in fields(Settings))
+
+
+def parts_in_use(uses: frozenset[str], settings: Settings) -> frozenset[str]:
+    """All that a field's `needs` can ask for: the parts of a method, and those that other settings switch on."""
+    switched_on = {
+        settings.norm_control: "curvature" in uses,
+        "precondition_embeddings": settings.precondition_embeddings,
+        "head_output_factor": settings.precondition_head and "output factors" in uses,
+    }
+    return uses | {part for part, is_on in switched_on.items() if is_on}
 
 
 def resolve(
@@ -246,8 +256,7 @@ def resolve(
             raise ConfigurationError(name, value, f"must not be given beside {field_name}, which is the same setting")
         asked[field_name] = value
     settings = Settings(**{**defaults, **asked})
-    parts = uses | {settings.norm_control} if "curvature" in uses else uses
-    parts = parts | {name for name in ("precondition_embeddings", "precondition_head") if getattr(settings, name)}
+    parts = parts_in_use(uses, settings)
     for entry in fields(Settings):
         needs = entry.metadata["needs"]
         if entry.name in asked and needs and needs not in parts:

@@ -28,6 +28,9 @@ MAX_FAILURES_IN_A_ROW = 10
 # What a layer counts and a checkpoint keeps.
 COUNTERS = ("updates", "refreshes", "failures", "steps", "overflows")
 
+# How a block calls what it gets from decomposing a factor.
+DECOMPOSED = ("_root", "_basis")
+
 
 @dataclass
 class Layer:
@@ -42,7 +45,6 @@ class Layer:
         damping: rule, strength and width multipliers.
         device: where the statistics live.
         dtype: float32, or float64 for a float64 weight.
-        decomposed: the sizes of the factors that a refresh decomposes, for sharing the work.
         bias: the parameter that is the last column of the matrix.
         state: the block's tensors.
         updates: how often its statistics have been updated.
@@ -60,7 +62,6 @@ class Layer:
     damping: Damping
     device: torch.device
     dtype: torch.dtype
-    decomposed: Sequence[int]
     bias: str | None = None
     state: State = field(default_factory=dict)
     updates: int = 0
@@ -73,6 +74,12 @@ class Layer:
     def building(self) -> bool:
         """Whether the block still builds what its first update needs (SOAP's first basis): nothing moves until then."""
         return self.updates <= self.block.building_steps
+
+    @property
+    def refresh_cost(self) -> int:
+        """What a refresh costs relative to other layers' ones: a factor is decomposed at cubic cost."""
+        found = (self.state[name] for name in self.block.refreshed if name.endswith(DECOMPOSED))
+        return sum(len(matrix) ** 3 for matrix in found if matrix.ndim == 2)
 
     def move_to(self, device: torch.device) -> None:
         """Follow a model that was moved after its optimizer had been built."""
@@ -166,8 +173,7 @@ class Curvature:
         started = time.perf_counter()
         due = [layer for layer in self.layers.values() if layer.updates]
         rank, ranks = world()
-        # Full factors are decomposed at cubic cost, whatever the method.
-        owners = assign({layer.name: sum(dim**3 for dim in layer.decomposed) for layer in due}, ranks)
+        owners = assign({layer.name: layer.refresh_cost for layer in due}, ranks)
         errors = {layer.name: self._refresh(layer) for layer in due if owners[layer.name] == rank}
         failed = torch.tensor([errors.get(layer.name) is not None for layer in due], dtype=torch.int64)
         if due:

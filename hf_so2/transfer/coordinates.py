@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from hf_so2.mup.coord_check import CoordinateCheck, run_coordinate_check
@@ -39,6 +41,21 @@ def coordinate_check(
     check = {name: arguments.pop(name) for name in _CHECK if name in arguments}
 
     def build(model: PreTrainedModel, base: PretrainedConfig) -> SecondOrderOptimizer:
-        return build_optimizer(optim, model, base_config=base, **arguments)
+        return informed(build_optimizer(optim, model, base_config=base, **arguments), model)
 
     return run_coordinate_check(base_config, optim, build, widths=widths, **check)
+
+
+def informed(optimizer: SecondOrderOptimizer, model: PreTrainedModel) -> SecondOrderOptimizer:
+    """The optimizer, told after every forward pass of `model` what a sampled Fisher matrix and adaptive damping need.
+
+    The check's own loop serves any optimizer of torch and knows of neither.
+    """
+
+    def tell(module: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any], outputs: Any) -> None:
+        if module.training and torch.is_grad_enabled():
+            optimizer.sample_fisher(outputs.logits)
+            optimizer.reevaluate_with(lambda: module(*args, **inputs).loss)  # the check's models have no dropout
+
+    model.register_forward_hook(tell, with_kwargs=True)
+    return optimizer

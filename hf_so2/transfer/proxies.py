@@ -15,7 +15,7 @@ from hf_so2.errors import ConfigurationError
 from hf_so2.models import ModelArguments, build_config, parse_overrides, require_positions
 from hf_so2.mup.widths import RECORD_FIELD, text_width
 from hf_so2.optim.methods import MUP_SUFFIX, parse_name
-from hf_so2.optim.settings import Settings
+from hf_so2.optim.settings import Settings, parts_in_use
 from hf_so2.transfer.recipe import Recipe, shapes_training
 from hf_so2.transfer.runner import TYPES
 from hf_so2.transfer.space import Params, Space
@@ -160,8 +160,8 @@ def _optimizer_flags(args: SecondOrderTrainingArguments) -> dict[str, Any]:
     name = str(getattr(args.optim, "value", args.optim))
     if not args.is_ours(name):
         return {"optim": name, "learning_rate": args.learning_rate, "weight_decay": args.weight_decay}
-    settings, uses = args.optimizer_settings(), parse_name(name)[0].uses
-    parts = uses | {settings.norm_control} if "curvature" in uses else uses
+    settings = args.optimizer_settings()
+    parts = parts_in_use(parse_name(name)[0].uses, settings)
     flags: dict[str, Any] = {"optim": name}
     for entry in fields(Settings):
         value, needs = getattr(settings, entry.name), entry.metadata["needs"]

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import LlamaConfig
@@ -54,6 +55,15 @@ def test_adamw_in_the_standard_parametrization_grows_with_the_width() -> None:
     assert all(slope > 0.4 for slope in slopes.values()), slopes
     assert check.slope("hidden", "activation") > 0.4
     assert not check.passed
+
+
+@pytest.mark.parametrize(
+    "settings", [{"fisher": "mc"}, {"adaptive_damping": True, "norm_control": "kl_clip"}], ids=["sampled", "adaptive"]
+)
+def test_optimizers_that_have_to_be_told_of_every_batch_are(settings: dict[str, Any]) -> None:
+    sizes: dict[str, Any] = {"seeds": 1, "steps": (2,), "batch_size": 2, "sequence_length": 8}
+    check = coordinate_check(LlamaConfig(**LLAMA), "kfac_mup", (32, 64), **sizes, **settings)
+    assert {m.width for m in check.measurements if m.activation > 0} == {32, 64}
 
 
 def run_script(monkeypatch: pytest.MonkeyPatch, *flags: str) -> int:

@@ -14,6 +14,7 @@ from helpers import assert_same_parameters, gpt2, in_float64, llama, optimizer_o
 from torch import Tensor, nn
 
 import hf_so2
+from hf_so2.curvature import EKFAC
 from hf_so2.optim import adaptive
 
 METHODS = ["kfac", "tkfac", "ekfac", "tekfac"]
@@ -49,33 +50,56 @@ def dense_fisher(layer: Any) -> np.ndarray:
     return np.kron(b, a) / tau
 
 
+@pytest.mark.parametrize("with_biases", [False, True])
 @pytest.mark.parametrize("name", METHODS)
-def test_ratio_is_the_actual_over_the_dense_models_change(name: str) -> None:
-    """With momentum, clip and weight decay in the step, and biases that the fallback moves only afterwards."""
+def test_ratio_is_the_actual_over_the_dense_models_change(name: str, with_biases: bool) -> None:
+    """With momentum, clip and weight decay in the step, and biases that are columns of the weights, or that the
+    fallback moves only afterwards.
+    """
     model = mlp(bias=True)
-    optimizer = hf_so2.build_optimizer(name, model, lr=0.3, weight_decay=0.1, damping=0.1, **ADAPTIVE)
+    optimizer = hf_so2.build_optimizer(
+        name, model, lr=0.3, weight_decay=0.1, damping=0.1, precondition_biases=with_biases, **ADAPTIVE
+    )
     train(model, optimizer, range(6))
-    weights = ["0.weight", "2.weight"]
+    weights = {name: [name, name.replace("weight", "bias")][: 1 + with_biases] for name in ("0.weight", "2.weight")}
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     optimizer.zero_grad()
     loss(model, 6).backward()
-    gradients = {n: model.get_parameter(n).grad.numpy().copy() for n in weights}
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters()}
     assert optimizer.wants_loss  # step 7
     optimizer.reevaluate_with(lambda: loss(model, 6))
     optimizer.step()
 
     predicted = 0.0
-    for name_ in weights:
-        change = (model.get_parameter(name_).detach() - before[name_]).numpy().reshape(-1)
-        fisher = dense_fisher(optimizer.curvature.layers[name_])
-        predicted += gradients[name_].reshape(-1) @ change + change @ fisher @ change / 2
+    after = {n: p.detach() for n, p in model.named_parameters()}
+    for weight, columns in weights.items():
+        change, gradient = (
+            np.concatenate([x[n].numpy().reshape(len(x[n]), -1) for n in columns], axis=1).reshape(-1)
+            for x in ({n: after[n] - before[n] for n in columns}, gradients)
+        )
+        fisher = dense_fisher(optimizer.curvature.layers[weight])
+        predicted += gradient @ change + change @ fisher @ change / 2
     moved = mlp(bias=True)
     moved.load_state_dict(before)
     start = float(loss(moved, 6).detach())
-    moved.load_state_dict(before | {n: model.get_parameter(n).detach() for n in weights})
+    moved.load_state_dict(before | {n: after[n] for columns in weights.values() for n in columns})
     actual = float(loss(moved, 6).detach()) - start
     assert predicted < 0
     assert optimizer.telemetry()["curvature/reduction_ratio"] == pytest.approx(actual / predicted, rel=1e-6)
+
+
+@pytest.mark.parametrize("diagonal", ["A", "B", "AB"])
+def test_curvature_along_a_step_where_a_side_is_a_diagonal(diagonal: str) -> None:
+    """A side without a basis of its own, as of an embedding or a head, has the unit vectors for one."""
+    rng = np.random.default_rng(0)
+    shapes = {"A": 4, "B": 3}
+    bases = {side: np.linalg.qr(rng.standard_normal((n, n)))[0] for side, n in shapes.items() if side not in diagonal}
+    s, change = rng.random((3, 4)), rng.standard_normal((3, 4))
+    state = {f"{side}_basis": torch.from_numpy(basis) for side, basis in bases.items()} | {"S": torch.from_numpy(s)}
+    basis = np.kron(*(bases.get(side, np.eye(shapes[side])) for side in "BA"))
+    expected = change.reshape(-1) @ (basis * s.reshape(-1)) @ basis.T @ change.reshape(-1)
+    found = adaptive.curvature_along(EKFAC(0.9, diagonal=diagonal), state, torch.from_numpy(change))
+    assert float(found) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.fixture
@@ -133,6 +157,17 @@ def test_a_trustworthy_model_lowers_damping_and_a_step_too_long_raises_it(name: 
         train(model, optimizer, range(2))
         factors.append(optimizer.curvature.damping_factor)
     assert factors[0] < 1 < factors[1]
+
+
+def test_a_step_of_length_zero_says_nothing() -> None:
+    """A warm-up starts at a rate of zero."""
+    model = mlp()
+    optimizer = hf_so2.build_optimizer("kfac", model, weight_decay=0.1, **ADAPTIVE)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    train(model, optimizer, range(1))
+    assert optimizer.curvature.damping_factor == 1.0
+    assert "curvature/reduction_ratio" not in optimizer.telemetry()
 
 
 def test_resume_continues_bit_for_bit() -> None:

@@ -83,7 +83,8 @@ def damped_block(name: str, layer: str, h: np.ndarray, delta: np.ndarray, state:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_preconditioners_are_the_inverses_of_dense_blocks(name: str, batch: tuple[Tensor, Tensor]) -> None:
-    optimizer = stand_still(name, Bigram(), batch, damping=RHO, embedding_damping=RHO, **BOTH)
+    both = BOTH if name != "foof" else {k: v for k, v in BOTH.items() if k != "head_output_factor"}
+    optimizer = stand_still(name, Bigram(), batch, damping=RHO, embedding_damping=RHO, **both)
     for layer, (h, delta) in rows_of(batch).items():
         entry = optimizer.curvature.layers[layer]
         block = damped_block(name, layer, h, delta, entry.state)
@@ -95,12 +96,23 @@ def test_preconditioners_are_the_inverses_of_dense_blocks(name: str, batch: tupl
 def test_a_head_without_an_output_factor_is_preconditioned_by_its_inputs(
     name: str, batch: tuple[Tensor, Tensor]
 ) -> None:
-    optimizer = stand_still(name, Bigram(), batch, damping=RHO, precondition_head=True, head_output_factor="identity")
+    optimizer = stand_still(name, Bigram(), batch, damping=RHO, precondition_head=True)
     (entry,) = optimizer.curvature.layers.values()
     h, _ = rows_of(batch)["head.weight"]
     a = h.T @ h / len(h)
     expected = np.linalg.inv(np.kron(np.eye(VOCABULARY), a + RHO * eye(a)))
     assert relative(dense_preconditioner(entry.block, entry.state, entry.shape), expected) < 1e-10
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_head_without_an_output_factor_scales_with_the_width_like_its_inputs(name: str) -> None:
+    """Whatever the method: `A` grows with the width, and constant damping with it; the rate stays."""
+    given = {"precondition_head": True, "damping_rule": "constant", "norm_control": "none"}
+    optimizer = hf_so2.build_optimizer(f"{name}_mup", llama(64), base_config=llama(16).config, **given)
+    layer = optimizer.curvature.layers["lm_head.weight"]
+    assert layer.damping.multiplier_a == 4.0
+    (group,) = (group for group in optimizer.param_groups if "lm_head.weight" in group["param_names"])
+    assert group["lr"] == optimizer.settings.lr
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -16,6 +16,7 @@ from hf_so2.arguments import SecondOrderTrainingArguments
 from hf_so2.data import DataArguments
 from hf_so2.errors import ConfigurationError
 from hf_so2.models import ModelArguments, parse_overrides
+from hf_so2.transfer.proxies import Proxy, make_recipe
 from hf_so2.transfer.recipe import Recipe, read_recipe, shapes_training, write_recipe
 from hf_so2.transfer.wide_run import comparison, read_flags_and_recipe, share_batch
 
@@ -68,6 +69,20 @@ def test_every_setting_reaches_the_arguments_untouched(path: Path) -> None:
     for section in (RECIPE.optimizer, RECIPE.base, RECIPE.training):
         for name, value in section.items():
             assert getattr(getattr(args, name), "value", getattr(args, name)) == value, name
+
+
+def test_settings_that_others_switch_on_are_part_of_the_recipe() -> None:
+    given = {
+        "precondition_embeddings": True,
+        "embedding_damping": 0.3,
+        "precondition_head": True,
+        "head_output_factor": "diagonal",
+        "norm_control": "kl_clip",
+        "kl_clip": 0.5,
+    }
+    proxy = Proxy(32, LlamaConfig(), {"optim": "kfac", "model_type": "llama", "use_cpu": True, **given})
+    recipe = make_recipe(proxy, {}, RECIPE.transfer, {})
+    assert recipe.optimizer.items() >= given.items()
 
 
 def test_flags_override_and_are_told(path: Path) -> None:
