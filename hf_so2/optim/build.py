@@ -96,8 +96,9 @@ def build_from_settings(
         layer = None
         is_bias = parameter.ndim < 2
         if method.block is not None and treatment.preconditioned and not is_bias:
-            epsilon = resolved.embedding_damping if treatment.adapter.one_hot else resolved.damping
-            multipliers = method.damping_multipliers(width, one_sided=_is_one_sided(treatment, resolved))
+            counts_tokens = treatment.adapter.one_hot and "tokens" in method.uses
+            epsilon = resolved.embedding_damping if counts_tokens else resolved.damping
+            multipliers = method.damping_multipliers(width, one_sided=_is_one_sided(treatment, method, resolved))
             damping = Damping(resolved.damping_rule, epsilon, **multipliers)
             damping = overrides.apply(damping, treatment.modules)
             layer = _layer(parameter_name, parameter, treatment, method, resolved, width, damping)
@@ -144,7 +145,7 @@ def _options(
         # A first-order method has one rate for hidden matrices and may have another for the rest.
         fallback_lr = settings.lr if method.block is None else settings.hidden_fallback_learning_rate or fallback_lr
     lr = settings.lr if second_order else fallback_lr
-    own_rule = method.learning_rate_rule(settings, one_sided=_is_one_sided(treatment, settings))
+    own_rule = method.learning_rate_rule(settings, one_sided=_is_one_sided(treatment, method, settings))
     rule = own_rule if second_order else first_order_rule
     scaled_lr = lr * rules.learning_rate_multiplier(rule, width)
     options: dict[str, Any] = {
@@ -178,7 +179,7 @@ def _layer(
     fan_out, fan_in = adapter.matrix(parameter).shape
     diagonal = "A" * adapter.one_hot + "B" * treatment.is_head
     shape = (fan_out, fan_in + adapter.has_bias)
-    site = Site(shape, width, diagonal, one_sided=_is_one_sided(treatment, settings))
+    site = Site(shape, width, diagonal, one_sided=_is_one_sided(treatment, method, settings))
     block = method.block_for(settings, site)
     assert block is not None
     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
@@ -195,8 +196,9 @@ def _layer(
     )
 
 
-def _is_one_sided(treatment: Treatment, settings: Settings) -> bool:
-    return treatment.is_head and settings.head_output_factor == "identity"
+def _is_one_sided(treatment: Treatment, method: Method, settings: Settings) -> bool:
+    """Whether the K-FAC family leaves the output side alone; the Shampoo family decides by size, see `Site.sides`."""
+    return "tokens" in method.uses and treatment.is_head and settings.head_output_factor == "identity"
 
 
 def _base_rate_first(groups: Iterable[dict[str, Any]], lr: float) -> list[dict[str, Any]]:

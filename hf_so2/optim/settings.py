@@ -129,16 +129,17 @@ class Settings:
         " or reduce (a sequence: its mean input, its summed output gradient).", "tokens"
     )  # fmt: skip
     precondition_embeddings: bool = setting(
-        False, FLAG, "Precondition the token embedding, with a diagonal input factor: the frequencies of the tokens.",
-        "tokens"
+        False, FLAG, "Precondition the token embedding. The K-FAC family's input factor is a diagonal there: the"
+        " frequencies of the tokens.", "statistics"
     )  # fmt: skip
     embedding_damping: float = setting(
         1.0, POSITIVE, "Damping of a preconditioned embedding, in place of damping. Under trace it is relative"
-        " to the mean frequency of a token: what is much rarer is not magnified further.", "precondition_embeddings"
+        " to the mean frequency of a token: what is much rarer is not magnified further.", "embedding_damping"
     )  # fmt: skip
     precondition_head: bool = setting(
-        False, FLAG, "Precondition the output head, with the output factor that head_output_factor says.", "tokens"
-    )
+        False, FLAG, "Precondition the output head; the K-FAC family with the output factor that head_output_factor"
+        " says, the Shampoo family on the sides of at most max_preconditioner_dim.", "statistics"
+    )  # fmt: skip
     head_output_factor: str = setting(
         "identity", one_of(("identity", "diagonal")), "Output factor of a preconditioned head, which has the size of"
         " the vocabulary: identity (the input side alone), or diagonal.", "head_output_factor"
@@ -212,7 +213,7 @@ INSTEAD = {
     "shampoo": "shampoo",
     "basis": "soap",
     "kl_clip": "norm_control='kl_clip'",
-    "precondition_embeddings": "precondition_embeddings=True",
+    "embedding_damping": "precondition_embeddings=True and a method of the K-FAC family",
     "head_output_factor": "precondition_head=True and a method with output factors",
 }
 
@@ -223,7 +224,7 @@ def parts_in_use(uses: frozenset[str], settings: Settings) -> frozenset[str]:
     """All that a field's `needs` can ask for: the parts of a method, and those that other settings switch on."""
     switched_on = {
         settings.norm_control: "curvature" in uses,
-        "precondition_embeddings": settings.precondition_embeddings,
+        "embedding_damping": settings.precondition_embeddings and "tokens" in uses,
         "head_output_factor": settings.precondition_head and "output factors" in uses,
     }
     return uses | {part for part, is_on in switched_on.items() if is_on}

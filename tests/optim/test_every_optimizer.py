@@ -204,3 +204,19 @@ def test_hidden_matrices_in_the_fallback_have_a_rate_of_their_own() -> None:
     rates = {name: g["lr"] for g in optimizer.param_groups for name in g["param_names"] if g["algorithm"] == "adamw"}
     assert rates.pop("model.layers.0.mlp.down_proj.weight") == rates.pop("model.layers.1.mlp.down_proj.weight") == 0.003
     assert set(rates.values()) == {0.08}
+
+
+@pytest.mark.parametrize("name", ["shampoo", "soap", "kl_shampoo"])
+def test_a_vocabulary_above_the_limit_leaves_embedding_and_head_with_one_side(name: str) -> None:
+    model, mup = llama(), llama()
+    settings = {"precondition_embeddings": True, "precondition_head": True, "max_preconditioner_dim": 24}
+    optimizer = trained(name, model, 4, **settings)
+    assert optimizer.curvature is not None
+    states = {key: layer.state.keys() for key, layer in optimizer.curvature.layers.items()}
+    assert {"L", "R"} & states["model.embed_tokens.weight"] == {"L"}  # (16, 32): the vocabulary is fan_in
+    assert {"L", "R"} & states["lm_head.weight"] == {"R"}  # (32, 16): here it is fan_out
+    assert {"L", "R"} <= states["model.layers.0.mlp.down_proj.weight"]
+    for key, entry in ((p.name, p) for p in optimizer.coverage().parameters):
+        assert entry.algorithm == ("adamw" if key.endswith("norm.weight") else name), key
+    trained(f"{name}_mup", mup, 4, base_config=llama().config, **settings)
+    assert_same_parameters(mup, model)
