@@ -54,6 +54,12 @@ def gradient_damping(width: ParameterWidth) -> Mapping[str, float]:
     }
 
 
+def whitened_damping(width: ParameterWidth) -> Mapping[str, float]:
+    """On KL-Shampoo's `R` and `L`: their product is the square of an entry of the gradient, so each goes like one."""
+    entry = rules.damping_multiplier("adam_eps", width)
+    return {"multiplier_a": entry, "multiplier_b": entry}
+
+
 @dataclass(frozen=True)
 class Site:
     """The place of a block in the model.
@@ -93,7 +99,7 @@ class Method:
         damping: the width multipliers of its damping, as keywords of `hf_so2.damping.Damping`.
         uses: the parts that settings can refer to; see `Settings`.
         defaults: settings that differ from those of `Settings`.
-        defaults_under: more of them, by norm control: the unit of a learning rate depends on it.
+        defaults_under: others in their place, by norm control: the unit of a learning rate depends on it.
     """
 
     name: str
@@ -159,6 +165,17 @@ SHAMPOO = CURVATURE | {"statistics", "gradients"}
 SPECTRAL = {"lr": 0.06, "fallback_learning_rate": 0.08, "hidden_fallback_learning_rate": 0.002}
 
 
+def untuned(plain: float, **others: float) -> Mapping[str, Mapping[str, Any]]:
+    """Rates where another norm control gives them another unit: safe to start from on small Llamas, not tuned.
+
+    Args:
+        plain: the learning rate where nothing but the method fixes the size of a step.
+        others: settings that go with it.
+    """
+    alone = {"lr": plain, **others}
+    return {"none": alone, "kl_clip": alone, "graft_adam": {"lr": 0.002}, "graft_sgd": {"lr": 0.1}}
+
+
 def _shampoo(settings: Settings, site: Site) -> GradientBlock:
     exponent, sides = settings.shampoo_exponent, site.sides(settings)
     block = Shampoo(
@@ -180,6 +197,7 @@ _TABLE = (
         block=lambda s, site: KFAC(s.beta2, s.exponent_a, s.exponent_b, diagonal=site.diagonal),
         uses=K_FAC | {"exponents"},
         defaults=SPECTRAL,
+        defaults_under=untuned(0.01, damping=1e-2),
     ),
     Method(
         "ekfac",
@@ -188,6 +206,7 @@ _TABLE = (
         damping=single_damping,
         uses=K_FAC,
         defaults={**SPECTRAL, "damping": 1e-5},
+        defaults_under=untuned(0.01, damping=1e-4),
     ),
     Method(
         "tkfac",
@@ -196,6 +215,7 @@ _TABLE = (
         damping=trace_restricted_damping,
         uses=K_FAC | {"exponents"},
         defaults=SPECTRAL,
+        defaults_under=untuned(0.01, damping=1e-2),
     ),
     Method(
         "tekfac",
@@ -204,6 +224,7 @@ _TABLE = (
         damping=single_damping,
         uses=K_FAC,
         defaults={**SPECTRAL, "damping": 1e-5},
+        defaults_under=untuned(0.01, damping=1e-4),
     ),
     Method(
         "foof",
@@ -211,6 +232,7 @@ _TABLE = (
         block=lambda s, site: FOOF(s.beta2, diagonal=site.diagonal),
         uses=INPUT_SIDE,
         defaults=SPECTRAL,
+        defaults_under=untuned(0.01, damping=1e-2),
     ),
     Method(
         "shampoo",
@@ -219,16 +241,25 @@ _TABLE = (
         damping=gradient_damping,
         uses=SHAMPOO | {"damping", "shampoo"},
         defaults={**SPECTRAL, "damping": 1e-4},
+        defaults_under=untuned(0.03),
     ),
-    Method("soap", lambda s: rules.SOAP, block=_soap, uses=SHAMPOO | {"basis"}, defaults=SPECTRAL),
+    Method(
+        "soap",
+        lambda s: rules.SOAP,
+        block=_soap,
+        uses=SHAMPOO | {"basis"},
+        defaults=SPECTRAL,
+        defaults_under=untuned(0.003),
+    ),
     Method(
         "kl_shampoo",
         # Like SOAP it whitens: its update has entries of size 1 where the gradient is noise.
         lambda s: rules.SOAP,
         block=lambda s, site: site.cut(KLShampoo(s.beta2, site.sides(s)), s),
-        damping=gradient_damping,
+        damping=whitened_damping,
         uses=SHAMPOO | {"damping"},
         defaults={**SPECTRAL, "damping": 1e-4},
+        defaults_under=untuned(0.003),
     ),
     Method(
         "muon",
@@ -236,6 +267,7 @@ _TABLE = (
         block=lambda s, site: Muon(),
         uses=CURVATURE,
         defaults={**SPECTRAL, "momentum": 0.95, "nesterov": True},
+        defaults_under=untuned(0.03),
     ),
     # Defaults are those of transformers' `adamw_torch` and `sgd`, which these names equal step for step.
     Method("adamw", lambda s: rules.ADAM, defaults={"adam_beta2": 0.999}),

@@ -332,6 +332,8 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         """
         if self.curvature is not None:
             self.curvature.load_state_dict(state["curvature"])
+            if self._adaptive is None:
+                self.curvature.damping_factor = 1.0  # what adaptive damping had learned is nobody's to change now
         self.steps, self.skipped_steps = int(state["steps"]), int(state["skipped_steps"])
         self._skipped_in_a_row = int(state["in_a_row"])
         self._schedule_capture()
