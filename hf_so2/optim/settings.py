@@ -133,8 +133,9 @@ class Settings:
         " frequencies of the tokens.", "statistics"
     )  # fmt: skip
     embedding_damping: float = setting(
-        1.0, POSITIVE, "Damping of both factors of a preconditioned embedding, in place of damping. Under trace it"
-        " is relative to the mean frequency of a token: what is much rarer is not magnified further.", "embedding_damping"
+        1.0, POSITIVE, "Damping of both factors of a preconditioned embedding, in place of damping. Under trace the"
+        " input side's is relative to the mean frequency of a token: what is much rarer is not magnified further.",
+        "embedding_damping"
     )  # fmt: skip
     precondition_head: bool = setting(
         False, FLAG, "Precondition the output head; the K-FAC family with the output factor that head_output_factor"
