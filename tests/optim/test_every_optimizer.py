@@ -57,9 +57,9 @@ def test_mup_at_the_base_width_is_the_plain_method_bit_for_bit(name: str) -> Non
     assert_same_parameters(mup, plain)
 
 
-@pytest.mark.parametrize("norm_control", NORM_CONTROLS)
+@pytest.mark.parametrize("norm_control", ["none", "graft_adam"])
 @pytest.mark.parametrize("name", SECOND_ORDER)
-def test_mup_at_the_base_width_holds_under_every_norm_control(name: str, norm_control: str) -> None:
+def test_mup_at_the_base_width_holds_under_other_norm_controls(name: str, norm_control: str) -> None:
     plain, mup = llama(), llama()
     trained(name, plain, 3, norm_control=norm_control, **SMALL)
     trained(f"{name}_mup", mup, 3, norm_control=norm_control, base_config=llama().config, **SMALL)
@@ -81,7 +81,7 @@ def test_the_loss_falls_at_the_defaults(name: str) -> None:
 def test_going_on_from_a_saved_state_is_going_on(name: str, norm_control: str) -> None:
     settings = {"norm_control": norm_control, **SMALL}
     straight, resumed = llama(), llama()
-    trained(name, straight, 12, **settings)
+    trained(name, straight, 9, **settings)
     first = trained(name, resumed, 5, **settings)
     file = io.BytesIO()
     torch.save({"model": resumed.state_dict(), "optimizer": first.state_dict()}, file)
@@ -91,7 +91,7 @@ def test_going_on_from_a_saved_state_is_going_on(name: str, norm_control: str) -
     fresh.load_state_dict(saved["model"])
     second = hf_so2.build_optimizer(name, fresh, **settings)
     second.load_state_dict(saved["optimizer"])
-    for seed in range(5, 12):
+    for seed in range(5, 9):
         step(fresh, second, batch(seed))
     assert_same_parameters(fresh, straight)
 
