@@ -161,8 +161,8 @@ INPUT_SIDE = CURVATURE | {"statistics", "damping", "tokens"}
 K_FAC = INPUT_SIDE | {"output factors"}
 SHAMPOO = CURVATURE | {"statistics", "gradients"}
 
-# Tuned for K-FAC on configs/quickstart.yaml, the best of the rates tried for the others too; but for Muon, whose updates
-# have all singular values of that size (docs/results.md).
+# Tuned for K-FAC on configs/quickstart.yaml, and the best of the rates tried there for the others, Muon excepted: all
+# singular values of its updates have that size (docs/results.md).
 SPECTRAL = {"lr": 0.06, "fallback_learning_rate": 0.08, "hidden_fallback_learning_rate": 0.002}
 
 
