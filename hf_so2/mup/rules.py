@@ -31,6 +31,7 @@ damping: rho_B on B                            (0, -1) in every role
 damping: rho on S (EKFAC), lambda (TKFAC)      (1, -1) in every role
 damping: rho_L, rho_R on Shampoo's L, R        (1, -1) in every role
 damping: Adam's epsilon                        (0, -1) in every role
+damping: rho_L, rho_R on KL-Shampoo's L, R     (0, -1) in every role
 weight decay                                   1 / learning rate
 ============================================== ================= ================= =================
 
