@@ -54,7 +54,7 @@ def test_every_level_trains_bit_for_bit_alike(optim: str, tmp_path: Path) -> Non
         assert list(logs) == [1, 3, 6]
         names = optimizer_of(trainer).curvature.layers if level else ("attention", "mlp")
         expected = {f"curvature/{name}/{quantity}" for name in names for quantity in quantities}
-        counts = ("refresh_seconds", "failed_refreshes", "dropped_statistics", "skipped_steps")
+        counts = ("refresh_seconds", "failed_refreshes", "dropped_statistics", "overflowed_updates", "skipped_steps")
         expected |= {f"curvature/{name}" for name in counts}
         for log in logs.values():
             assert {key for key in log if key.startswith("curvature/")} == expected
