@@ -84,7 +84,7 @@ def fail_on_one_rank(rank: int) -> None:
         optimizer.step()
 
 
-@pytest.mark.parametrize("name", ["kfac", "tekfac"])
+@pytest.mark.parametrize("name", ["kfac", pytest.param("tekfac", marks=pytest.mark.slow)])
 def test_ranks_share_refreshes_and_equal_one_process(name: str, tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -178,7 +178,13 @@ assert "hf_so2" not in sys.modules
 
 @pytest.mark.parametrize(
     ("family", "head"),
-    [("llama", "count"), ("gpt2", "count"), ("llama", "size"), ("gpt2", "size"), ("gemma3_text", "size")],
+    [
+        ("llama", "size"),
+        ("gpt2", "count"),
+        # A process each: the patches that these add to the two above are few.
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("llama", "count"), ("gpt2", "size"))),
+        pytest.param("gemma3_text", "size", marks=pytest.mark.slow),
+    ],
 )
 def test_plain_transformers_in_another_process_computes_the_same_logits(family: str, head: str, tmp_path: Path) -> None:
     base = tiny_config(family)
