@@ -8,10 +8,18 @@ import torch
 from torch import Tensor
 
 from hf_so2.curvature.base import State, Statistic, TokenBlock, update_average, update_averages
-from hf_so2.curvature.forms import from_left, from_right, is_one_hot, sum_by_index, transposed
+from hf_so2.curvature.forms import (
+    from_left,
+    from_right,
+    is_one_hot,
+    over_eigenspaces,
+    overlap,
+    sum_by_index,
+    transposed,
+)
 from hf_so2.curvature.moments import INDEPENDENT, Moments
 from hf_so2.damping import Damping
-from hf_so2.linalg import DecompositionError, eigenspace_mean, eigh
+from hf_so2.linalg import DecompositionError, eigh
 
 
 @dataclass(frozen=True)
@@ -68,18 +76,18 @@ class EKFAC(TokenBlock):
     def update(self, state: State, observation: State) -> None:
         update_averages(state, {name: observation[name] for name in self.moments.statistics}, self.beta)
         # S starts from a seed, not from zero, so it needs no bias correction; until it is seeded it stays zero.
-        observed = _over_eigenspaces(observation["S"], state.get("B_values"), state.get("A_values"))
+        observed = over_eigenspaces(observation["S"], state.get("B_values"), state.get("A_values"))
         update_average(state, "S", torch.where(state["S"].any(), observed, state["S"]), self.beta)
 
     def refresh(self, state: State, damping: Damping) -> None:
         factors = {side: self.moments.factor(state, side) for side in "AB"}
         spectra = {side: eigh(factors[side]) for side in self.rotated}
         values = {side: spectra[side][0] for side in spectra}
-        overlaps = {side: _overlap(spectra[side][1], state[f"{side}_basis"]) for side in spectra}
+        overlaps = {side: overlap(spectra[side][1], state[f"{side}_basis"]) for side in spectra}
         carried = from_right(from_left(overlaps.get("B"), state["S"]), transposed(overlaps.get("A")))
         seed = (factors | values)["B"].outer((factors | values)["A"])
         s = torch.where(state["S"].any(), carried, seed)
-        s = _over_eigenspaces(s, values.get("B"), values.get("A"))
+        s = over_eigenspaces(s, values.get("B"), values.get("A"))
         rho = damping.single(s, self.diagonal)
         # Products of eigenvalues overflow before the factors do, and a small share of denormal numbers is zero.
         if not bool(torch.isfinite(s.sum() + rho) & (rho > 0)):
@@ -98,16 +106,3 @@ class EKFAC(TokenBlock):
         basis_b, basis_a = state.get("B_basis"), state.get("A_basis")
         rotated = from_right(from_left(transposed(basis_b), gradient), basis_a)
         return from_right(from_left(basis_b, rotated / (state["S"] + state["rho"])), transposed(basis_a))
-
-
-def _overlap(new: Tensor, old: Tensor) -> Tensor:
-    """`(U_newᵀ U_old)²` entry by entry: turns the diagonal of a matrix in the old basis into its diagonal in the
-    new.
-    """
-    return (new.mT @ old).square()
-
-
-def _over_eigenspaces(s: Tensor, values_b: Tensor | None, values_a: Tensor | None) -> Tensor:
-    """S averaged over each pair of eigenspaces; a side without a basis has none to be averaged over."""
-    mean_b, mean_a = (None if values is None else eigenspace_mean(values) for values in (values_b, values_a))
-    return from_right(from_left(mean_b, s), mean_a)

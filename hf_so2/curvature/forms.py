@@ -6,6 +6,9 @@ the vocabulary: an embedding's input, whose exact `A` is diagonal, and a languag
 
 Rows are tensors of shape (rows, n), or integers of shape (rows,): then each row is the unit vector at that index, and
 zero where the index is -1. One-hot rows are never written out.
+
+A diagonal in the eigenbases of both sides (EKFAC's `S`, SOAP's `V`) is kept here too: how it moves with the bases, and
+what becomes of it where a decomposition leaves them open.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_so2.linalg import DecompositionError, damped_root
+from hf_so2.linalg import DecompositionError, damped_root, eigenspace_mean
 
 
 def is_one_hot(rows: Tensor) -> bool:
@@ -76,3 +79,19 @@ def from_right(matrix: Tensor, operator: Tensor | None) -> Tensor:
 
 def transposed(operator: Tensor | None) -> Tensor | None:
     return operator if operator is None or operator.ndim < 2 else operator.mT
+
+
+def overlap(new: Tensor, old: Tensor) -> Tensor:
+    """`(U_newᵀ U_old)²` entry by entry: turns the diagonal of a matrix in the old basis into its diagonal in the
+    new.
+    """
+    return (new.mT @ old).square()
+
+
+def over_eigenspaces(diagonal: Tensor, values_left: Tensor | None, values_right: Tensor | None) -> Tensor:
+    """A diagonal of shape (fan_out, fan_in) averaged over each pair of eigenspaces, given their eigenvalues.
+
+    A side without a basis has none to be averaged over.
+    """
+    left, right = (None if values is None else eigenspace_mean(values) for values in (values_left, values_right))
+    return from_right(from_left(left, diagonal), right)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_so2.curvature.base import State, corrected_average
+from hf_so2.curvature.forms import from_left, from_right
 from hf_so2.damping import Damping
 
 BOTH: frozenset[str] = frozenset("LR")
@@ -30,9 +31,7 @@ def gram(gradient: Tensor, side: str) -> Tensor:
 
 def apply(matrices: Mapping[str, Tensor], gradient: Tensor) -> Tensor:
     """`X_L G X_R`, where a side that is not in `matrices` is the identity."""
-    if "L" in matrices:
-        gradient = matrices["L"] @ gradient
-    return gradient @ matrices["R"] if "R" in matrices else gradient
+    return from_right(from_left(matrices.get("L"), gradient), matrices.get("R"))
 
 
 def suffixed(state: State, suffix: str) -> dict[str, Tensor]:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from hf_so2.curvature import sides as two_sided
 from hf_so2.curvature.base import GradientBlock, State, corrected_average, update_average, update_averages
+from hf_so2.curvature.forms import over_eigenspaces, overlap
 from hf_so2.damping import Damping
-from hf_so2.linalg import DecompositionError, eigenspace_mean, eigh, follow_basis, has_null_space
+from hf_so2.linalg import DecompositionError, eigh, follow_basis, has_null_space
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,9 @@ class SOAP(GradientBlock):
 
     def update(self, state: State, observation: State) -> None:
         update_averages(state, {side: observation[side] for side in self.sides}, self.beta)
-        update_average(state, "V", _over_eigenspaces(observation["V"], state), self.beta)
+        update_average(
+            state, "V", over_eigenspaces(observation["V"], state.get("L_values"), state.get("R_values")), self.beta
+        )
         has_basis = (
             (state["refreshes"] > 0).to(state["weight"].dtype) if self.sides else torch.ones_like(state["weight"])
         )
@@ -79,9 +82,9 @@ class SOAP(GradientBlock):
         v = state["V"]
         for side in self.sides:
             moved[f"{side}_values"], moved[f"{side}_basis"] = self._moved_basis(state, side, is_full)
-            overlap = (moved[f"{side}_basis"].mT @ state[f"{side}_basis"]).square()
-            v = overlap @ v if side == "L" else v @ overlap.mT
-        v = _over_eigenspaces(v, moved)
+            turned = overlap(moved[f"{side}_basis"], state[f"{side}_basis"])
+            v = turned @ v if side == "L" else v @ turned.mT
+        v = over_eigenspaces(v, moved.get("L_values"), moved.get("R_values"))
         if not bool(torch.isfinite(v).all()):
             raise DecompositionError(f"the second moment of a {tuple(v.shape)} block is not finite")
         for name, value in (moved | {"V": v}).items():
@@ -111,9 +114,3 @@ class SOAP(GradientBlock):
 def _rotated(gradient: Tensor, bases: dict[str, Tensor]) -> Tensor:
     """`U_Lᵀ G U_R`."""
     return two_sided.apply({side: u.mT if side == "L" else u for side, u in bases.items()}, gradient)
-
-
-def _over_eigenspaces(v: Tensor, state: State) -> Tensor:
-    """V averaged over each pair of eigenspaces."""
-    means = {side: eigenspace_mean(values) for side, values in two_sided.suffixed(state, "_values").items()}
-    return two_sided.apply(means, v)
