@@ -58,12 +58,16 @@ class KFAC(TokenBlock):
     def update(self, state: State, observation: State) -> None:
         update_averages(state, observation, self.beta)
 
-    def refresh(self, state: State, damping: Damping) -> None:
+    def damped_factors(self, state: State, damping: Damping) -> dict[str, tuple[Tensor, Tensor]]:
+        """Each factor that is not the identity with its damping ρ."""
         # A side that is left alone counts as the number 1, so that a rule which compares the sides stays defined.
         one = torch.ones_like(state["weight"]).reshape(1, 1)
         a, b = (self.moments.factor(state, side) if side in self.exponents else one for side in "AB")
         rho_a, rho_b = damping(a, b)
-        damped = {"A": (a, rho_a), "B": (b, rho_b)}
+        return {side: pair for side, pair in (("A", (a, rho_a)), ("B", (b, rho_b))) if side in self.exponents}
+
+    def refresh(self, state: State, damping: Damping) -> None:
+        damped = self.damped_factors(state, damping)
         # All roots before any is stored: a failure of the second must not leave the first one new.
         roots = {side: root(*damped[side], exponent) for side, exponent in self.exponents.items()}
         for side, fresh in roots.items():

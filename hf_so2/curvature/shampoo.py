@@ -58,6 +58,11 @@ class Shampoo(GradientBlock):
         if self.root not in ("eigen", "newton"):
             raise ConfigurationError("root", self.root, "must be 'eigen' or 'newton'")
 
+    @property
+    def power(self) -> float:
+        """The exponent in use: with one side left out it is ½ on the other."""
+        return self.exponent if self.sides == two_sided.BOTH else 0.5
+
     def init_state(self, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> State:
         state = two_sided.square_states(shape, self.sides, device, dtype)
         return state | {f"{side}_root": torch.zeros_like(state[side]) for side in self.sides}
@@ -78,17 +83,14 @@ class Shampoo(GradientBlock):
         # All roots before any is stored: a failure of the second must not leave the first one new.
         roots = {side: self._root(factor, rho) for side, (factor, rho) in factors.items()}
         if self.normalized and self.sides == two_sided.BOTH:
-            trace = factors["L"][0].trace()
-            # A factor of zero is damped into the identity, and so is its trace.
-            roots["L"] = roots["L"] * torch.where(trace > 0, trace.sqrt(), torch.ones_like(trace))
+            roots["L"] = roots["L"] * normalisation(factors["L"][0])
         for side, root in roots.items():
             state[f"{side}_root"].copy_(root)
 
     def _root(self, factor: Tensor, rho: Tensor) -> Tensor:
-        exponent = self.exponent if self.sides == two_sided.BOTH else 0.5
         if self.root == "newton":
-            return newton_root(factor, rho, round(1 / exponent))
-        return damped_root(factor, rho, exponent)
+            return newton_root(factor, rho, round(1 / self.power))
+        return damped_root(factor, rho, self.power)
 
     @property
     def refreshed(self) -> list[str]:
@@ -96,3 +98,9 @@ class Shampoo(GradientBlock):
 
     def precondition(self, state: State, gradient: Tensor) -> Tensor:
         return two_sided.apply(two_sided.suffixed(state, "_root"), gradient)
+
+
+def normalisation(factor: Tensor) -> Tensor:
+    """`√tr(L)`, 0-dim; a factor of zero is damped into the identity, and so is its trace."""
+    trace = factor.trace()
+    return torch.where(trace > 0, trace.sqrt(), torch.ones_like(trace))

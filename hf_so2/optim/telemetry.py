@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hf_so2.curvature import EKFAC, KFAC, CurvatureBlock, KLShampoo, Shampoo, State
 from hf_so2.curvature import sides as two_sided
+from hf_so2.curvature.shampoo import normalisation
 from hf_so2.damping import Damping
 from hf_so2.linalg import DecompositionError, spectral_norm
 from hf_so2.optim.preconditioned import LayerUpdate
@@ -87,12 +88,9 @@ def spectra(block: CurvatureBlock, state: State, damping: Damping) -> dict[str, 
 
 @spectra.register
 def _(block: KFAC, state: State, damping: Damping) -> dict[str, Tensor]:
-    one = torch.ones_like(state["weight"]).reshape(1, 1)
-    factors = {side: block.moments.factor(state, side) if side in block.exponents else one for side in "AB"}
-    rho = dict(zip("AB", damping(factors["A"], factors["B"]), strict=True))
     found: dict[str, Tensor] = {}
-    for side, exponent in block.exponents.items():
-        found |= _of_roots({side: (factors[side], rho[side])}, {side: state[f"{side}_root"]}, exponent)
+    for side, damped in block.damped_factors(state, damping).items():
+        found |= _of_roots({side: damped}, {side: state[f"{side}_root"]}, block.exponents[side])
     return found
 
 
@@ -105,12 +103,10 @@ def _(block: EKFAC, state: State, damping: Damping) -> dict[str, Tensor]:
 @spectra.register
 def _(block: Shampoo, state: State, damping: Damping) -> dict[str, Tensor]:
     roots = two_sided.suffixed(state, "_root")
-    exponent = block.exponent if block.sides == two_sided.BOTH else 0.5
     factors = two_sided.damped_factors(state, block.sides, damping)
     if block.normalized and block.sides == two_sided.BOTH:
-        trace = factors["L"][0].trace()
-        roots["L"] = roots["L"] / torch.where(trace > 0, trace, torch.ones_like(trace)).sqrt()
-    return _of_roots(factors, roots, exponent)
+        roots["L"] = roots["L"] / normalisation(factors["L"][0])
+    return _of_roots(factors, roots, block.power)
 
 
 @spectra.register
