@@ -151,7 +151,7 @@ class Method:
         Raises:
             ConfigurationError: an unknown name, a value out of range, or a setting that this method would ignore.
         """
-        norm_control = given.get("norm_control") or self.defaults.get("norm_control", "spectral")
+        norm_control = given.get("norm_control") or self.defaults.get("norm_control", Settings.norm_control)
         defaults = {**self.defaults, **self.defaults_under.get(str(norm_control), {})}
         return resolve(self.name, self.uses, defaults, given, **aliases)
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from hf_so2.optim.settings import Settings
 from hf_so2.optim.statistics import Layer
+
+if TYPE_CHECKING:  # the settings name the norm controls of the table, and so come after it
+    from hf_so2.optim.settings import Settings
 
 
 @dataclass
@@ -62,7 +64,7 @@ def _descend(parameter: Tensor, update: Tensor, group: dict[str, Any]) -> None:
 
 
 Column = tuple[dict[str, Any], Tensor]
-NormControl = Callable[[Sequence[LayerUpdate], Settings], None]
+NormControl = Callable[[Sequence[LayerUpdate], "Settings"], None]
 
 
 def layer_update(

@@ -15,6 +15,7 @@ from hf_so2.errors import ConfigurationError
 from hf_so2.layers import WEIGHT_SHARING
 from hf_so2.optim.damping_overrides import ALLOWED as OVERRIDES_ALLOWED
 from hf_so2.optim.damping_overrides import are_overrides
+from hf_so2.optim.norm_control import NORM_CONTROLS
 from hf_so2.spelling import did_you_mean
 
 Check = tuple[Callable[[Any], bool], str]
@@ -150,7 +151,7 @@ class Settings:
         "tokens"
     )  # fmt: skip
     norm_control: str = setting(
-        "spectral", one_of(("none", "kl_clip", "graft_adam", "graft_sgd", "spectral")), "What fixes the size of a"
+        "spectral", one_of(NORM_CONTROLS), "What fixes the size of a"
         " preconditioned update: none, kl_clip (one factor for the whole model), graft_adam and graft_sgd (the norm of"
         " Adam's or SGD's update per layer) or spectral (spectral norm sqrt(fan_out/fan_in) per layer).", "curvature"
     )  # fmt: skip
