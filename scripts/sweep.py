@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 from hf_so2 import cli
-from hf_so2.arguments import SecondOrderTrainingArguments
 from hf_so2.errors import ConfigurationError
 from hf_so2.mup import scale_width
 from hf_so2.mup.coord_check import CoordinateCheck
@@ -76,8 +75,8 @@ def prepare(flags: Mapping[str, Any], arguments: SweepArguments) -> list[Proxy]:
     proxies = proxies_of(flags, arguments.widths, arguments.checkpoints)
     for proxy in proxies:
         proxy.arguments()
-    if arguments.compare and not name_of(proxies[0]).endswith(MUP_SUFFIX):
-        raise ConfigurationError("compare", True, f"needs an optimizer with {MUP_SUFFIX}, not {name_of(proxies[0])}")
+    if arguments.compare and not proxies[0].optim.endswith(MUP_SUFFIX):
+        raise ConfigurationError("compare", True, f"needs an optimizer with {MUP_SUFFIX}, not {proxies[0].optim}")
     return proxies
 
 
@@ -125,19 +124,12 @@ def check_coordinates(recipe: Recipe, proxy: Proxy) -> CoordinateCheck | None:
     if not optim.endswith(MUP_SUFFIX) or base is None or "config_overrides" not in recipe.model:
         return None
     print("coordinate check", flush=True)
-    settings = {"lr" if name == "learning_rate" else name: value for name, value in recipe.optimizer.items()}
-    del settings["optim"]
+    settings = {name: value for name, value in recipe.optimizer.items() if name != "optim"}
     model, _, training = proxy.arguments()
     config = scale_width(proxy.config, width=base, head=model.head)
     return coordinate_check(
         config, optim, widths=[base, 2 * base, 4 * base], seeds=2, head=model.head, device=training.device, **settings
     )
-
-
-def name_of(proxy: Proxy) -> str:
-    """The optimizer's name in a proxy's flags."""
-    optim = proxy.flags.get("optim", SecondOrderTrainingArguments.optim)
-    return str(getattr(optim, "value", optim))
 
 
 if __name__ == "__main__":

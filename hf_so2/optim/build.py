@@ -89,7 +89,9 @@ def build_from_settings(
             report.append(Coverage(parameter_name, tuple(parameter.shape), "none", "frozen"))
             continue
         width = widths.get(parameter_name, UNSCALED)
-        options = _options(method, resolved, treatment, width, is_decayed=parameter_name in decay_parameters)
+        one_sided = _is_one_sided(treatment, method, resolved)
+        is_decayed = parameter_name in decay_parameters
+        options = _options(method, resolved, treatment, width, one_sided=one_sided, is_decayed=is_decayed)
         groups.setdefault(tuple(options.values()), {"params": [], **options})["params"].append(
             (parameter_name, parameter)
         )
@@ -98,10 +100,10 @@ def build_from_settings(
         if method.block is not None and treatment.preconditioned and not is_bias:
             counts_tokens = treatment.adapter.one_hot and "tokens" in method.uses
             epsilon = resolved.embedding_damping if counts_tokens else resolved.damping
-            multipliers = method.damping_multipliers(width, one_sided=_is_one_sided(treatment, method, resolved))
+            multipliers = method.damping_multipliers(width, one_sided=one_sided)
             damping = Damping(resolved.damping_rule, epsilon, **multipliers)
             damping = overrides.apply(damping, treatment.modules)
-            layer = _layer(parameter_name, parameter, treatment, method, resolved, width, damping)
+            layer = _layer(parameter_name, parameter, treatment, method, resolved, width, damping, one_sided)
             layers.append(layer)
         report.append(
             Coverage(
@@ -135,7 +137,13 @@ def _widths(name: str, model: nn.Module, base: PretrainedConfig | nn.Module | No
 
 
 def _options(
-    method: Method, settings: Settings, treatment: Treatment, width: ParameterWidth, *, is_decayed: bool
+    method: Method,
+    settings: Settings,
+    treatment: Treatment,
+    width: ParameterWidth,
+    *,
+    one_sided: bool,
+    is_decayed: bool,
 ) -> dict[str, Any]:
     """The hyperparameters of one parameter, width multipliers included: the keys of its group."""
     second_order = method.block is not None and treatment.preconditioned
@@ -145,8 +153,7 @@ def _options(
         # A first-order method has one rate for hidden matrices and may have another for the rest.
         fallback_lr = settings.lr if method.block is None else settings.hidden_fallback_learning_rate or fallback_lr
     lr = settings.lr if second_order else fallback_lr
-    own_rule = method.learning_rate_rule(settings, one_sided=_is_one_sided(treatment, method, settings))
-    rule = own_rule if second_order else first_order_rule
+    rule = method.learning_rate_rule(settings, one_sided=one_sided) if second_order else first_order_rule
     scaled_lr = lr * rules.learning_rate_multiplier(rule, width)
     options: dict[str, Any] = {
         "algorithm": method.name if second_order else method.first_order,
@@ -174,12 +181,13 @@ def _layer(
     settings: Settings,
     width: ParameterWidth,
     damping: Damping,
+    one_sided: bool,
 ) -> Layer:
     adapter = treatment.adapter
     fan_out, fan_in = adapter.matrix(parameter).shape
     diagonal = "A" * adapter.one_hot + "B" * treatment.is_head
     shape = (fan_out, fan_in + adapter.has_bias)
-    site = Site(shape, width, diagonal, one_sided=_is_one_sided(treatment, method, settings))
+    site = Site(shape, width, diagonal, one_sided)
     block = method.block_for(settings, site)
     assert block is not None
     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32

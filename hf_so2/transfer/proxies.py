@@ -41,6 +41,11 @@ class Proxy:
     config: PretrainedConfig
     flags: Mapping[str, Any] = field(repr=False)
 
+    @property
+    def optim(self) -> str:
+        """The optimizer's name."""
+        return str(_plain(self.flags.get("optim", SecondOrderTrainingArguments.optim)))
+
     def arguments(self, **changes: Any) -> tuple[ModelArguments, DataArguments, SecondOrderTrainingArguments]:
         """The flags as a training run reads them, some of them changed."""
         model, data, training = cli.build(TYPES, {**self.flags, **changes})
@@ -97,8 +102,7 @@ def _without_base(flags: Mapping[str, Any]) -> dict[str, Any]:
 
 def _base_flags(flags: Mapping[str, Any], narrowest: Proxy, finetuning: bool) -> dict[str, Any]:
     """The μP base: what was given where the narrowest proxy can be relative to it, else that proxy itself."""
-    optim = str(getattr(flags.get("optim"), "value", flags.get("optim", "kfac_mup")))
-    if not optim.endswith(MUP_SUFFIX):
+    if not narrowest.optim.endswith(MUP_SUFFIX):
         return {}
     if "mup_base_config" in flags:
         return {"mup_base_config": flags["mup_base_config"]}

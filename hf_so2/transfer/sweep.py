@@ -95,7 +95,7 @@ class Sweep:
     def __init__(self, arguments: SweepArguments, proxies: Sequence[Proxy]) -> None:
         self.arguments, self.proxies = arguments, proxies
         _, _, training = proxies[0].arguments()
-        self.optim = str(getattr(training.optim, "value", training.optim))
+        self.optim = proxies[0].optim
         self.seed = int(training.seed)
         assert training.learning_rate is not None  # the arguments fill it
         self.space = arguments.space(training.learning_rate, len(proxies))
