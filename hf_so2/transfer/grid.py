@@ -107,6 +107,12 @@ def run_grid(
         yield from pool.map(run, grid)
 
 
+def validation_loss(run: Mapping[str, Any]) -> float:
+    """The final validation loss of a run, infinite where it diverged."""
+    loss = run["metrics"]["eval_loss"]
+    return math.inf if loss is None else float(loss)
+
+
 def mean_losses(runs: Iterable[Mapping[str, Any]], rows: str, columns: str) -> dict[tuple[str, str], float]:
     """Validation loss by the values of two flags, averaged over whatever else was varied (seeds, say).
 
@@ -114,9 +120,8 @@ def mean_losses(runs: Iterable[Mapping[str, Any]], rows: str, columns: str) -> d
     """
     losses: dict[tuple[str, str], list[float]] = {}
     for run in runs:
-        loss = run["metrics"]["eval_loss"]
         key = run["flags"][rows], run["flags"].get(columns, "")
-        losses.setdefault(key, []).append(math.inf if loss is None else loss)
+        losses.setdefault(key, []).append(validation_loss(run))
     return {key: sum(values) / len(values) for key, values in losses.items()}
 
 
