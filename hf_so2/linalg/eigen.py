@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from hf_so2.linalg.errors import DecompositionError
 
 # Eigenvalues are exact to about one unit of round-off of the largest; measured on null spaces of up to 512 dimensions.
 RESOLUTION = 8.0
+
+# Whether eigenvalues are all distinct, with the version of the tensor that was looked at: asked at every step, answered
+# anew only when they have changed, so that a device is not waited for.
+_all_distinct: MutableMapping[Tensor, tuple[int, bool]] = WeakTensorKeyDictionary()
 
 
 def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,20 +53,28 @@ def _decomposed(decompose: Callable[[Tensor], Any], matrix: Tensor) -> Any:
             raise DecompositionError(f"a {tuple(matrix.shape)} factor has no eigendecomposition: {error}") from error
 
 
-def eigenspace_mean(values: Tensor) -> Tensor:
+def eigenspace_mean(values: Tensor) -> Tensor | None:
     """The matrix that replaces each entry of a vector in the eigenbasis by the mean over its eigenspace.
 
     Eigenvalues closer than a decomposition resolves count as one: their eigenvectors are any basis of the space that
-    they span, and differ from run to run by more than round-off. Where all are distinct this is the identity, exactly.
+    they span, and differ from run to run by more than round-off.
 
     Args:
         values: eigenvalues of a positive semi-definite matrix, in any order, shape (n,).
 
     Returns:
-        A symmetric projection, shape (n, n).
+        A symmetric projection, shape (n, n); None where all eigenvalues are distinct, and it would be the identity.
     """
+    version, are_distinct = _all_distinct.get(values, (-1, False))
+    if version == values._version and are_distinct:
+        return None
     ascending, order = values.sort()
     is_gap = ascending.diff() > RESOLUTION * torch.finfo(values.dtype).eps * ascending[-1]
+    if version != values._version:
+        are_distinct = bool(is_gap.all())
+        _all_distinct[values] = values._version, are_distinct
+        if are_distinct:
+            return None
     space = torch.cat([is_gap.new_zeros(1), is_gap]).cumsum(dim=0)[order.argsort()]
     shared = (space.unsqueeze(0) == space.unsqueeze(1)).to(values.dtype)
     return shared / shared.sum(dim=1, keepdim=True)
