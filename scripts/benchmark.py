@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
-from hf_so2.benchmark.contestants import BASELINE, Contestant, baseline, ours, theirs
+from hf_so2.benchmark.contestants import BASELINE, Contestant, baseline, ours, parse_variant, theirs
 from hf_so2.benchmark.peers import PEERS
 from hf_so2.benchmark.phases import PHASES
 from hf_so2.benchmark.plots import plot_benchmark, plot_growth
@@ -34,6 +34,7 @@ from hf_so2.benchmark.rounds import Measurement, measure
 from hf_so2.cli import main, parse
 from hf_so2.errors import ConfigurationError
 from hf_so2.optim import OPTIMIZERS
+from hf_so2.optim.methods import parse_name
 from hf_so2.spelling import did_you_mean
 
 INSTALLED = [peer.name for peer in PEERS if peer.installed]
@@ -46,7 +47,10 @@ class BenchmarkArguments:
     output_dir: str = field(default="out/benchmark", metadata={"help": "where benchmark.json and the PNG go"})
     optim: list[str] = field(
         default_factory=lambda: [name for name in OPTIMIZERS if not name.endswith("_mup")],
-        metadata={"help": "optimizers of ours, without μP, which changes no step's cost"},
+        metadata={
+            "help": "optimizers of ours, without μP, which changes no step's cost; name:setting=value,... for another"
+            " setting than the defaults"
+        },
     )
     peers: list[str] = field(
         default_factory=lambda: list(INSTALLED), metadata={"help": "peers, or none; by default all that are installed"}
@@ -70,10 +74,12 @@ class BenchmarkArguments:
     seed: int = field(default=0, metadata={"help": "of the models, the tokens and the order"})
 
     def __post_init__(self) -> None:
-        for name in self.optim:
+        for variant in self.optim:
+            name, settings = parse_variant(variant)
             if name not in OPTIMIZERS or name.endswith("_mup"):
                 hint = did_you_mean(name, OPTIMIZERS)
                 raise ConfigurationError("optim", name, f"must be an optimizer of ours, without _mup{hint}")
+            parse_name(name)[0].settings(settings)
         if self.peers == ["none"]:
             self.peers = []
         for name in self.peers:

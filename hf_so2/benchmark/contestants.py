@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 from hf_so2.benchmark.memory import tensor_bytes
 from hf_so2.benchmark.peers import Peer
 from hf_so2.benchmark.phases import APPLY, FORWARD_BACKWARD, phases_timed
 from hf_so2.benchmark.stopwatch import Stopwatch
+from hf_so2.errors import ConfigurationError
 from hf_so2.layers import select
 from hf_so2.optim import SecondOrderOptimizer, build_optimizer
 from hf_so2.optim.methods import parse_name
@@ -71,8 +73,31 @@ def baseline(build_model: Callable[[], nn.Module]) -> Contestant:
     return Contestant(BASELINE, model, [torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)])
 
 
-def ours(name: str, build_model: Callable[[], nn.Module], interval: int) -> Contestant:
-    """One of `hf_so2.OPTIMIZERS` at its defaults, with preconditioners rebuilt every `interval` steps."""
+def parse_variant(text: str) -> tuple[str, dict[str, Any]]:
+    """`"kfac:beta2=0.9,damping=0.01"` as an optimizer's name and what differs from its defaults.
+
+    Raises:
+        ConfigurationError: what is after the colon is not a list of settings.
+    """
+    name, _, rest = text.partition(":")
+    settings = {}
+    for part in filter(None, rest.split(",")):
+        key, equals, value = part.partition("=")
+        if not (key and equals):
+            raise ConfigurationError("optim", text, "must be a name, or name:setting=value,setting=value,...")
+        settings[key] = yaml.safe_load(value)
+    return name, settings
+
+
+def ours(variant: str, build_model: Callable[[], nn.Module], interval: int) -> Contestant:
+    """One of `hf_so2.OPTIMIZERS`, with preconditioners rebuilt every `interval` steps.
+
+    Args:
+        variant: as for `parse_variant`; what it does not set has the method's default.
+        build_model: makes the model.
+        interval: steps between refreshes.
+    """
+    name, given = parse_variant(variant)
     model = build_model()
     settings: dict[str, Any] = {"lr": LEARNING_RATE}
     method, _ = parse_name(name)
@@ -80,7 +105,7 @@ def ours(name: str, build_model: Callable[[], nn.Module], interval: int) -> Cont
         settings["fallback_learning_rate"] = LEARNING_RATE
     if "statistics" in method.uses:
         settings["preconditioner_update_steps"] = interval
-    return Contestant(name, model, [build_optimizer(name, model, **settings)])
+    return Contestant(variant, model, [build_optimizer(name, model, **{**settings, **given})])
 
 
 def theirs(peer: Peer, build_model: Callable[[], nn.Module], interval: int) -> Contestant:

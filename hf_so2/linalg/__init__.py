@@ -5,9 +5,11 @@ from hf_so2.linalg.eigen import eigenspace_mean, eigh, largest_eigenvalue
 from hf_so2.linalg.errors import DecompositionError
 from hf_so2.linalg.newton import newton_root
 from hf_so2.linalg.power_iteration import spectral_norm
+from hf_so2.linalg.precision import MATMUL_PRECISIONS, matmul_precision
 from hf_so2.linalg.roots import damped_inverse, damped_root
 
 __all__ = [
+    "MATMUL_PRECISIONS",
     "DecompositionError",
     "damped_inverse",
     "damped_root",
@@ -16,6 +18,7 @@ __all__ = [
     "follow_basis",
     "has_null_space",
     "largest_eigenvalue",
+    "matmul_precision",
     "newton_root",
     "off_diagonal_share",
     "spectral_norm",

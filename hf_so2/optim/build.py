@@ -120,7 +120,11 @@ def build_from_settings(
     if not groups:
         raise ConfigurationError("model", type(model).__name__, "must have a parameter that requires a gradient")
     overrides.refuse_idle()
-    curvature = Curvature(layers, resolved.fisher, resolved.weight_sharing) if layers else None
+    curvature = (
+        Curvature(layers, resolved.fisher, resolved.weight_sharing, resolved.curvature_matmul_precision)
+        if layers
+        else None
+    )
     return SecondOrderOptimizer(
         _base_rate_first(groups.values(), resolved.lr), resolved, curvature, CoverageReport(name, report)
     )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hf_so2.linalg import matmul_precision
 from hf_so2.optim.statistics import Layer
 
 if TYPE_CHECKING:  # the settings name the norm controls of the table, and so come after it
@@ -100,16 +101,17 @@ def layer_update(
     if settings.momentum_order == "after":
         moment = gradient
         # A copy, since norm control works in place and the average may be the buffer itself.
-        update = _averaged(_preconditioned(layer, gradient), buffer, layer, settings).clone()
+        update = _averaged(_preconditioned(layer, gradient, settings), buffer, layer, settings).clone()
     else:
         moment = _averaged(gradient, buffer, layer, settings)
-        update = _preconditioned(layer, moment)
+        update = _preconditioned(layer, moment, settings)
     return LayerUpdate(layer, matrix(parameter), gradient, moment, update, group, bias)
 
 
-def _preconditioned(layer: Layer, gradient: Tensor) -> Tensor:
+def _preconditioned(layer: Layer, gradient: Tensor, settings: Settings) -> Tensor:
     """`P(G)`; zero where that leaves the range of the dtype, as a finite but huge gradient can make it. Counted."""
-    update = layer.block.precondition(layer.state, gradient)
+    with matmul_precision(settings.curvature_matmul_precision):
+        update = layer.block.precondition(layer.state, gradient)
     is_finite = torch.isfinite(update.sum())
     layer.overflows = layer.overflows + ~is_finite  # on the device: nobody waits for it
     return torch.where(is_finite, update, torch.zeros_like(is_finite, dtype=update.dtype))

@@ -13,6 +13,7 @@ from typing import Any
 from hf_so2.damping import RULES
 from hf_so2.errors import ConfigurationError
 from hf_so2.layers import WEIGHT_SHARING
+from hf_so2.linalg import MATMUL_PRECISIONS
 from hf_so2.optim.damping_overrides import ALLOWED as OVERRIDES_ALLOWED
 from hf_so2.optim.damping_overrides import are_overrides
 from hf_so2.optim.norm_control import NORM_CONTROLS
@@ -185,6 +186,11 @@ class Settings:
     block_size: int | None = setting(
         None, optional(COUNT), "Weights with a larger dimension are cut into blocks of at most this size.", "gradients"
     )
+    curvature_matmul_precision: str = setting(
+        "highest", one_of(MATMUL_PRECISIONS), "Products of the statistics and of preconditioning: highest (as torch is"
+        " set) or medium (float32 inputs are rounded, to bfloat16 on a CPU and TF32 on a GPU; sums are float32).",
+        "curvature"
+    )  # fmt: skip
     skip_modules: tuple[str, ...] = setting(
         (), (_are_patterns, "must be a list of regular expressions"), "Regular expressions: modules whose names match"
         " fall back to AdamW.", "curvature"

@@ -17,7 +17,7 @@ from hf_so2.distributed import assign, send_from_owners, sum_over_ranks, world
 from hf_so2.errors import TrainingDivergedError
 from hf_so2.layers import Adapter, Capture, SampledCapture
 from hf_so2.layers.capture import LayerSums
-from hf_so2.linalg import DecompositionError
+from hf_so2.linalg import DecompositionError, matmul_precision
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +95,7 @@ class Curvature:
         layers: the preconditioned weights; every rank must list the same ones in the same order.
         fisher: `empirical` or `mc`: where the gradients of token statistics come from.
         weight_sharing: `expand` or `reduce`.
+        precision: of the products, see `hf_so2.linalg.matmul_precision`.
 
     Attributes:
         weight_of_bias: the name of the weight that each preconditioned bias is a column of.
@@ -105,8 +106,15 @@ class Curvature:
         refresh_seconds: how long the last refresh of all layers took here, waiting for other ranks included.
     """
 
-    def __init__(self, layers: Sequence[Layer], fisher: str = "empirical", weight_sharing: str = "expand") -> None:
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        fisher: str = "empirical",
+        weight_sharing: str = "expand",
+        precision: str = "highest",
+    ) -> None:
         self.layers = {layer.name: layer for layer in layers}
+        self._precision = precision
         self.weight_of_bias = {layer.bias: layer.name for layer in layers if layer.bias}
         self.dropped_statistics = 0
         self.failed_refreshes = 0
@@ -135,11 +143,11 @@ class Curvature:
         """Whether any layer needs the inputs and output gradients of its tokens."""
         return bool(self._of_tokens)
 
-    @staticmethod
-    def _observer(layer: Layer, block: TokenBlock) -> Callable[[Tensor, Tensor, State], State]:
+    def _observer(self, layer: Layer, block: TokenBlock) -> Callable[[Tensor, Tensor, State], State]:
         def observe(inputs: Tensor, gradients: Tensor, known: State) -> State:
             layer.move_to(inputs.device)
-            return block.observe(layer.state, inputs, gradients, known)
+            with matmul_precision(self._precision):
+                return block.observe(layer.state, inputs, gradients, known)
 
         return observe
 
@@ -153,7 +161,8 @@ class Curvature:
         for name, block in self._of_gradients.items():
             if name in gradients:
                 layer = self.layers[name]
-                observations[name] = block.observe_gradient(layer.state, gradients[name].to(layer.dtype))
+                with matmul_precision(self._precision):
+                    observations[name] = block.observe_gradient(layer.state, gradients[name].to(layer.dtype))
         finite = _are_finite(list(observations.values()))
         for (name, observation), good in zip(observations.items(), finite, strict=True):
             layer = self.layers[name]

@@ -25,7 +25,7 @@ from hf_so2.benchmark.ratios import fitted_exponent, paired_ratios
 from hf_so2.benchmark.report import table, to_dict
 from hf_so2.benchmark.rounds import Measurement
 from hf_so2.benchmark.stopwatch import Stopwatch
-from hf_so2.optim import OPTIMIZERS
+from hf_so2.optim import OPTIMIZERS, SecondOrderOptimizer
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark.py"
 CPU = torch.device("cpu")
@@ -116,6 +116,15 @@ def test_every_optimizer_can_be_measured(name: str) -> None:
     assert all(p.grad is None for p in contestant.model.parameters())
 
 
+def test_a_variant_has_other_settings_and_a_name_of_its_own() -> None:
+    contestant = ours("kfac:beta2=0.5,norm_control=none", lambda: llama().train(), interval=3)
+    assert contestant.name == "kfac:beta2=0.5,norm_control=none"
+    (optimizer,) = contestant.optimizers
+    assert isinstance(optimizer, SecondOrderOptimizer)
+    assert (optimizer.settings.beta2, optimizer.settings.norm_control) == (0.5, "none")
+    assert optimizer.settings.preconditioner_update_steps == 3
+
+
 def test_the_state_of_adamw_is_two_floats_per_parameter() -> None:
     contestant = baseline(lambda: llama().train())
     contestant.step(torch.randint(0, 32, (2, 8)), Stopwatch(CPU))
@@ -182,6 +191,8 @@ def test_the_command_line(tmp_path: Path) -> None:
     [
         ("--optim kfca", "optim='kfca'"),
         ("--optim kfac_mup", "without _mup"),
+        ("--optim kfac:beta2", "must be a name, or name:setting=value"),
+        ("--optim kfac:beta2=2", "beta2=2: must be a number in [0, 1)"),
         ("--peers heavybal.SOAP", "those installed: torch.Muon"),
         ("--tokens 100 --sequence_length 64", "tokens=100: must be a multiple of sequence_length"),
         ("--interval 10 --steps 15", "steps=15: must be a multiple of interval"),

@@ -60,6 +60,7 @@ ILLEGAL: dict[str, list[Any]] = {
     "basis_tolerance": NOT_NEGATIVE,
     "max_preconditioner_dim": COUNT,
     "block_size": COUNT,
+    "curvature_matmul_precision": ["high", "bf16", None],
     "skip_modules": ["q_proj", 3, (1, 2), [None], {"q_proj": 1}],
     "adam_beta1": FRACTION,
     "adam_beta2": FRACTION,

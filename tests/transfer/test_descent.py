@@ -53,7 +53,9 @@ def test_a_ladder_gives_the_same_text_for_the_same_rung() -> None:
     assert values_at({"damping": Ladder(1e-3, 10)}, {"damping": -2}) == {"damping": "1e-05"}
 
 
-@pytest.mark.parametrize("text", ["x", "x=1", "x=1*", "=1*2", "x=0*2", "x=1*1", "x=-1*2", "x=a*2", "x=1*inf", "x=nan*2"])
+@pytest.mark.parametrize(
+    "text", ["x", "x=1", "x=1*", "=1*2", "x=0*2", "x=1*1", "x=-1*2", "x=a*2", "x=1*inf", "x=nan*2"]
+)
 def test_a_ladder_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(ConfigurationError, match=r"name=start\*factor"):
         parse_ladder(text)

@@ -1,0 +1,31 @@
+"""Matrix products of float32 tensors from rounded inputs, which the hardware multiplies faster."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+MATMUL_PRECISIONS = ("highest", "medium")
+
+
+@contextmanager
+def matmul_precision(precision: str) -> Iterator[None]:
+    """What products of float32 matrices may do to their inputs inside the context; sums and results stay float32.
+
+    Args:
+        precision: `highest` leaves torch as the user has set it. `medium` rounds inputs to bfloat16 on a CPU (8
+            significant bits; without effect where the CPU has no such instructions) and to TF32 on an NVIDIA GPU (11
+            bits), as `torch.set_float32_matmul_precision` does for a whole program. Other dtypes are not affected.
+    """
+    if precision == "highest":
+        yield
+        return
+    cpu, gpu = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul  # type: ignore[attr-defined]  # no stub
+    before = cpu.fp32_precision, gpu.fp32_precision
+    cpu.fp32_precision, gpu.fp32_precision = "bf16", "tf32"
+    try:
+        yield
+    finally:
+        cpu.fp32_precision, gpu.fp32_precision = before
