@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import fields
 
 from hf_so2.optim.methods import METHODS
-from hf_so2.optim.settings import INSTEAD, Settings
+from hf_so2.optim.settings import INSTEAD, Settings, parts_in_use
 
 HEAD = """# Settings
 
@@ -37,7 +37,8 @@ def method_rows() -> list[list[str]]:
     rows = [["method", *(f"`{entry.name}`" for entry in own)]]
     for method in METHODS.values():
         resolved = method.settings({})
-        cells = [shown(getattr(resolved, e.name)) if e.metadata["needs"] in method.uses | {""} else "-" for e in own]
+        parts = parts_in_use(method.parts, resolved) | {""}
+        cells = [shown(getattr(resolved, e.name)) if e.metadata["needs"] in parts else "-" for e in own]
         rows.append([f"`{method.name}`", *cells])
     return rows
 

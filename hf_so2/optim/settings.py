@@ -87,10 +87,12 @@ class Settings:
     )
     momentum_order: str = setting(
         "before", one_of(("before", "after")), "Whether gradients are averaged before they are preconditioned, or what"
-        " comes out of it.", "curvature"
+        " comes out of it.", "moving momentum"
     )  # fmt: skip
-    nesterov: bool = setting(False, FLAG, "Nesterov's momentum: preconditions the average one step ahead.", "curvature")
-    beta2: float = setting(0.95, FRACTION, "Decay of the moving average of curvature statistics.", "statistics")
+    nesterov: bool = setting(
+        False, FLAG, "Nesterov's momentum: preconditions the average one step ahead.", "moving momentum"
+    )
+    beta2: float = setting(0.95, FRACTION, "Decay of the moving average of curvature statistics.", "average")
     exponent_a: float = setting(
         1.0, POSITIVE, "Exponent of the inverse of the damped input factor A; 1 is K-FAC, 0.5 its square root.",
         "exponents"
@@ -181,7 +183,7 @@ class Settings:
     )
     max_preconditioner_dim: int = setting(
         8192, COUNT, "Larger dimensions are not preconditioned: weights with one fall back to AdamW, in the Shampoo"
-        " family those with two; with one they are preconditioned on the other side.", "curvature"
+        " family those with two; with one they are preconditioned on the other side.", "whole weights"
     )  # fmt: skip
     block_size: int | None = setting(
         None, optional(COUNT), "Weights with a larger dimension are cut into blocks of at most this size.", "gradients"
@@ -195,9 +197,9 @@ class Settings:
         (), (_are_patterns, "must be a list of regular expressions"), "Regular expressions: modules whose names match"
         " fall back to AdamW.", "curvature"
     )  # fmt: skip
-    adam_beta1: float = setting(0.9, FRACTION, "First beta of AdamW.")
-    adam_beta2: float = setting(0.95, FRACTION, "Second beta of AdamW.")
-    adam_epsilon: float = setting(1e-8, NOT_NEGATIVE, "Epsilon of AdamW, at the base width.")
+    adam_beta1: float = setting(0.9, FRACTION, "First beta of AdamW.", "adamw")
+    adam_beta2: float = setting(0.95, FRACTION, "Second beta of AdamW.", "adamw")
+    adam_epsilon: float = setting(1e-8, NOT_NEGATIVE, "Epsilon of AdamW, at the base width.", "adamw")
 
     def __post_init__(self) -> None:
         for entry in fields(self):
@@ -220,6 +222,10 @@ INSTEAD = {
     "gradients": "a method of the Shampoo family",
     "shampoo": "shampoo",
     "basis": "soap",
+    "adamw": "adamw or a method with curvature, whose fallback it is",
+    "average": "a method with curvature statistics that are averaged, not summed up",
+    "moving momentum": "a method with curvature and momentum above 0",
+    "whole weights": "a method with curvature, and no block_size",
     "kl_clip": "norm_control='kl_clip'",
     "embedding_damping": "precondition_embeddings=True and a method of the K-FAC family",
     "head_output_factor": "precondition_head=True and a method with output factors",
@@ -232,6 +238,9 @@ def parts_in_use(uses: frozenset[str], settings: Settings) -> frozenset[str]:
     """All that a field's `needs` can ask for: the parts of a method, and those that other settings switch on."""
     switched_on = {
         settings.norm_control: "curvature" in uses,
+        "average": "statistics" in uses and settings.shampoo_accumulation == "ema",
+        "moving momentum": "curvature" in uses and settings.momentum > 0,
+        "whole weights": "curvature" in uses and settings.block_size is None,
         "embedding_damping": settings.precondition_embeddings and "tokens" in uses,
         "head_output_factor": settings.precondition_head and "output factors" in uses,
     }
