@@ -11,7 +11,7 @@ factored Tikhonov damping, Martens & Grosse 2015 (arXiv 1503.05671, section 6.3)
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ class Damping:
         multiplier_a: width multiplier of `ρ_A` under `constant`.
         multiplier_b: width multiplier of `ρ_B` under `constant`.
         multiplier: width multiplier under `constant` of a single ρ on the curvature itself.
+        head: the damping of the head's two factors, where a weight is both embedding and head.
     """
 
     rule: str
@@ -36,6 +37,12 @@ class Damping:
     multiplier_a: float = 1.0
     multiplier_b: float = 1.0
     multiplier: float = 1.0
+    head: Damping | None = None
+
+    def scaled(self, factor: float) -> Damping:
+        """The same with `factor` times the strength."""
+        head = self.head and self.head.scaled(factor)
+        return replace(self, epsilon=self.epsilon * factor, head=head)
 
     def __call__(self, factor_a: Tensor, factor_b: Tensor) -> tuple[Tensor, Tensor]:
         """`(ρ_A, ρ_B)`, 0-dim tensors, for factors of shape (fan_in, fan_in) and (fan_out, fan_out).

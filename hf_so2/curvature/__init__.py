@@ -10,6 +10,7 @@ from hf_so2.curvature.muon import Muon
 from hf_so2.curvature.shampoo import Shampoo
 from hf_so2.curvature.soap import SOAP
 from hf_so2.curvature.tekfac import TEKFAC
+from hf_so2.curvature.tied import Tied
 from hf_so2.curvature.tkfac import TKFAC
 
 __all__ = [
@@ -27,5 +28,6 @@ __all__ = [
     "Shampoo",
     "State",
     "Statistic",
+    "Tied",
     "TokenBlock",
 ]

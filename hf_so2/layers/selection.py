@@ -20,7 +20,8 @@ class Treatment:
     Args:
         preconditioned: whether the curvature method takes it; otherwise the fallback does.
         reason: one phrase for the coverage table.
-        modules: the modules whose calls use a preconditioned weight.
+        modules: the modules whose calls use a preconditioned weight; of a tied one, as an embedding.
+        head: the modules that use a tied weight as the output head.
         adapter: how they store it.
         is_head: whether it is the output head, with one output per entry of a vocabulary.
         is_hidden: whether it is a matrix (or several) of a hidden layer, whoever updates it.
@@ -34,6 +35,7 @@ class Treatment:
     is_head: bool = False
     is_hidden: bool = False
     partner: str | None = None
+    head: tuple[nn.Module, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,13 @@ class Extent:
         embeddings: the token embedding.
         head: the output head.
         biases: the biases of all preconditioned weights.
+        not_tied: why a weight that is tied between embedding and head is not preconditioned with both on, if it is not.
     """
 
     embeddings: bool = False
     head: bool = False
     biases: bool = False
+    not_tied: str = ""
 
 
 def select(
@@ -100,9 +104,12 @@ def select(
             return Treatment(False, "a vector: norm gain or bias" if parameter.ndim else "a scalar")
         is_embedding = any(isinstance(module, nn.Embedding) for module in modules)
         is_head = any(module is head for module in modules)
-        if is_embedding and (reason := _why_not(modules, tokens, extent)):
+        if is_embedding and (reason := _why_not(modules, tokens, head, extent)):
             return Treatment(False, reason)
-        adapters = {adapter_for(module) for module in modules}
+        # Past that point, what is both an embedding and something else is the head as well.
+        embeddings = tuple(module for module in modules if isinstance(module, nn.Embedding))
+        owners = embeddings or modules
+        adapters = {adapter_for(module) for module in owners}
         adapter = next(iter(adapters), None)
         is_hidden = not (is_embedding or is_head)
         if adapter is None or len(adapters) > 1:
@@ -118,7 +125,16 @@ def select(
         if size > max_dim:
             reason = f"a dimension of {size} is above max_preconditioner_dim {max_dim}"
             return Treatment(False, reason, is_hidden=is_hidden)
-        return Treatment(True, f"weight of {_kind(modules)}", modules, adapter, is_head, is_hidden)
+        tied_head = tuple(module for module in modules if module not in owners)
+        return Treatment(
+            True,
+            f"weight of {_kind(modules)}",
+            owners,
+            adapter,
+            is_head and not is_embedding,
+            is_hidden,
+            head=tied_head,
+        )
 
     treatments = {name: decide(p) for name, p in model.named_parameters() if p.requires_grad}
     return _with_biases(model, treatments) if extent.biases else treatments
@@ -137,18 +153,31 @@ def _token_embeddings(model: nn.Module) -> set[nn.Module]:
     return {named}
 
 
-def _why_not(modules: Sequence[nn.Module], tokens: set[nn.Module], extent: Extent) -> str | None:
+def _why_not(
+    modules: Sequence[nn.Module], tokens: set[nn.Module], head: nn.Module | None, extent: Extent
+) -> str | None:
     """Why the weight of an embedding is not preconditioned, if it is not."""
-    if len(modules) > 1:
-        both = extent.embeddings and extent.head
-        return "tied to the embedding" + (": its block is a sum of two Kronecker products" if both else "")
+    if len(modules) > 1 and (reason := _why_not_tied(modules, head, extent)) is not None:
+        return f"tied to the embedding{reason and ': '}{reason}"
     if not extent.embeddings:
         return "an embedding"
-    if modules[0] not in tokens:
+    embedding = next(module for module in modules if isinstance(module, nn.Embedding))
+    if embedding not in tokens:
         return "an embedding of something else than tokens"
-    if adapter_for(modules[0]) is None:
-        return f"weight of {_kind(modules)}, which does more than look up a row"
+    if adapter_for(embedding) is None:
+        return f"weight of {_kind([embedding])}, which does more than look up a row"
     return None
+
+
+def _why_not_tied(modules: Sequence[nn.Module], head: nn.Module | None, extent: Extent) -> str | None:
+    """The same of one that other modules use too; empty where nobody has asked for it to be."""
+    if not (extent.embeddings and extent.head):
+        asked = extent.embeddings or extent.head
+        return "needs both precondition_embeddings and precondition_head" if asked else ""
+    others = [module for module in modules if module is not head]
+    if len(others) > 1 or not isinstance(head, nn.Linear) or not isinstance(others[0], nn.Embedding):
+        return "its modules are more than one token embedding and the Linear that is the output head"
+    return extent.not_tied or None
 
 
 def _with_biases(model: nn.Module, treatments: dict[str, Treatment]) -> dict[str, Treatment]:

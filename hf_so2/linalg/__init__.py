@@ -1,6 +1,7 @@
 """Pure functions of tensors: inverses, roots and norms. Nothing here knows of layers, optimizers or processes."""
 
 from hf_so2.linalg.basis import follow_basis, has_null_space, off_diagonal_share
+from hf_so2.linalg.congruence import common_basis
 from hf_so2.linalg.eigen import eigenspace_mean, eigh, largest_eigenvalue
 from hf_so2.linalg.errors import DecompositionError
 from hf_so2.linalg.newton import newton_root
@@ -11,6 +12,7 @@ from hf_so2.linalg.roots import damped_inverse, damped_root
 __all__ = [
     "MATMUL_PRECISIONS",
     "DecompositionError",
+    "common_basis",
     "damped_inverse",
     "damped_root",
     "eigenspace_mean",

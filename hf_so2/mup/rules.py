@@ -86,6 +86,19 @@ class ParameterWidth:
     scale_out: float = 1.0
 
 
+def tied_ends(width: ParameterWidth) -> tuple[ParameterWidth, ParameterWidth]:
+    """What a tied matrix is as the weight of the embedding, and as that of the head.
+
+    `apply_mup` divides what the head is fed by the growth of the width, unless the weights were pretrained: then the
+    matrix has the role of a head. Where the model's own config puts that factor on the logits instead, it is the
+    *outputs* of the head that are scaled, and a constant damping of its factors one by one is not right.
+    """
+    growth = width.m_in * width.m_out
+    fed = width.scale_in * width.scale_out / growth if width.role == "input" else 1.0
+    as_embedding = ParameterWidth("input", 1.0, growth, True, width.scale_in, width.scale_out)
+    return as_embedding, ParameterWidth("output", growth, 1.0, True, scale_in=fed)
+
+
 @dataclass(frozen=True)
 class LearningRateRule:
     """Exponents of one method's learning-rate multiplier.

@@ -15,7 +15,7 @@ from functools import singledispatch
 import torch
 from torch import Tensor
 
-from hf_so2.curvature import EKFAC, KFAC, CurvatureBlock, State
+from hf_so2.curvature import EKFAC, KFAC, CurvatureBlock, State, Tied
 from hf_so2.curvature.forms import from_left, from_right, transposed
 from hf_so2.distributed import sum_over_ranks, world
 from hf_so2.errors import ConfigurationError
@@ -36,7 +36,7 @@ def curvature_along(block: CurvatureBlock, state: State, change: Tensor) -> Tens
     """`<Δ, F Δ>`, 0-dim, with the block's own undamped approximation of the Fisher matrix.
 
     Args:
-        block: K-FAC or TKFAC (`F = A ⊗ B`), EKFAC or TEKFAC (diagonal S in the eigenbasis).
+        block: K-FAC or TKFAC (`F = A ⊗ B`), EKFAC or TEKFAC (diagonal S in the eigenbasis), or a tied weight's sum.
         state: its averages.
         change: Δ, (fan_out, fan_in).
 
@@ -59,8 +59,16 @@ def _(block: EKFAC, state: State, change: Tensor) -> Tensor:
     return (rotated.square() * state["S"]).sum()
 
 
+@curvature_along.register
+def _(block: Tied, state: State, change: Tensor) -> Tensor:
+    factors = block.factors(state)
+    pairs = [(factors.get(hidden), factors.get(rows)) for hidden, rows in (("B", "A"), ("head_A", "head_B"))]
+    images = [from_right(from_left(hidden, change), rows) for hidden, rows in pairs if hidden is not None]
+    return (change * sum(images, torch.zeros_like(change))).sum()
+
+
 def _models_the_loss(block: CurvatureBlock) -> bool:
-    return isinstance(block, EKFAC) or (isinstance(block, KFAC) and block.exponents.keys() == {"A", "B"})
+    return isinstance(block, EKFAC | Tied) or (isinstance(block, KFAC) and block.exponents.keys() == {"A", "B"})
 
 
 def predicted_change(updates: Sequence[LayerUpdate]) -> float:

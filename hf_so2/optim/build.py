@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from hf_so2.optim.methods import Method, Site, parse_name
 from hf_so2.optim.optimizer import SecondOrderOptimizer
 from hf_so2.optim.settings import Settings
 from hf_so2.optim.statistics import Curvature, Layer
+from hf_so2.optim.width_damping import factored_damping
 
 # Without μP nothing is multiplied.
 UNSCALED = ParameterWidth("scalar", 1.0, 1.0)
@@ -71,7 +73,12 @@ def build_from_settings(
 ) -> SecondOrderOptimizer:
     """`build_optimizer` for settings that have been checked already."""
     method, is_mup = parse_name(name)
-    extent = Extent(resolved.precondition_embeddings, resolved.precondition_head, resolved.precondition_biases)
+    extent = Extent(
+        resolved.precondition_embeddings,
+        resolved.precondition_head,
+        resolved.precondition_biases,
+        method.why_not_tied(resolved),
+    )
     limit = math.inf if resolved.block_size else resolved.max_preconditioner_dim
     treatments = select(model, resolved.skip_modules, limit, extent, one_sided="gradients" in method.uses)
     widths = _widths(name, model, base_config) if is_mup else {}
@@ -98,11 +105,7 @@ def build_from_settings(
         layer = None
         is_bias = parameter.ndim < 2
         if method.block is not None and treatment.preconditioned and not is_bias:
-            counts_tokens = treatment.adapter.one_hot and "tokens" in method.uses
-            epsilon = resolved.embedding_damping if counts_tokens else resolved.damping
-            multipliers = method.damping_multipliers(width, one_sided=one_sided)
-            damping = Damping(resolved.damping_rule, epsilon, **multipliers)
-            damping = overrides.apply(damping, treatment.modules)
+            damping = _damping(method, resolved, treatment, width, overrides, one_sided=one_sided)
             layer = _layer(parameter_name, parameter, treatment, method, resolved, width, damping, one_sided)
             layers.append(layer)
         report.append(
@@ -177,6 +180,29 @@ def _options(
     }
 
 
+def _damping(
+    method: Method,
+    settings: Settings,
+    treatment: Treatment,
+    width: ParameterWidth,
+    overrides: DampingOverrides,
+    *,
+    one_sided: bool,
+) -> Damping:
+    """The damping of one weight; that of a tied one is what its embedding and its head would have each."""
+
+    def of(modules: Sequence[nn.Module], epsilon: float, multipliers: Mapping[str, float]) -> Damping:
+        return overrides.apply(Damping(settings.damping_rule, epsilon, **multipliers), modules)
+
+    counts_tokens = treatment.adapter.one_hot and "tokens" in method.uses
+    epsilon = settings.embedding_damping if counts_tokens else settings.damping
+    if not (treatment.head and counts_tokens):
+        return of(treatment.modules, epsilon, method.damping_multipliers(width, one_sided=one_sided))
+    as_embedding, as_head = rules.tied_ends(width)
+    embedding = of(treatment.modules, epsilon, factored_damping(as_embedding))
+    return replace(embedding, head=of(treatment.head, settings.damping, factored_damping(as_head)))
+
+
 def _layer(
     name: str,
     parameter: nn.Parameter,
@@ -191,7 +217,7 @@ def _layer(
     fan_out, fan_in = adapter.matrix(parameter).shape
     diagonal = "A" * adapter.one_hot + "B" * treatment.is_head
     shape = (fan_out, fan_in + adapter.has_bias)
-    site = Site(shape, width, diagonal, one_sided)
+    site = Site(shape, width, diagonal, one_sided, tied=bool(treatment.head) and "tokens" in method.uses)
     block = method.block_for(settings, site)
     assert block is not None
     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
@@ -205,6 +231,7 @@ def _layer(
         parameter.device,
         dtype,
         treatment.partner,
+        treatment.head,
     )
 
 

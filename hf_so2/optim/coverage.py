@@ -101,9 +101,14 @@ def _row(p: Coverage, count: int) -> list[str]:
         p.algorithm,
         f"{p.lr:.4g}",
         f"{p.weight_decay:.4g}",
-        f"{damping.rule} {damping.epsilon:.3g}" if damping else "-",
+        _spelled(damping) if damping else "-",
         width.role if width else "-",
         f"{width.m_in:g}" if width else "-",
         f"{width.m_out:g}" if width else "-",
         p.reason,
     ]
+
+
+def _spelled(damping: Damping) -> str:
+    own = f"{damping.rule} {damping.epsilon:.3g}"
+    return f"{own}, head {_spelled(damping.head)}" if damping.head else own

@@ -20,44 +20,19 @@ from hf_so2.curvature import (
     KLShampoo,
     Muon,
     Shampoo,
+    Tied,
 )
 from hf_so2.errors import ConfigurationError
 from hf_so2.mup import ParameterWidth, rules
 from hf_so2.optim.settings import Settings, resolve
+from hf_so2.optim.width_damping import (
+    factored_damping,
+    gradient_damping,
+    single_damping,
+    trace_restricted_damping,
+    whitened_damping,
+)
 from hf_so2.spelling import did_you_mean
-
-
-def factored_damping(width: ParameterWidth) -> Mapping[str, float]:
-    """`ρ_A` on `A` and `ρ_B` on `B`."""
-    return {
-        "multiplier_a": rules.damping_multiplier("rho_A", width),
-        "multiplier_b": rules.damping_multiplier("rho_B", width),
-    }
-
-
-def trace_restricted_damping(width: ParameterWidth) -> Mapping[str, float]:
-    """`√λ` on both of TKFAC's factors."""
-    root = rules.damping_multiplier("lambda", width) ** 0.5
-    return {"multiplier_a": root, "multiplier_b": root}
-
-
-def single_damping(width: ParameterWidth) -> Mapping[str, float]:
-    """ρ on the curvature itself."""
-    return {"multiplier": rules.damping_multiplier("S", width)}
-
-
-def gradient_damping(width: ParameterWidth) -> Mapping[str, float]:
-    """`ρ_R` on Shampoo's `R` and `ρ_L` on its `L`."""
-    return {
-        "multiplier_a": rules.damping_multiplier("rho_R", width),
-        "multiplier_b": rules.damping_multiplier("rho_L", width),
-    }
-
-
-def whitened_damping(width: ParameterWidth) -> Mapping[str, float]:
-    """On KL-Shampoo's `R` and `L`: their product is the square of an entry of the gradient, so each goes like one."""
-    entry = rules.damping_multiplier("adam_eps", width)
-    return {"multiplier_a": entry, "multiplier_b": entry}
 
 
 @dataclass(frozen=True)
@@ -69,12 +44,14 @@ class Site:
         width: its role and growth.
         diagonal: the sides, of "A" and "B", whose factor is a diagonal.
         one_sided: whether the output side is left alone.
+        tied: whether tokens reach the weight as an embedding and as the head.
     """
 
     shape: tuple[int, int]
     width: ParameterWidth
     diagonal: str = ""
     one_sided: bool = False
+    tied: bool = False
 
     def sides(self, settings: Settings) -> frozenset[str]:
         """The sides of a gradient that are preconditioned: those that are small enough, or cut into blocks."""
@@ -140,11 +117,28 @@ class Method:
         """The curvature block of a site, or None for a first-order method.
 
         With one side every member of the K-FAC family is the same: in the eigenbasis of `A` alone, `S` is its spectrum,
-        and with nothing on the other side there is no trace to be restricted.
+        and with nothing on the other side there is no trace to be restricted. So they are for a tied weight, since what
+        distinguishes them is of one Kronecker product, not of a sum of two.
         """
+        if site.tied:
+            return Tied(settings.beta2, uniform_head=settings.head_output_factor == "identity")
         if site.one_sided:
             return KFAC(settings.beta2, settings.exponent_a, 0.0, diagonal=site.diagonal)
         return None if self.block is None else self.block(settings, site)
+
+    def why_not_tied(self, settings: Settings) -> str:
+        """Why a weight that is both embedding and head is left to the fallback; empty where it is preconditioned.
+
+        FOOF makes gradient descent on the outputs of a layer, and a tied weight has two kinds of them, hidden states
+        and logits, whose rates would have to scale differently with the width.
+        """
+        if "tokens" not in self.uses:
+            return ""
+        if "output factors" not in self.uses:
+            return f"without output factors, as in {self.name}, its two ends have no common unit"
+        if (settings.exponent_a, settings.exponent_b) != (1, 1):
+            return "its block is a sum, of which no power but the inverse is known"
+        return ""
 
     def settings(self, given: Mapping[str, Any], **aliases: str) -> Settings:
         """What was given, then this method's defaults under the norm control in use, then those of `Settings`.

@@ -5,19 +5,20 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_so2.curvature import CurvatureBlock, GradientBlock, State, TokenBlock
+from hf_so2.curvature import CurvatureBlock, GradientBlock, State
 from hf_so2.damping import Damping
 from hf_so2.distributed import assign, send_from_owners, sum_over_ranks, world
 from hf_so2.errors import TrainingDivergedError
 from hf_so2.layers import Adapter, Capture, SampledCapture
 from hf_so2.layers.capture import LayerSums
 from hf_so2.linalg import DecompositionError, matmul_precision
+from hf_so2.optim.ends import End, ends_of
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ class Layer:
         device: where the statistics live.
         dtype: float32, or float64 for a float64 weight.
         bias: the parameter that is the last column of the matrix.
+        head: of a tied weight, the modules that use it as an output head; `modules` are its embeddings.
         state: the block's tensors.
         updates: how often its statistics have been updated.
         refreshes: how many preconditioners have been built; until the first, the weight is in the fallback.
@@ -63,6 +65,7 @@ class Layer:
     device: torch.device
     dtype: torch.dtype
     bias: str | None = None
+    head: Sequence[nn.Module] = ()
     state: State = field(default_factory=dict)
     updates: int = 0
     refreshes: int = 0
@@ -122,32 +125,30 @@ class Curvature:
         self.damping_factor, self.adapted_at = 1.0, 0
         for layer in layers:
             layer.state = layer.block.init_state(layer.shape, layer.device, layer.dtype)
-        self._of_tokens: dict[str, TokenBlock] = {}
+        self._ends: dict[str, End] = {}
         self._of_gradients: dict[str, GradientBlock] = {}
         for layer in layers:
             if isinstance(layer.block, GradientBlock):
                 self._of_gradients[layer.name] = layer.block
             else:
-                self._of_tokens[layer.name] = cast(TokenBlock, layer.block)
-        seen = [self.layers[name] for name in self._of_tokens]
+                self._ends |= {end.name: end for end in ends_of(layer)}
         self.capture = (SampledCapture if fisher == "mc" else Capture)(
-            {layer.name: (layer.modules, layer.adapter) for layer in seen},
-            {layer.name: self._observer(layer, self._of_tokens[layer.name]) for layer in seen},
-            {name: _of_inputs(block) for name, block in self._of_tokens.items()},
-            {layer.name: layer.dtype for layer in seen},
+            {name: (end.modules, end.adapter) for name, end in self._ends.items()},
+            {name: self._observer(end) for name, end in self._ends.items()},
+            {name: end.of_inputs for name, end in self._ends.items()},
+            {name: end.layer.dtype for name, end in self._ends.items()},
             weight_sharing,
         )
 
     @property
     def sees_tokens(self) -> bool:
         """Whether any layer needs the inputs and output gradients of its tokens."""
-        return bool(self._of_tokens)
+        return bool(self._ends)
 
-    def _observer(self, layer: Layer, block: TokenBlock) -> Callable[[Tensor, Tensor, State], State]:
+    def _observer(self, end: End) -> Callable[[Tensor, Tensor, State], State]:
         def observe(inputs: Tensor, gradients: Tensor, known: State) -> State:
-            layer.move_to(inputs.device)
             with matmul_precision(self._precision):
-                return block.observe(layer.state, inputs, gradients, known)
+                return end.observe(inputs, gradients, known)
 
         return observe
 
@@ -195,7 +196,7 @@ class Curvature:
 
     def damping_of(self, layer: Layer) -> Damping:
         """The damping of a layer as it stands, adaptive factor included."""
-        return replace(layer.damping, epsilon=layer.damping.epsilon * self.damping_factor)
+        return layer.damping.scaled(self.damping_factor)
 
     def _refresh(self, layer: Layer) -> str | None:
         """Rebuild one preconditioner; what went wrong, if anything did."""
@@ -220,22 +221,22 @@ class Curvature:
             )
 
     def _means(self, captured: Mapping[str, LayerSums], tokens: int | Tensor | None) -> dict[str, State]:
-        """Means over the global step, for every layer that saw a row on any rank.
+        """Means over the global step, for every layer that saw a row on any rank; of a tied one, for each such end.
 
         A loss that is a mean over N tokens hands out `δ/N`. Whoever announces tokens also announces that factor, and
         the capture has undone it already; otherwise N is the number of positions that the layer saw.
         """
         packed: dict[str, tuple[State, Tensor, Tensor]] = {}
-        for name, block in self._of_tokens.items():
-            layer, statistics = self.layers[name], block.statistics
+        for name, end in self._ends.items():
+            layer = end.layer
             seen = captured.get(name) or LayerSums()
             # Clones: `tokens` is one number for all layers, and the in-place sum would add it up once per layer.
             rows = torch.as_tensor(seen.rows, device=layer.device, dtype=torch.int64).clone()
             count = seen.positions if tokens is None else tokens
             count = torch.as_tensor(count, device=layer.device, dtype=torch.int64).clone()
-            sums = seen.sums or {key: torch.zeros_like(layer.state[key]) for key in statistics}
+            sums = seen.sums or end.no_rows()
             if tokens is None:
-                for key, statistic in statistics.items():
+                for key, statistic in end.block.statistics.items():
                     if statistic.gradient_degree:
                         sums[key].mul_(count**statistic.gradient_degree)
             packed[name] = sums, rows, count
@@ -244,8 +245,10 @@ class Curvature:
         for name, (sums, rows, count) in packed.items():
             if bool(rows > 0):
                 divisors = {"rows": rows, "tokens": count.clamp(min=1)}
-                statistics = self._of_tokens[name].statistics
-                means[name] = {key: sums[key].div_(divisors[s.per]) for key, s in statistics.items()}
+                end = self._ends[name]
+                means.setdefault(end.layer.name, {}).update(
+                    (end.prefix + key, sums[key].div_(divisors[s.per])) for key, s in end.block.statistics.items()
+                )
         return means
 
     def state_dict(self) -> dict[str, Any]:
@@ -284,11 +287,6 @@ class Curvature:
         self.failed_refreshes = int(state["failed_refreshes"])
         self.damping_factor, self.adapted_at = float(state["damping_factor"]), int(state["adapted_at"])
         self.capture.discard()
-
-
-def _of_inputs(block: TokenBlock) -> list[str]:
-    """The statistics that the inputs alone decide, and layers with the same inputs have in common."""
-    return [name for name, statistic in block.statistics.items() if statistic.gradient_degree == 0]
 
 
 def _are_finite(observations: Sequence[State]) -> list[bool]:

@@ -15,7 +15,7 @@ from functools import singledispatch
 import torch
 from torch import Tensor, nn
 
-from hf_so2.curvature import EKFAC, KFAC, CurvatureBlock, KLShampoo, Shampoo, State
+from hf_so2.curvature import EKFAC, KFAC, CurvatureBlock, KLShampoo, Shampoo, State, Tied
 from hf_so2.curvature import sides as two_sided
 from hf_so2.curvature.shampoo import normalisation
 from hf_so2.damping import Damping
@@ -101,6 +101,19 @@ def _(block: EKFAC, state: State, damping: Damping) -> dict[str, Tensor]:
 
 
 @spectra.register
+def _(block: Tied, state: State, damping: Damping) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for side, (factor, rho) in block.damped_factors(state, damping).items():
+        found |= {f"trace_{side}": _trace(factor), f"damping_{side}": rho}
+    blocks = [mean for mean, _ in block.mean_blocks(state, damping).values()]
+    if blocks:
+        # The basis whitens the average token's block: its own norm is that of the inverse's root.
+        inverse_norm = _norm(state["common_basis"]).square()
+        found["condition"] = (_norm(torch.stack(blocks).sum(dim=0)) * inverse_norm).clamp(min=1)
+    return found
+
+
+@spectra.register
 def _(block: Shampoo, state: State, damping: Damping) -> dict[str, Tensor]:
     roots = two_sided.suffixed(state, "_root")
     factors = two_sided.damped_factors(state, block.sides, damping)
@@ -123,11 +136,15 @@ def _of_roots(
     found: dict[str, Tensor] = {}
     for side, (factor, rho) in factors.items():
         found |= {
-            f"trace_{side}": factor.sum() if factor.ndim == 1 else factor.trace(),
+            f"trace_{side}": _trace(factor),
             f"damping_{side}": rho,
             f"condition_{side}": ((_norm(factor) + rho) * _norm(roots[side]) ** (1 / exponent)).clamp(min=1),
         }
     return found
+
+
+def _trace(factor: Tensor) -> Tensor:
+    return factor.sum() if factor.ndim == 1 else factor.trace()
 
 
 def _norm(matrix: Tensor) -> Tensor:

@@ -1,0 +1,64 @@
+"""The ends of a preconditioned weight: what uses it, with statistics of its own. Most have one, a tied weight two."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+
+from hf_so2.curvature import State, Tied, TokenBlock
+from hf_so2.curvature.tied import EMBEDDING, HEAD, of_end
+from hf_so2.layers import Adapter
+from hf_so2.layers.adapters import LINEAR
+
+if TYPE_CHECKING:  # a layer is made of these
+    from hf_so2.optim.statistics import Layer
+
+
+@dataclass(frozen=True)
+class End:
+    """Modules that use a weight in the same way.
+
+    Args:
+        layer: the weight.
+        block: what observes the tokens of these modules.
+        modules: theirs are the calls that are captured.
+        adapter: how they store the weight, and what they take in.
+        prefix: how the names of this end's statistics begin in the layer's state.
+    """
+
+    layer: Layer
+    block: TokenBlock
+    modules: Sequence[nn.Module]
+    adapter: Adapter
+    prefix: str = ""
+
+    @property
+    def name(self) -> str:
+        """The weight's, and which end of it; no other end of the model has the same."""
+        return f"{self.layer.name} as {self.prefix.rstrip('_')}" if self.prefix else self.layer.name
+
+    @property
+    def of_inputs(self) -> list[str]:
+        """The statistics that the inputs alone decide, and layers with the same inputs have in common."""
+        return [name for name, statistic in self.block.statistics.items() if statistic.gradient_degree == 0]
+
+    def observe(self, inputs: Tensor, gradients: Tensor, known: State) -> State:
+        """The sums of the block's statistics over rows, see `TokenBlock.observe`."""
+        self.layer.move_to(inputs.device)
+        return self.block.observe(of_end(self.layer.state, self.prefix), inputs, gradients, known)
+
+    def no_rows(self) -> State:
+        """The sums over nothing."""
+        return {name: torch.zeros_like(self.layer.state[self.prefix + name]) for name in self.block.statistics}
+
+
+def ends_of(layer: Layer) -> list[End]:
+    """The ends of a layer of the K-FAC family."""
+    if isinstance(layer.block, Tied):
+        uses = {EMBEDDING: (layer.modules, layer.adapter), HEAD: (layer.head, LINEAR)}
+        return [End(layer, block, *uses[prefix], prefix) for prefix, block in layer.block.ends.items()]
+    return [End(layer, cast(TokenBlock, layer.block), layer.modules, layer.adapter)]

@@ -1,0 +1,40 @@
+"""How constant damping scales with the width, for what each method adds it to: keywords of `hf_so2.damping.Damping`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from hf_so2.mup import ParameterWidth, rules
+
+
+def factored_damping(width: ParameterWidth) -> Mapping[str, float]:
+    """`ρ_A` on `A` and `ρ_B` on `B`."""
+    return {
+        "multiplier_a": rules.damping_multiplier("rho_A", width),
+        "multiplier_b": rules.damping_multiplier("rho_B", width),
+    }
+
+
+def trace_restricted_damping(width: ParameterWidth) -> Mapping[str, float]:
+    """`√λ` on both of TKFAC's factors."""
+    root = rules.damping_multiplier("lambda", width) ** 0.5
+    return {"multiplier_a": root, "multiplier_b": root}
+
+
+def single_damping(width: ParameterWidth) -> Mapping[str, float]:
+    """ρ on the curvature itself."""
+    return {"multiplier": rules.damping_multiplier("S", width)}
+
+
+def gradient_damping(width: ParameterWidth) -> Mapping[str, float]:
+    """`ρ_R` on Shampoo's `R` and `ρ_L` on its `L`."""
+    return {
+        "multiplier_a": rules.damping_multiplier("rho_R", width),
+        "multiplier_b": rules.damping_multiplier("rho_L", width),
+    }
+
+
+def whitened_damping(width: ParameterWidth) -> Mapping[str, float]:
+    """On KL-Shampoo's `R` and `L`: their product is the square of an entry of the gradient, so each goes like one."""
+    entry = rules.damping_multiplier("adam_eps", width)
+    return {"multiplier_a": entry, "multiplier_b": entry}
