@@ -67,7 +67,7 @@ def spectral(updates: Sequence[LayerUpdate], settings: Settings) -> None:
 
 
 def _embedding_size(u: LayerUpdate) -> Tensor:
-    """The root mean square change of a token's vector, over tokens as they occur.
+    """The root mean square change of a token's vector, over tokens as they occur; of a tied weight see `_tied_size`.
 
     An embedding is fed unit vectors, of which a spectral norm would allow mixtures that never occur, and a target of
     `sqrt(fan_out/vocabulary)` would let a token's step shrink with the size of the vocabulary. The norm induced by unit
@@ -75,10 +75,30 @@ def _embedding_size(u: LayerUpdate) -> Tensor:
     token of late, whose mean gradient is the noisiest, and all others would move less for it. Weighted by frequencies
     the same columns measured 0.04 nats better. A method that sees no tokens knows no frequencies and takes the largest.
     """
-    if "A" not in u.layer.state:
+    state = u.layer.state
+    if "A" not in state:
         return u.update.square().mean(dim=0).amax().sqrt()
-    frequencies = u.layer.state["A"] / u.layer.state["A"].sum()
+    if "head_A" in state:
+        return _tied_size(u)
+    frequencies = state["A"] / state["A"].sum()
     return (frequencies * u.update.square().mean(dim=0)).sum().sqrt()
+
+
+def _tied_size(u: LayerUpdate) -> Tensor:
+    """The root mean square change of what comes out of the weight, over tokens as they occur: of an entry of a vector
+    looked up or of a logit, whichever is larger.
+
+    A step that is modest for the embedding adds up over all hidden dimensions in a logit: tuned by hand, a tenth of it
+    was best at a width of 32, which is what counting the logits makes of it. The head's inputs are taken as they were
+    captured, and with them what μP or a family multiplies a tied head's inputs by.
+    """
+    state, least = u.layer.state, torch.finfo(u.update.dtype).tiny
+    # An end that no token has reached has averages of zero.
+    frequencies = state["A"] / state["A"].sum().clamp(min=least)
+    of_vectors = (frequencies * u.update.square().mean(dim=0)).sum()
+    inputs = state["head_A"] / state["head_weight"].clamp(min=least)
+    of_logits = ((inputs @ u.update) * u.update).sum() / u.update.shape[1]
+    return torch.maximum(of_vectors, of_logits).sqrt()
 
 
 def graft_sgd(updates: Sequence[LayerUpdate], settings: Settings) -> None:

@@ -205,11 +205,6 @@ def test_coverage_says_which_embeddings_and_heads_are_preconditioned() -> None:
     untied = reasons(gpt2(tie_word_embeddings=False), **BOTH)
     assert untied["transformer.wte.weight"] == ("kfac", "weight of Embedding")
     assert untied["transformer.wpe.weight"] == ("adamw", "an embedding of something else than tokens")
-    tied = reasons(gpt2(), **BOTH)
-    assert tied["transformer.wte.weight"] == (
-        "adamw",
-        "tied to the embedding: its block is a sum of two Kronecker products",
-    )
 
 
 def test_an_embedding_that_scales_falls_back() -> None:

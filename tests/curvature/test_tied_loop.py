@@ -1,0 +1,88 @@
+"""A tiny Llama whose embedding is its head, in a plain loop with both preconditioned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from curvature.test_plain_loop import batches, distance, train, trained
+from helpers import assert_same_parameters, in_float64, llama
+from torch import nn
+
+import hf_so2
+
+METHODS = ("kfac", "ekfac", "tkfac", "tekfac")
+BOTH: dict[str, Any] = {"precondition_embeddings": True, "precondition_head": True}
+RATES = {"lr": 0.01, "fallback_learning_rate": 0.01}
+
+
+def tied(**changes: Any) -> nn.Module:
+    return llama(tie_word_embeddings=True, **changes).train()
+
+
+@pytest.mark.parametrize("settings", [{}, {"head_output_factor": "diagonal"}, {"weight_sharing": "reduce"}], ids=str)
+def test_the_split_of_a_batch_changes_nothing(settings: dict[str, str]) -> None:
+    data, start = batches(), in_float64(tied())
+    options = {**BOTH, **RATES, **settings}
+    whole, _ = trained("kfac", data, model=in_float64(tied()), **options)
+    halves, _ = trained("kfac", data, 2, model=in_float64(tied()), **options)
+    assert distance(halves, whole, start) < 1e-8
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_changes_nothing(reentrant: bool) -> None:
+    data, recomputed = batches(), tied()
+    recomputed.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant:
+        recomputed.enable_input_require_grads()
+    trained("kfac", data, model=recomputed, **BOTH)
+    assert_same_parameters(recomputed, trained("kfac", data, model=tied(), **BOTH)[0])
+
+
+@pytest.mark.parametrize("damping_rule", ["trace", "constant"])
+@pytest.mark.parametrize("name", METHODS)
+def test_mup_at_the_base_width_is_the_standard_parametrization_bit_for_bit(name: str, damping_rule: str) -> None:
+    data, settings = batches(count=3), {**BOTH, "damping_rule": damping_rule}
+    plain, _ = trained(name, data, model=tied(), **settings)
+    mup, _ = trained(f"{name}_mup", data, model=tied(), base_config=tied().config, **settings)
+    assert_same_parameters(mup, plain)
+
+
+def test_state_dict_resumes_bit_for_bit(tmp_path: Path) -> None:
+    data = batches(count=6)
+    model, optimizer = trained("kfac", data[:3], model=tied(), **BOTH)
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "state.pt")
+    train(model, optimizer, data[3:])
+    saved = torch.load(tmp_path / "state.pt", weights_only=True)
+    resumed = tied()
+    other = hf_so2.build_optimizer("kfac", resumed, **BOTH)
+    resumed.load_state_dict(saved["model"])
+    other.load_state_dict(saved["optimizer"])
+    train(resumed, other, data[3:])
+    assert_same_parameters(resumed, model)
+
+
+@pytest.mark.parametrize("norm_control", ["spectral", "kl_clip", "graft_adam"])
+@pytest.mark.parametrize("name", METHODS)
+def test_the_loss_falls_at_the_defaults(name: str, norm_control: str) -> None:
+    model, (tokens,) = tied(), batches(count=1)
+    optimizer = hf_so2.build_optimizer(name, model, norm_control=norm_control, **BOTH)
+    with torch.no_grad():
+        first = float(model(input_ids=tokens, labels=tokens).loss)
+    train(model, optimizer, [tokens] * 15)
+    assert optimizer.curvature.layers["model.embed_tokens.weight"].steps == 15
+    with torch.no_grad():
+        assert float(model(input_ids=tokens, labels=tokens).loss) < 0.8 * first
+
+
+def test_damping_adapts() -> None:
+    model, (tokens,) = tied(), batches(count=1)
+    optimizer = hf_so2.build_optimizer("kfac", model, adaptive_damping=True, norm_control="kl_clip", **BOTH)
+    for _ in range(3):
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.reevaluate_with(lambda: model(input_ids=tokens, labels=tokens).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert optimizer.telemetry()["curvature/reduction_ratio"] > 0
