@@ -88,7 +88,8 @@ class Tied(CurvatureBlock):
 
     def damped_factors(self, state: State, damping: Damping) -> dict[str, tuple[Tensor, Tensor]]:
         """The same, each with its ρ: of the embedding by `damping`, of the head by `damping.head` if there is one."""
-        factors, found = self.factors(state), {}
+        factors = self.factors(state)
+        found: dict[str, tuple[Tensor, Tensor]] = {}
         for prefix, rule in ((EMBEDDING, damping), (HEAD, damping.head or damping)):
             if f"{prefix}A" in factors:
                 a, b = factors[f"{prefix}A"], factors[f"{prefix}B"]
@@ -98,7 +99,8 @@ class Tied(CurvatureBlock):
 
     def mean_blocks(self, state: State, damping: Damping) -> dict[str, tuple[Tensor, Tensor]]:
         """By end: its damped block for an average token, (hidden, hidden), and how much of it each token has."""
-        damped, found = self.damped_factors(state, damping), {}
+        damped = self.damped_factors(state, damping)
+        found: dict[str, tuple[Tensor, Tensor]] = {}
         for prefix, (along_vocabulary, along_hidden) in _SIDES.items():
             if prefix + along_hidden in damped:
                 (diagonal, rho), (matrix, rho_hidden) = damped[prefix + along_vocabulary], damped[prefix + along_hidden]

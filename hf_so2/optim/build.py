@@ -23,7 +23,7 @@ from hf_so2.optim.methods import Method, Site, parse_name
 from hf_so2.optim.optimizer import SecondOrderOptimizer
 from hf_so2.optim.settings import Settings
 from hf_so2.optim.statistics import Curvature, Layer
-from hf_so2.optim.width_damping import factored_damping
+from hf_so2.optim.width_damping import Multipliers, factored_damping
 
 # Without μP nothing is multiplied.
 UNSCALED = ParameterWidth("scalar", 1.0, 1.0)
@@ -191,7 +191,7 @@ def _damping(
 ) -> Damping:
     """The damping of one weight; that of a tied one is what its embedding and its head would have each."""
 
-    def of(modules: Sequence[nn.Module], epsilon: float, multipliers: Mapping[str, float]) -> Damping:
+    def of(modules: Sequence[nn.Module], epsilon: float, multipliers: Multipliers) -> Damping:
         return overrides.apply(Damping(settings.damping_rule, epsilon, **multipliers), modules)
 
     counts_tokens = treatment.adapter.one_hot and "tokens" in method.uses

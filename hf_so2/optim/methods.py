@@ -26,6 +26,7 @@ from hf_so2.errors import ConfigurationError
 from hf_so2.mup import ParameterWidth, rules
 from hf_so2.optim.settings import Settings, resolve
 from hf_so2.optim.width_damping import (
+    Multipliers,
     factored_damping,
     gradient_damping,
     single_damping,
@@ -83,7 +84,7 @@ class Method:
     lr_rule: Callable[[Settings], rules.LearningRateRule]
     first_order: str = "adamw"
     block: Callable[[Settings, Site], CurvatureBlock] | None = None
-    damping: Callable[[ParameterWidth], Mapping[str, float]] = factored_damping
+    damping: Callable[[ParameterWidth], Multipliers] = factored_damping
     uses: frozenset[str] = frozenset()
     defaults: Mapping[str, Any] = field(default_factory=dict)
     defaults_under: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -104,7 +105,7 @@ class Method:
         own = rules.two_sided(settings.exponent_a, 0) if one_sided else self.lr_rule(settings)
         return grafted.get(settings.norm_control, own)
 
-    def damping_multipliers(self, width: ParameterWidth, *, one_sided: bool = False) -> Mapping[str, float]:
+    def damping_multipliers(self, width: ParameterWidth, *, one_sided: bool = False) -> Multipliers:
         """How the damping of a weight scales with the width under the rule `constant`.
 
         Args:

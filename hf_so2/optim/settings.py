@@ -134,7 +134,7 @@ class Settings:
     )  # fmt: skip
     precondition_embeddings: bool = setting(
         False, FLAG, "Precondition the token embedding. The K-FAC family's input factor is a diagonal there: the"
-        " frequencies of the tokens.", "statistics"
+        " frequencies of the tokens. One that is tied to the head needs precondition_head as well.", "statistics"
     )  # fmt: skip
     embedding_damping: float = setting(
         1.0, POSITIVE, "Damping of both factors of a preconditioned embedding, in place of damping. Under trace the"
@@ -147,7 +147,8 @@ class Settings:
     )  # fmt: skip
     head_output_factor: str = setting(
         "identity", one_of(("identity", "diagonal")), "Output factor of a preconditioned head, which has the size of"
-        " the vocabulary: identity (the input side alone), or diagonal.", "head_output_factor"
+        " the vocabulary: identity (the input side alone; times the mean of the diagonal where the head is tied to the"
+        " embedding), or diagonal.", "head_output_factor"
     )  # fmt: skip
     precondition_biases: bool = setting(
         False, FLAG, "Precondition the biases of preconditioned weights, as one more column with an input of 1.",

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import TypedDict
 
 from hf_so2.mup import ParameterWidth, rules
 
 
-def factored_damping(width: ParameterWidth) -> Mapping[str, float]:
+class Multipliers(TypedDict, total=False):
+    """Keywords of `Damping`; 1 where left out."""
+
+    multiplier_a: float
+    multiplier_b: float
+    multiplier: float
+
+
+def factored_damping(width: ParameterWidth) -> Multipliers:
     """`ρ_A` on `A` and `ρ_B` on `B`."""
     return {
         "multiplier_a": rules.damping_multiplier("rho_A", width),
@@ -15,18 +23,18 @@ def factored_damping(width: ParameterWidth) -> Mapping[str, float]:
     }
 
 
-def trace_restricted_damping(width: ParameterWidth) -> Mapping[str, float]:
+def trace_restricted_damping(width: ParameterWidth) -> Multipliers:
     """`√λ` on both of TKFAC's factors."""
     root = rules.damping_multiplier("lambda", width) ** 0.5
     return {"multiplier_a": root, "multiplier_b": root}
 
 
-def single_damping(width: ParameterWidth) -> Mapping[str, float]:
+def single_damping(width: ParameterWidth) -> Multipliers:
     """ρ on the curvature itself."""
     return {"multiplier": rules.damping_multiplier("S", width)}
 
 
-def gradient_damping(width: ParameterWidth) -> Mapping[str, float]:
+def gradient_damping(width: ParameterWidth) -> Multipliers:
     """`ρ_R` on Shampoo's `R` and `ρ_L` on its `L`."""
     return {
         "multiplier_a": rules.damping_multiplier("rho_R", width),
@@ -34,7 +42,7 @@ def gradient_damping(width: ParameterWidth) -> Mapping[str, float]:
     }
 
 
-def whitened_damping(width: ParameterWidth) -> Mapping[str, float]:
+def whitened_damping(width: ParameterWidth) -> Multipliers:
     """On KL-Shampoo's `R` and `L`: their product is the square of an entry of the gradient, so each goes like one."""
     entry = rules.damping_multiplier("adam_eps", width)
     return {"multiplier_a": entry, "multiplier_b": entry}
