@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hf_so2.layers.adapters import Adapter
-from hf_so2.layers.rows import WEIGHT_SHARING, InputRows
+from hf_so2.layers.rows import WEIGHT_SHARING, InputRows, every
 
 Sums = dict[str, Tensor]
 Observe = Callable[[Tensor, Tensor, Sums], Sums]
@@ -34,10 +34,11 @@ class LayerSums:
     rows: int | Tensor = 0
     positions: int | Tensor = 0
 
-    def add(self, sums: Sums, rows: int | Tensor, positions: int | Tensor) -> None:
+    def add(self, sums: Sums, rows: InputRows) -> None:
         for name, value in sums.items():
-            self.sums[name] = self.sums[name].add_(value) if name in self.sums else value
-        self.rows, self.positions = self.rows + rows, self.positions + positions
+            weighted = value if rows.weight == 1 else value * rows.weight
+            self.sums[name] = self.sums[name].add_(weighted) if name in self.sums else weighted
+        self.rows, self.positions = self.rows + rows.count, self.positions + rows.positions
 
 
 @dataclass
@@ -75,6 +76,7 @@ class Capture:
         of_inputs: for every weight: the names of the sums that depend on `h` alone.
         dtypes: for every weight: the dtype of its statistics; low-precision activations are cast before the products.
         weight_sharing: a key of `hf_so2.layers.rows.WEIGHT_SHARING`.
+        stride: one of so many rows is taken, see `hf_so2.layers.rows.every`.
 
     Attributes:
         enabled: whether the next forward pass is captured. Off, a layer pays one attribute look-up per call.
@@ -87,10 +89,12 @@ class Capture:
         of_inputs: Mapping[str, Collection[str]],
         dtypes: Mapping[str, torch.dtype],
         weight_sharing: str = "expand",
+        stride: int = 1,
     ) -> None:
         self.enabled = False
         self._observers, self._of_inputs, self._dtypes = observers, of_inputs, dtypes
-        self._weight_sharing = WEIGHT_SHARING[weight_sharing]
+        sharing = WEIGHT_SHARING[weight_sharing]
+        self._weight_sharing = sharing if stride == 1 else every(stride, sharing)
         self._last_inputs: _Inputs | None = None
         self._handles: list[RemovableHandle] = []
         for name, (modules, adapter) in layers.items():
@@ -146,7 +150,7 @@ class Capture:
         # Checkpointing may run a layer inside another micro-batch's autocast region.
         with torch.autocast(delta.device.type, enabled=False):
             sums = self._observers[name](seen.rows.h, delta, known)
-        self._sums.setdefault(name, LayerSums()).add(sums, seen.rows.count, seen.rows.positions)
+        self._sums.setdefault(name, LayerSums()).add(sums, seen.rows)
         seen.sums.update({key: sums[key] for key in self._of_inputs[name]})
 
     def _seen(self, adapter: Adapter, inputs: Tensor, dtype: torch.dtype) -> _Inputs:

@@ -124,7 +124,13 @@ def build_from_settings(
         raise ConfigurationError("model", type(model).__name__, "must have a parameter that requires a gradient")
     overrides.refuse_idle()
     curvature = (
-        Curvature(layers, resolved.fisher, resolved.weight_sharing, resolved.curvature_matmul_precision)
+        Curvature(
+            layers,
+            resolved.fisher,
+            resolved.weight_sharing,
+            resolved.curvature_matmul_precision,
+            resolved.factor_token_stride,
+        )
         if layers
         else None
     )

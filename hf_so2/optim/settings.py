@@ -132,6 +132,9 @@ class Settings:
         "expand", one_of(WEIGHT_SHARING), "What counts as an example of a layer: expand (every position of a sequence)"
         " or reduce (a sequence: its mean input, its summed output gradient).", "tokens"
     )  # fmt: skip
+    factor_token_stride: int = setting(
+        1, COUNT, "Statistics from one of so many tokens: cheaper and noisier, with the same mean.", "tokens"
+    )
     precondition_embeddings: bool = setting(
         False, FLAG, "Precondition the token embedding. The K-FAC family's input factor is a diagonal there: the"
         " frequencies of the tokens. One that is tied to the head needs precondition_head as well.", "statistics"

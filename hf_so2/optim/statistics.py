@@ -99,6 +99,7 @@ class Curvature:
         fisher: `empirical` or `mc`: where the gradients of token statistics come from.
         weight_sharing: `expand` or `reduce`.
         precision: of the products, see `hf_so2.linalg.matmul_precision`.
+        token_stride: statistics of tokens are of one in so many.
 
     Attributes:
         weight_of_bias: the name of the weight that each preconditioned bias is a column of.
@@ -115,6 +116,7 @@ class Curvature:
         fisher: str = "empirical",
         weight_sharing: str = "expand",
         precision: str = "highest",
+        token_stride: int = 1,
     ) -> None:
         self.layers = {layer.name: layer for layer in layers}
         self._precision = precision
@@ -138,6 +140,7 @@ class Curvature:
             {name: end.of_inputs for name, end in self._ends.items()},
             {name: end.layer.dtype for name, end in self._ends.items()},
             weight_sharing,
+            token_stride,
         )
 
     @property

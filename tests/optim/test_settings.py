@@ -44,6 +44,7 @@ ILLEGAL: dict[str, list[Any]] = {
     ],
     "adaptive_damping": [0, 1, "yes", None],
     "factor_update_steps": COUNT,
+    "factor_token_stride": COUNT,
     "preconditioner_update_steps": COUNT,
     "fisher": ["", "MC", "exact", 1, None],
     "weight_sharing": ["", "Reduce", "sum", 1, None],
