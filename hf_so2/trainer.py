@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 
 from hf_so2.arguments import SecondOrderTrainingArguments
-from hf_so2.callbacks import DiscardStaleCaptures, ObserveLoggedSteps, second_order_optimizer
+from hf_so2.callbacks import DiscardStaleCaptures, ObserveLoggedSteps
 from hf_so2.errors import ConfigurationError
 from hf_so2.mup import apply_mup, read_mup
 from hf_so2.optim import CoverageReport, SecondOrderOptimizer
 from hf_so2.optim.build import build_from_settings
 from hf_so2.optim.methods import MUP_SUFFIX
+from hf_so2.resumable import ResumableTrainer
 
 IGNORED_LABEL = -100
 
 
-class SecondOrderTrainer(Trainer):
+class SecondOrderTrainer(ResumableTrainer):
     """A `transformers.Trainer` whose `args.optim` may be a name of `hf_so2.OPTIMIZERS`.
 
     For a `_mup` name, μP is applied to the model when the Trainer is made (and to every model of `model_init`), unless
@@ -159,36 +159,6 @@ class SecondOrderTrainer(Trainer):
         if "loss" in logs and optimizer is not None and self.args.curvature_log != "none":
             logs |= optimizer.telemetry(self.args.curvature_log)
         super().log(logs, start_time)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        optimizer = self._second_order_optimizer()
-        if optimizer is not None and self.args.should_save:
-            path = os.path.join(output_dir, self._curvature_file())
-            # A crash while writing leaves no file of that name, and so no checkpoint that looks whole and is not.
-            torch.save(optimizer.curvature_state_dict(), path + ".partial")
-            os.replace(path + ".partial", path)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        optimizer = self._second_order_optimizer()
-        if checkpoint is None or optimizer is None or not os.path.isfile(os.path.join(checkpoint, "optimizer.pt")):
-            return
-        path = os.path.join(checkpoint, self._curvature_file())
-        if not os.path.isfile(path):
-            raise ConfigurationError(
-                "resume_from_checkpoint",
-                checkpoint,
-                f"holds an optimizer but no {self._curvature_file()} beside it",
-            )
-        optimizer.load_curvature_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-
-    @staticmethod
-    def _curvature_file() -> str:
-        return "curvature.pt"
-
-    def _second_order_optimizer(self) -> SecondOrderOptimizer | None:
-        return second_order_optimizer(self.optimizer)
 
 
 def _counted_positions(inputs: Mapping[str, Any]) -> Tensor | None:

@@ -15,10 +15,9 @@ from pathlib import Path
 
 import datasets
 from transformers import PreTrainedModel
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from hf_so2 import SecondOrderTrainer, SecondOrderTrainingArguments, cli
+from hf_so2 import SecondOrderTrainer, SecondOrderTrainingArguments, checkpoints, cli
 from hf_so2.data import Corpus, DataArguments, collate_blocks, load_corpus
 from hf_so2.errors import ConfigurationError
 from hf_so2.metrics import causal_lm_metrics, summarize_logits
@@ -37,7 +36,7 @@ def main() -> None:
     model_args, data_args, args = cli.build(TYPES, flags)
     if recipe is not None:
         share_batch(args, recipe, messages)
-    checkpoint = checkpoint_to_resume(args)
+    checkpoint = checkpoints.to_resume(args.resume_from_checkpoint, args.output_dir)
     if args.process_index != 0:
         datasets.disable_progress_bars()
     logging.set_verbosity(args.get_process_log_level())
@@ -103,21 +102,6 @@ def coverage_report(trainer: SecondOrderTrainer) -> str:
     mup, coverage = read_mup(trainer.model), trainer.coverage()
     parts = [str(part) for part in (mup, coverage) if part is not None]
     return "\n\n".join(parts) or f"{trainer.args.optim.value} updates every weight; no μP multipliers."
-
-
-def checkpoint_to_resume(args: SecondOrderTrainingArguments) -> str | None:
-    """What --resume_from_checkpoint means: a checkpoint's folder, or `last`, the newest in --output_dir."""
-    wanted = args.resume_from_checkpoint
-    if wanted is None:
-        return None
-    if wanted.lower() in ("last", "true"):
-        found = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
-        if found is None:
-            raise ConfigurationError("resume_from_checkpoint", wanted, f"finds no checkpoint in {args.output_dir}")
-        return found
-    if not (Path(wanted) / "trainer_state.json").is_file():
-        raise ConfigurationError("resume_from_checkpoint", wanted, "must be the folder of a checkpoint, or `last`")
-    return wanted
 
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_same_parameters, gpt2, llama, optimizer_of, token_rows, trained
+from helpers import arguments, assert_same_parameters, gpt2, llama, optimizer_of, token_rows, trained
 from torch import Tensor, nn
+from transformers import Trainer
 
 import hf_so2
 
@@ -58,7 +59,7 @@ def test_twenty_steps_are_ten_and_ten(build: Callable[[], nn.Module], settings: 
     rows = token_rows(48, padded=True)
     whole = trained(build(), rows, tmp_path, **SCHEDULE, **settings)
     checkpoint = tmp_path / "checkpoint-10"
-    assert (checkpoint / "curvature.pt").is_file()
+    assert (checkpoint / "curvature-0-of-1.pt").is_file()
     torch.manual_seed(1234)  # the resumed run must not live on the state of this process
     resumed = trained(build(), rows, tmp_path / "again", resume=str(checkpoint), **SCHEDULE, **settings)
     assert resumed.state.global_step == 20
@@ -77,14 +78,13 @@ def test_checkpoint_reloads_as_a_model_that_resumes(tmp_path: Path) -> None:
     assert_same_parameters(resumed.model, whole.model)
 
 
-def test_missing_curvature_file_is_said(tmp_path: Path) -> None:
+def test_checkpoint_of_another_trainer_is_refused(tmp_path: Path) -> None:
+    """transformers' own Trainer saves an optimizer, but no curvature."""
     rows = token_rows(16)
     short = SCHEDULE | {"max_steps": 2, "save_steps": 2}
-    trained(llama(), rows, tmp_path, **short)
-    checkpoint = tmp_path / "checkpoint-2"
-    (checkpoint / "curvature.pt").unlink()
+    Trainer(model=llama(), args=arguments(tmp_path, **short, optim="adamw_torch"), train_dataset=rows).train()
     with pytest.raises(hf_so2.ConfigurationError, match=r"resume_from_checkpoint.*curvature"):
-        trained(llama(), rows, tmp_path / "again", resume=str(checkpoint), **SCHEDULE)
+        trained(llama(), rows, tmp_path / "again", resume=str(tmp_path / "checkpoint-2"), **short)
 
 
 def test_curvature_of_another_model_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,103 @@
+"""`ResumableTrainer`: transformers' Trainer with curvature in its checkpoints, which are complete or refused."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+
+from hf_so2 import checkpoints
+from hf_so2.callbacks import second_order_optimizer
+from hf_so2.distributed import assign
+from hf_so2.errors import ConfigurationError
+from hf_so2.optim import SecondOrderOptimizer
+
+logger = logging.getLogger(__name__)
+
+
+class ResumableTrainer(Trainer):
+    """A `transformers.Trainer` whose checkpoints are sealed with a manifest and hold what a resumed run needs.
+
+    Beside transformers' files lies the curvature, in one file per process with the layers whose refresh is assigned to
+    it. Any number of processes can go on from it.
+    """
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *positional: Any, **kwargs: Any) -> TrainOutput:
+        """As in transformers, but only ever from a complete checkpoint.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder, or True (also "true" or "last") for the newest complete one
+                in `output_dir`.
+
+        Raises:
+            ConfigurationError: the checkpoint is torn, or there is none.
+        """
+        checkpoint = checkpoints.to_resume(resume_from_checkpoint, self.args.output_dir)
+        return super().train(checkpoint, *positional, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.args.should_save:
+            checkpoints.clear(folder)
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        optimizer = self._second_order_optimizer()
+        part, parts = self._share()
+        if optimizer is not None and part < parts:
+            layers = optimizer.curvature.layers if optimizer.curvature is not None else {}
+            owners = assign({name: layer.refresh_cost for name, layer in layers.items()}, parts)
+            mine = {name for name, owner in owners.items() if owner == part}
+            checkpoints.write_curvature(Path(output_dir), optimizer.curvature_state_dict(), mine, part, parts)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # With these, all files but trainer_state.json are there, once every process has come this far.
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            parts = self._share()[1] if self._second_order_optimizer() is not None else 0
+            checkpoints.seal(Path(output_dir), self.args.world_size, parts)
+
+    def _share(self) -> tuple[int, int]:
+        """Which part of the curvature this process writes, and of how many; each node's own disk holds all of it."""
+        if self.args.save_on_each_node:
+            return int(not self.args.should_save), 1
+        return self.args.process_index, self.args.world_size
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        optimizer = self._second_order_optimizer()
+        if checkpoint is None or optimizer is None:
+            return
+        folder, ranks = Path(checkpoint), self.args.world_size
+        if not any(folder.glob("optimizer*")):
+            self._warn(
+                f"{folder} holds the model alone (save_only_model): steps are counted on from there, but the optimizer,"
+                " its curvature and the learning rate schedule start anew"
+            )
+            return
+        state = checkpoints.read_curvature(folder)
+        if state is None:
+            raise ConfigurationError(
+                "resume_from_checkpoint", checkpoint, "holds an optimizer but no curvature beside it"
+            )
+        optimizer.load_curvature_state_dict(state)
+        saved = checkpoints.world_size_of(folder)
+        if saved not in (None, ranks):
+            self._warn(
+                f"{folder} was saved by {saved} process(es) and {ranks} go on: random numbers (dropout, sampled labels)"
+                " are other ones than without the interruption"
+            )
+
+    def _warn(self, message: str) -> None:
+        if self.is_world_process_zero():
+            logger.warning(message)
+
+    def _second_order_optimizer(self) -> SecondOrderOptimizer | None:
+        return second_order_optimizer(self.optimizer)
