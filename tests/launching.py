@@ -14,7 +14,7 @@ TORCHRUN = ["torch.distributed.run", "--master_port=0", "--rdzv_endpoint=localho
 ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--main_process_port=0"]
 
 
-def launch(launcher: list[str], ranks: int, program: Path, *arguments: object, timeout: float = 120) -> tuple[int, str]:
+def launch(launcher: list[str], ranks: int, program: Path, *arguments: object, timeout: float = 300) -> tuple[int, str]:
     """The exit code and everything that was printed.
 
     Raises:

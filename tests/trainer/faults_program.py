@@ -1,4 +1,4 @@
-"""One rank of `test_ranks_and_checkpoints.py` and `test_faults.py`: does what its first argument names."""
+"""One rank of `test_faults.py`: does what its arguments name, one after the other."""
 
 from __future__ import annotations
 
@@ -94,30 +94,26 @@ def state_of(trainer: hf_so2.SecondOrderTrainer) -> dict[str, Any]:
     }
 
 
-def resume_at_once(output: Path, ranks: int) -> dict[str, Any]:
+def resume_and_go_wrong(output: Path, ranks: int) -> dict[str, Any]:
     whole = train(output / "whole", ranks)
     torch.manual_seed(1234)  # the resumed run must not live on the state of this process
     resumed = train(output / "again", ranks, resume=str(output / "whole" / "checkpoint-2"))
-    return {"whole": state_of(whole), "resumed": state_of(resumed)}
-
-
-def resume_from(output: Path, ranks: int) -> dict[str, Any]:
-    return {"resumed": state_of(train(output / "again", ranks, resume=str(output / "checkpoint")))}
-
-
-def go_wrong(output: Path, ranks: int) -> dict[str, Any]:
+    results = {"whole": state_of(whole), "resumed": state_of(resumed)}
     halved = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": GLOBAL_BATCH // ranks // 2}
-    return {
-        act.__name__: state_of(train(output, ranks, [Once(act)], save_strategy="no", **halved))
-        for act in (poison, overflow)
-    }
+    for act in (poison, overflow):
+        results[act.__name__] = state_of(train(output, ranks, [Once(act)], save_strategy="no", **halved))
+    return results
 
 
-def raise_on_one(output: Path, ranks: int) -> dict[str, Any]:
-    return state_of(train(output, ranks, [Once(fail)]))
+def raise_on_one(output: Path, ranks: int) -> None:
+    train(output, ranks, [Once(fail)])
 
 
-def die_in_a_save(output: Path, ranks: int) -> dict[str, Any]:
+def resume(output: Path, ranks: int) -> dict[str, Any]:
+    return state_of(train(output / "again", ranks, resume=str(output / "checkpoint")))
+
+
+def die_in_a_save(output: Path, ranks: int) -> None:
     """Rank 1 is killed in the save of step 4, when it is about to write its share."""
 
     class Die(TrainerCallback):
@@ -127,17 +123,18 @@ def die_in_a_save(output: Path, ranks: int) -> dict[str, Any]:
                     os.getpid(), signal.SIGKILL
                 )
 
-    return state_of(train(output, ranks, [Die()]))
+    train(output, ranks, [Die()])
 
 
-def main(scenario: str, output: Path) -> None:
+def main(output: Path, *scenarios: str) -> None:
     torch.set_num_threads(1)
     ranks = int(os.environ["WORLD_SIZE"])
-    result = globals()[scenario](output, ranks)
-    torch.save(result, output / f"rank-{torch.distributed.get_rank()}.pt")
-    torch.distributed.barrier()
+    for scenario in scenarios:
+        result = globals()[scenario](output, ranks)
+        torch.save(result, output / f"{scenario}-{os.environ['RANK']}.pt")
+        torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

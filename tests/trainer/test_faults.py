@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,27 @@ from launching import ACCELERATE, TORCHRUN, launch
 sys.path.insert(0, str(Path(__file__).parent))
 import faults_program
 
-from hf_so2 import checkpoints
+from hf_so2 import SecondOrderTrainer, checkpoints
 
 PROGRAM = Path(faults_program.__file__)
 
 
-def run(scenario: str, output: Path, ranks: int = 2) -> list[dict[str, Any]]:
-    """What each rank ended with."""
-    code, log = launch(TORCHRUN, ranks, PROGRAM, scenario, output)
-    assert code == 0, log[-3000:]
-    return [torch.load(output / f"rank-{rank}.pt", weights_only=True) for rank in range(ranks)]
+@dataclass
+class Job:
+    """What several ranks left behind."""
+
+    output: Path
+    code: int
+    log: str
+
+    def results(self, scenario: str) -> list[dict[str, Any]]:
+        paths = sorted(self.output.glob(f"{scenario}-*.pt"))
+        assert paths, self.log[-3000:]
+        return [torch.load(path, weights_only=True) for path in paths]
+
+
+def run(launcher: list[str], ranks: int, output: Path, *scenarios: str) -> Job:
+    return Job(output, *launch(launcher, ranks, PROGRAM, output, *scenarios))
 
 
 def assert_equal(first: Any, second: Any) -> None:
@@ -40,92 +52,89 @@ def assert_equal(first: Any, second: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
-    output = tmp_path_factory.mktemp("two-ranks")
-    return output, run("resume_at_once", output)
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """Two ranks that train, resume, meet numbers that are none, and at last an error that rank 1 raises."""
+    return run(ACCELERATE, 2, tmp_path_factory.mktemp("job"), "resume_and_go_wrong", "raise_on_one")
 
 
-def test_two_ranks_resume_bit_for_bit(two_ranks: tuple[Path, list[dict[str, Any]]]) -> None:
-    _, (first, second) = two_ranks
-    assert_equal(first["resumed"]["parameters"], first["whole"]["parameters"])
-    assert_equal(first["resumed"]["curvature"], first["whole"]["curvature"])
-    assert_equal(first["resumed"]["losses"], first["whole"]["losses"])
-    assert_equal(first["whole"]["parameters"], second["whole"]["parameters"])
-    assert_equal(first["whole"]["curvature"], second["whole"]["curvature"])
-    assert_equal(second["resumed"]["parameters"], first["resumed"]["parameters"])
-    assert_equal(second["resumed"]["curvature"], first["resumed"]["curvature"])
+@pytest.fixture(scope="module")
+def ranks(job: Job) -> list[dict[str, Any]]:
+    results = job.results("resume_and_go_wrong")
+    assert len(results) == 2
+    return results
 
 
-def test_each_rank_writes_its_own_layers(two_ranks: tuple[Path, list[dict[str, Any]]]) -> None:
-    output, (first, _) = two_ranks
-    folder = output / "whole" / "checkpoint-6"
+def test_ranks_end_equal(ranks: list[dict[str, Any]]) -> None:
+    assert_equal(ranks[0], ranks[1])
+
+
+def test_two_ranks_resume_bit_for_bit(ranks: list[dict[str, Any]]) -> None:
+    assert_equal(ranks[0]["resumed"], ranks[0]["whole"])
+
+
+def test_each_rank_writes_its_own_layers(job: Job, ranks: list[dict[str, Any]], tmp_path: Path) -> None:
+    folder = shutil.copytree(job.output / "whole" / "checkpoint-6", tmp_path / "checkpoint-6")
     assert checkpoints.world_size_of(folder) == 2
     shares = [torch.load(folder / f"curvature-{rank}-of-2.pt", weights_only=True) for rank in (0, 1)]
     layers = [set(share["curvature"]["layers"]) for share in shares]
     assert all(layers)
     assert not layers[0] & layers[1]
-    assert layers[0] | layers[1] == set(first["whole"]["curvature"]["curvature"]["layers"])
-    whole = checkpoints.read_curvature(folder)
-    assert_equal(whole, first["whole"]["curvature"])
+    assert_equal(checkpoints.read_curvature(folder), ranks[0]["whole"]["curvature"])
     (folder / "curvature-1-of-2.pt").unlink()
     assert checkpoints.fault_of(folder) == "curvature-1-of-2.pt is missing"
 
 
-def continue_alone(output: Path, two_ranks: tuple[Path, list[dict[str, Any]]]) -> Any:
-    return faults_program.train(output, 1, resume=str(two_ranks[0] / "whole" / "checkpoint-2"))
+def continue_alone(output: Path, job: Job) -> SecondOrderTrainer:
+    return faults_program.train(output, 1, resume=str(job.output / "whole" / "checkpoint-2"))
 
 
 def test_one_process_goes_on_from_two(
-    two_ranks: tuple[Path, list[dict[str, Any]]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    job: Job, ranks: list[dict[str, Any]], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    trainer = continue_alone(tmp_path, two_ranks)
-    assert faults_program.losses(trainer) == pytest.approx(two_ranks[1][0]["whole"]["losses"], abs=1e-6)
-    assert optimizer_of(trainer).steps == 6
+    trainer = continue_alone(tmp_path, job)
+    assert faults_program.losses(trainer) == pytest.approx(ranks[0]["whole"]["losses"], abs=1e-6)
+    assert len(faults_program.losses(trainer)) == optimizer_of(trainer).steps == 6
     (message,) = [record.getMessage() for record in caplog.records if record.name.startswith("hf_so2")]
     assert "was saved by 2 process(es) and 1 go on" in message
 
 
 @pytest.mark.slow
-def test_four_ranks_go_on_from_one_that_went_on_from_two(
-    two_ranks: tuple[Path, list[dict[str, Any]]], tmp_path: Path
-) -> None:
-    continue_alone(tmp_path / "one", two_ranks)
+def test_four_ranks_go_on_from_one_that_went_on_from_two(job: Job, ranks: list[dict[str, Any]], tmp_path: Path) -> None:
+    continue_alone(tmp_path / "one", job)
     shutil.copytree(tmp_path / "one" / "checkpoint-4", tmp_path / "checkpoint")
-    ranks = run("resume_from", tmp_path, ranks=4)
-    for rank in ranks:
-        assert rank["resumed"]["losses"] == pytest.approx(two_ranks[1][0]["whole"]["losses"], abs=1e-6)
-        assert_equal(rank["resumed"]["parameters"], ranks[0]["resumed"]["parameters"])
+    four = run(TORCHRUN, 4, tmp_path, "resume").results("resume")
+    assert len(four) == 4
+    for rank in four:
+        assert_equal(rank, four[0])
+        assert rank["losses"] == pytest.approx(ranks[0]["whole"]["losses"], abs=1e-6)
 
 
-def test_what_goes_wrong_on_one_rank_is_left_out_on_all(tmp_path: Path) -> None:
-    """In the first of two micro-batches, which no rank hears of before the second is reduced."""
-    first, second = run("go_wrong", tmp_path)
-    assert_equal(first, second)
-    counters = {name: state["curvature"] for name, state in first.items()}
-    assert [(c["steps"], c["skipped_steps"]) for c in counters.values()] == [(5, 1), (6, 0)]
-    assert [c["curvature"]["dropped_statistics"] for c in counters.values()] == [0, 1]
-    updates = {name: layer["updates"] for name, layer in counters["overflow"]["curvature"]["layers"].items()}
+def test_what_goes_wrong_on_one_rank_is_left_out_on_all(ranks: list[dict[str, Any]]) -> None:
+    """In the first of two micro-batches, which the other rank hears nothing of before the second."""
+    poisoned, overflowed = (ranks[0][name] for name in ("poison", "overflow"))
+    counters = [state["curvature"] for state in (poisoned, overflowed)]
+    assert [(c["steps"], c["skipped_steps"]) for c in counters] == [(5, 1), (6, 0)]
+    assert [c["curvature"]["dropped_statistics"] for c in counters] == [0, 1]
+    updates = {name: layer["updates"] for name, layer in overflowed["curvature"]["curvature"]["layers"].items()}
     assert {name for name, count in updates.items() if count == 5} == {"model.layers.0.mlp.down_proj.weight"}
     assert set(updates.values()) == {5, 6}
-    for state in first.values():
+    for state in (poisoned, overflowed):
         assert all(torch.isfinite(tensor).all() for tensor in state["parameters"].values())
 
 
-def test_a_rank_that_raises_ends_the_job_with_its_error(tmp_path: Path) -> None:
-    """A hang is a failure of this test: the launcher is given a minute, of which it needs a few seconds."""
-    code, log = launch(ACCELERATE, 2, PROGRAM, "raise_on_one", tmp_path, timeout=60)
-    assert code != 0
-    assert "RuntimeError: rank 1 has a problem" in log
-    assert not list(tmp_path.glob("rank-*.pt"))
+def test_a_rank_that_raises_ends_the_job_with_its_error(job: Job, ranks: list[dict[str, Any]]) -> None:
+    """A hang would end in a timeout of the launcher instead."""
+    assert len(ranks) == 2
+    assert job.code != 0
+    assert "RuntimeError: rank 1 has a problem" in job.log
+    assert not list(job.output.glob("raise_on_one-*.pt"))
 
 
 @pytest.mark.slow
-def test_a_rank_killed_in_a_save_loses_that_save_alone(
-    two_ranks: tuple[Path, list[dict[str, Any]]], tmp_path: Path
-) -> None:
-    code, _ = launch(ACCELERATE, 2, PROGRAM, "die_in_a_save", tmp_path, timeout=60)
-    assert code != 0
+def test_a_rank_killed_in_a_save_loses_that_save_alone(ranks: list[dict[str, Any]], tmp_path: Path) -> None:
+    job = run(ACCELERATE, 2, tmp_path, "die_in_a_save")
+    assert job.code != 0
     assert (tmp_path / "checkpoint-4" / "model.safetensors").is_file()
     assert checkpoints.to_resume(True, tmp_path) == str(tmp_path / "checkpoint-2")
     trainer = faults_program.train(tmp_path, 1, resume=True)
-    assert faults_program.losses(trainer) == pytest.approx(two_ranks[1][0]["whole"]["losses"], abs=1e-6)
+    assert faults_program.losses(trainer) == pytest.approx(ranks[0]["whole"]["losses"], abs=1e-6)
