@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from torch import Tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_so2.distributed import world
+from hf_so2.distributed import assign, world
 from hf_so2.errors import ConfigurationError
 
 logger = logging.getLogger(__name__)
@@ -149,22 +150,25 @@ def curvature_file(part: int, parts: int) -> str:
     return CURVATURE_FILES.replace("*", "{}").format(part, parts)
 
 
-def write_curvature(folder: Path, state: Mapping[str, Any], layers: set[str], part: int, parts: int) -> None:
-    """Write one process's share of the curvature.
+def write_curvature(folder: Path, state: Mapping[str, Any], part: int, parts: int) -> None:
+    """Write one of several parts of the curvature, about as large as the others.
 
     Args:
         folder: the checkpoint.
-        state: `SecondOrderOptimizer.curvature_state_dict()`.
-        layers: those to write; every layer must be in the share of exactly one process.
-        part: number of this share.
+        state: `SecondOrderOptimizer.curvature_state_dict()`, of which every part takes other layers.
+        part: which one to write.
         parts: how many there are.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    curvature = dict(state["curvature"])
-    if curvature:
-        curvature["layers"] = {name: layer for name, layer in curvature["layers"].items() if name in layers}
-    share = {**state, "curvature": curvature}
-    _write_whole(folder / curvature_file(part, parts), lambda file: torch.save(share, file))
+    layers = state["curvature"].get("layers", {})
+    taken_by = assign({name: _bytes(layer["state"]) for name, layer in layers.items()}, parts)
+    mine = {name: layer for name, layer in layers.items() if taken_by[name] == part}
+    written = {**state, "curvature": state["curvature"] | {"layers": mine}}
+    _write_whole(folder / curvature_file(part, parts), lambda file: torch.save(written, file))
+
+
+def _bytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def read_curvature(folder: Path) -> dict[str, Any] | None:
@@ -174,12 +178,11 @@ def read_curvature(folder: Path) -> dict[str, Any] | None:
         return None
     parts = int(found.stem.rpartition("-")[2])
     paths = [folder / curvature_file(part, parts) for part in range(parts)]
-    # Mapped, not read: every rank opens all shares, and copies out of them what it keeps.
-    shares = [torch.load(path, map_location="cpu", weights_only=True, mmap=True) for path in paths]
-    whole: dict[str, Any] = shares[0]
-    for share in shares[1:]:
-        if share["curvature"]:
-            whole["curvature"]["layers"] |= share["curvature"]["layers"]
+    # Mapped, not read: every rank opens all of them, and copies what it keeps.
+    read = [torch.load(path, map_location="cpu", weights_only=True, mmap=True) for path in paths]
+    whole: dict[str, Any] = read[0]
+    for other in read[1:]:
+        whole["curvature"]["layers"] |= other["curvature"]["layers"]
     return whole
 
 

@@ -12,7 +12,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from hf_so2 import checkpoints
 from hf_so2.callbacks import second_order_optimizer
-from hf_so2.distributed import assign
 from hf_so2.errors import ConfigurationError
 from hf_so2.optim import SecondOrderOptimizer
 
@@ -22,8 +21,8 @@ logger = logging.getLogger(__name__)
 class ResumableTrainer(Trainer):
     """A `transformers.Trainer` whose checkpoints are sealed with a manifest and hold what a resumed run needs.
 
-    Beside transformers' files lies the curvature, in one file per process with the layers whose refresh is assigned to
-    it. Any number of processes can go on from it.
+    Beside transformers' files lies the curvature, in one file per process with its share of the layers. Any number of
+    processes can go on from them.
     """
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *positional: Any, **kwargs: Any) -> TrainOutput:
@@ -49,12 +48,13 @@ class ResumableTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         optimizer = self._second_order_optimizer()
+        if optimizer is None:
+            return
+        # On every process, whether it writes or not: a state that is spread over ranks is put together by all.
+        state = optimizer.curvature_state_dict()
         part, parts = self._share()
-        if optimizer is not None and part < parts:
-            layers = optimizer.curvature.layers if optimizer.curvature is not None else {}
-            owners = assign({name: layer.refresh_cost for name, layer in layers.items()}, parts)
-            mine = {name for name, owner in owners.items() if owner == part}
-            checkpoints.write_curvature(Path(output_dir), optimizer.curvature_state_dict(), mine, part, parts)
+        if part < parts:
+            checkpoints.write_curvature(Path(output_dir), state, part, parts)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -65,7 +65,7 @@ class ResumableTrainer(Trainer):
             checkpoints.seal(Path(output_dir), self.args.world_size, parts)
 
     def _share(self) -> tuple[int, int]:
-        """Which part of the curvature this process writes, and of how many; each node's own disk holds all of it."""
+        """Which part of the curvature this process writes, and of how many; each node's own disk gets it all."""
         if self.args.save_on_each_node:
             return int(not self.args.should_save), 1
         return self.args.process_index, self.args.world_size

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -121,6 +122,22 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(run: Callable[[list
         for folder in (workspace / "out", resumed)
     }
     assert steps == STEPS
+
+
+@pytest.mark.usefixtures("trained")
+def test_a_torn_checkpoint_is_refused_or_passed_over(
+    run: Callable[[list[str]], int], workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = shutil.copytree(workspace / "out", tmp_path / "out")
+    torn = output / f"checkpoint-{STEPS}"
+    (torn / "optimizer.pt").unlink()
+    assert run(flags(workspace, output_dir=output, resume_from_checkpoint=torn)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: resume_from_checkpoint=")
+    assert "optimizer.pt is missing" in error
+    assert error.count("\n") == 1
+    assert run(flags(workspace, output_dir=output, resume_from_checkpoint="true")) == 0
+    assert (torn / "optimizer.pt").is_file()
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "sgd_mup"])

@@ -83,6 +83,13 @@ def test_no_complete_checkpoint_is_an_error(output: Path) -> None:
     assert checkpoints.to_resume(None, output) is checkpoints.to_resume(False, output) is None
 
 
+def test_a_folder_without_the_files_of_other_ranks_is_not_sealed(output: Path) -> None:
+    folder = output / "checkpoint-6"
+    (folder / CURVATURE).rename(folder / "curvature-0-of-2.pt")
+    with pytest.raises(hf_so2.ConfigurationError, match=r"output_dir=.*one folder for all 2 processes"):
+        checkpoints.seal(folder, ranks=2, parts=2)
+
+
 def test_the_trainer_itself_passes_over_and_refuses(whole: hf_so2.SecondOrderTrainer, output: Path) -> None:
     (output / "checkpoint-6" / CURVATURE).unlink()
     with pytest.raises(hf_so2.ConfigurationError, match=CURVATURE):
