@@ -71,9 +71,9 @@ class ResumableTrainer(Trainer):
         return self.args.process_index, self.args.world_size
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
         optimizer = self._second_order_optimizer()
         if checkpoint is None or optimizer is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
             return
         folder, ranks = Path(checkpoint), self.args.world_size
         if not any(folder.glob("optimizer*")):
@@ -82,12 +82,13 @@ class ResumableTrainer(Trainer):
                 " its curvature and the learning rate schedule start anew"
             )
             return
-        state = checkpoints.read_curvature(folder)
-        if state is None:
+        curvature = checkpoints.read_curvature(folder)
+        if curvature is None:
             raise ConfigurationError(
                 "resume_from_checkpoint", checkpoint, "holds an optimizer but no curvature beside it"
             )
-        optimizer.load_curvature_state_dict(state)
+        super()._load_optimizer_and_scheduler(checkpoint)
+        optimizer.load_curvature_state_dict(curvature)
         saved = checkpoints.world_size_of(folder)
         if saved not in (None, ranks):
             self._warn(
