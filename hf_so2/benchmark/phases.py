@@ -8,7 +8,7 @@ from typing import Any
 from unittest import mock
 
 from hf_so2.benchmark.stopwatch import Stopwatch
-from hf_so2.optim import SecondOrderOptimizer, norm_control, statistics
+from hf_so2.optim import SecondOrderOptimizer, norm_control
 
 FORWARD_BACKWARD, APPLY = "forward+backward", "apply"
 PHASES = (FORWARD_BACKWARD, "capture", "reduce", "average", "refresh", "precondition", "norm control", APPLY)
@@ -37,8 +37,9 @@ def _places(optimizer: SecondOrderOptimizer) -> list[tuple[Any, str, str]]:
         return []
     return [
         (curvature.capture, "_observe", "capture"),
-        (statistics, "sum_over_ranks", "reduce"),
-        (statistics, "send_from_owners", "reduce"),
+        (curvature.sharing, "sum_statistics", "reduce"),
+        (curvature.sharing, "send_preconditioners", "reduce"),
+        (curvature.sharing, "send_updates", "reduce"),
         (curvature, "update", "average"),
         (curvature, "refresh", "refresh"),
         *(

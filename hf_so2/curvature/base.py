@@ -30,10 +30,12 @@ class Statistic:
             number unless labels are masked. With masked labels `Σ h hᵀ ⊗ δ δᵀ / tokens` factors into
             `(Σ h hᵀ / rows) ⊗ (Σ δ δᵀ / tokens)` for independent `h` and `δ` (Eschenhagen et al. 2023,
             arXiv 2311.00636, equation 22), and `tr A` does not depend on how many labels are masked.
+        symmetric: whether it is a symmetric matrix, wherever it is a matrix.
     """
 
     gradient_degree: int
     per: str
+    symmetric: bool = False
 
 
 class CurvatureBlock(Protocol):
@@ -72,9 +74,15 @@ class CurvatureBlock(Protocol):
     def refreshed(self) -> list[str]:
         """The names in the state that `refresh` writes: what a rank that did not refresh needs to be sent.
 
-        What comes from decomposing a factor ends in `_root` or `_basis`; its size says what the refresh costs.
+        What comes from decomposing a factor ends in `_root`, which is symmetric, or `_basis`; its size says what the
+        refresh costs.
         """
         ...
+
+    @property
+    def observed(self) -> list[str]:
+        """The names in the state whose values tokens are observed with; of the others it takes shape and dtype."""
+        return []
 
     def precondition(self, state: State, gradient: Tensor) -> Tensor:
         """`P(G)` for `G` of shape (fan_out, fan_in)."""

@@ -41,6 +41,11 @@ class Blocked(GradientBlock):
         for name in ("building_steps", "corrects_momentum"):
             object.__setattr__(self, name, getattr(self.block, name))
 
+    @property
+    def parts(self) -> list[tuple[int, int]]:
+        """(fan_out, fan_in) of every block of the matrix."""
+        return [(len(part), part.shape[1]) for _, part in self._cut(torch.empty(self.shape, device="meta"))]
+
     def init_state(self, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> State:
         state = {"weight": torch.zeros((), device=device, dtype=dtype)}
         for prefix, part in self._cut(torch.empty(shape, device="meta")):

@@ -65,6 +65,10 @@ class EKFAC(TokenBlock):
         state |= {"S": torch.zeros(shape, device=device, dtype=dtype), "rho": torch.zeros_like(state["weight"])}
         return state
 
+    @property
+    def observed(self) -> list[str]:
+        return [f"{side}_basis" for side in self.rotated]
+
     def observe(self, state: State, inputs: Tensor, gradients: Tensor, known: State | None = None) -> State:
         sums = self.moments.observe(state, self.moments.statistics, inputs, gradients, known or {})
         # Before the first refresh the bases are zero, and so is this sum.

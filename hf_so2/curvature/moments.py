@@ -56,7 +56,10 @@ def _trace_restricted_factor(state: State, name: str) -> Tensor:
 
 
 INDEPENDENT = Moments(
-    statistics={"A": Statistic(gradient_degree=0, per="rows"), "B": Statistic(gradient_degree=2, per="tokens")},
+    statistics={
+        "A": Statistic(gradient_degree=0, per="rows", symmetric=True),
+        "B": Statistic(gradient_degree=2, per="tokens", symmetric=True),
+    },
     sums={
         "A": lambda h, delta, like: second_moment(h, like),
         "B": lambda h, delta, like: second_moment(delta, like),
@@ -65,7 +68,7 @@ INDEPENDENT = Moments(
 )
 
 TRACE_RESTRICTED = Moments(
-    statistics={name: Statistic(gradient_degree=2, per="tokens") for name in ("A", "B", "tau")},
+    statistics={name: Statistic(2, per="tokens", symmetric=name != "tau") for name in ("A", "B", "tau")},
     sums={
         "A": lambda h, delta, like: second_moment(h, like, squared_length(delta)),
         "B": lambda h, delta, like: second_moment(delta, like, squared_length(h)),

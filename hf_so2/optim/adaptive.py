@@ -72,12 +72,17 @@ def _models_the_loss(block: CurvatureBlock) -> bool:
 
 
 def predicted_change(updates: Sequence[LayerUpdate]) -> float:
-    """`Σ <G, Δ> + ½ <Δ, F Δ>` over the layers, Δ being what is about to be added: momentum, clip and decay included."""
-    terms = []
-    for u in updates:
-        change = u.change()
-        terms.append((u.gradient * change).sum() + curvature_along(u.layer.block, u.layer.state, change) / 2)
-    return float(torch.stack([term.to(terms[0].device) for term in terms]).sum())
+    """`Σ <G, Δ> + ½ <Δ, F Δ>` over the layers, Δ being what is about to be added: momentum, clip and decay included.
+
+    Each rank does this for the layers that it owns; the sum is the same on all.
+    """
+    terms = updates[0].gradient.new_zeros(len(updates), dtype=torch.float64)
+    for index, u in enumerate(updates):
+        if u.layer.owned:
+            change = u.change()
+            terms[index] = (u.gradient * change).sum() + curvature_along(u.layer.block, u.layer.state, change) / 2
+    sum_over_ranks([terms])
+    return float(terms.sum())
 
 
 class AdaptiveDamping:

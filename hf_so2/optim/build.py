@@ -19,10 +19,11 @@ from hf_so2.layers.selection import Extent
 from hf_so2.mup import ParameterWidth, apply_mup, read_mup, rules
 from hf_so2.optim.coverage import Coverage, CoverageReport
 from hf_so2.optim.damping_overrides import DampingOverrides
+from hf_so2.optim.layer import Layer
 from hf_so2.optim.methods import Method, Site, parse_name
 from hf_so2.optim.optimizer import SecondOrderOptimizer
 from hf_so2.optim.settings import Settings
-from hf_so2.optim.statistics import Curvature, Layer
+from hf_so2.optim.statistics import Curvature
 from hf_so2.optim.width_damping import Multipliers, factored_damping
 
 # Without μP nothing is multiplied.
@@ -130,6 +131,8 @@ def build_from_settings(
             resolved.weight_sharing,
             resolved.curvature_matmul_precision,
             resolved.factor_token_stride,
+            gradient_worker_fraction=resolved.gradient_worker_fraction,
+            refresh_steps=resolved.preconditioner_update_steps,
         )
         if layers
         else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,7 @@ from hf_so2.curvature import State, Tied, TokenBlock
 from hf_so2.curvature.tied import EMBEDDING, HEAD, of_end
 from hf_so2.layers import Adapter
 from hf_so2.layers.adapters import LINEAR
-
-if TYPE_CHECKING:  # a layer is made of these
-    from hf_so2.optim.statistics import Layer
+from hf_so2.optim.layer import Layer
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,8 @@ class End:
 
     def no_rows(self) -> State:
         """The sums over nothing."""
-        return {name: torch.zeros_like(self.layer.state[self.prefix + name]) for name in self.block.statistics}
+        state, device = self.layer.state, self.layer.device
+        return {name: torch.zeros_like(state[self.prefix + name], device=device) for name in self.block.statistics}
 
 
 def ends_of(layer: Layer) -> list[End]:

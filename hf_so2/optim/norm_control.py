@@ -149,6 +149,9 @@ def _ratio(target: Tensor | float, norm: Tensor) -> Tensor:
     return torch.where(norm > 0, target / norm, torch.zeros_like(norm))
 
 
+# The others look at one layer at a time, and so where the layer is held, before its update is sent to other ranks.
+OF_THE_WHOLE_MODEL = frozenset({"kl_clip"})
+
 NORM_CONTROLS: dict[str, NormControl] = {
     "none": unchanged,
     "kl_clip": kl_clip,

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_so2.distributed import world
+from hf_so2.distributed import is_sharded, world
 from hf_so2.errors import ConfigurationError, TrainingDivergedError
 from hf_so2.layers import SampledCapture
 from hf_so2.optim.adaptive import AdaptiveDamping, Loss
 from hf_so2.optim.coverage import CoverageReport
 from hf_so2.optim.fallback import first_order_step
-from hf_so2.optim.norm_control import NORM_CONTROLS
+from hf_so2.optim.norm_control import NORM_CONTROLS, OF_THE_WHOLE_MODEL
 from hf_so2.optim.preconditioned import layer_update
 from hf_so2.optim.sampled_labels import generator_for, sampled_loss
 from hf_so2.optim.schedule import due
@@ -46,6 +46,9 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         curvature: statistics and preconditioners, or None for a first-order method.
         report: what was decided for every parameter.
 
+    Raises:
+        ConfigurationError: a parameter is a DTensor.
+
     Attributes:
         steps: how many updates have been made.
         skipped_steps: how many were left out because a gradient was not finite.
@@ -66,6 +69,9 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         self._generator: torch.Generator | None = None
         self._record = StepRecord()
         self._adaptive = AdaptiveDamping(curvature) if curvature is not None and settings.adaptive_damping else None
+        groups = list(groups)
+        if any(is_sharded(parameter) for group in groups for _, parameter in group["params"]):
+            raise ConfigurationError("model", "DTensor parameters", "are not supported yet; use DDP")
         super().__init__(groups, {"lr": settings.lr, "weight_decay": settings.weight_decay})
         self._schedule_capture()
 
@@ -113,7 +119,8 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         `_A` or `_B` where a block has two, and, where `observe_next_step` was called before the step, `update_rms`,
         the root mean square of the change of a weight; besides `curvature/kl_clip_factor` under that norm control, and
         `curvature/refresh_seconds`, `curvature/failed_refreshes`, `curvature/dropped_statistics`,
-        `curvature/overflowed_updates` and `curvature/skipped_steps`. This call waits for the device.
+        `curvature/overflowed_updates` and `curvature/skipped_steps`. This call waits for the device. With a
+        `gradient_worker_fraction` below 1 it is a collective: every rank has to make it.
 
         Args:
             by: `role` (`attention`, `mlp`, …: means over layers, of condition numbers the largest) or `layer`.
@@ -262,8 +269,13 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             for name in found
             if (layer := self.curvature.layers.get(name)) and not layer.building
         ]
+        control = self.settings.norm_control
+        if control not in OF_THE_WHOLE_MODEL:
+            NORM_CONTROLS[control]([update for update in updates if update.layer.held], self.settings)
+        self.curvature.sharing.send_updates((update.layer, update.update) for update in updates)
         self._record.before_norm_control(updates)
-        NORM_CONTROLS[self.settings.norm_control](updates, self.settings)
+        if control in OF_THE_WHOLE_MODEL:
+            NORM_CONTROLS[control](updates, self.settings)
         self._record.after_norm_control(updates, self.steps)
         if updates and self._adaptive is not None and due(self.steps, self.settings.preconditioner_update_steps):
             self._adaptive.apply(updates, self.steps)
@@ -297,7 +309,10 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         return layer is not None and layer.refreshes > 0
 
     def state_dict(self) -> dict[str, Any]:
-        """As in torch, with the key `curvature` beside `state` and `param_groups`."""
+        """As in torch, with the key `curvature` beside `state` and `param_groups`.
+
+        With a `gradient_worker_fraction` below 1 it is a collective: every rank has to call it, and gets it complete.
+        """
         state = super().state_dict()
         if self.curvature_in_state_dict:
             state["curvature"] = self.curvature_state_dict()
@@ -316,7 +331,11 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             self.load_curvature_state_dict(state_dict["curvature"])
 
     def curvature_state_dict(self) -> dict[str, Any]:
-        """What torch's own state cannot hold: step counters and the layers' statistics, in their own dtype."""
+        """What torch's own state cannot hold: step counters and the layers' statistics, in their own dtype.
+
+        It is the same on every rank and loads at any number of ranks and any `gradient_worker_fraction`. With one below
+        1 it is a collective: every rank has to call it.
+        """
         counters = {
             "steps": self.steps,
             "skipped_steps": self.skipped_steps,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_so2.linalg import matmul_precision
-from hf_so2.optim.statistics import Layer
+from hf_so2.optim.layer import Layer
 
 if TYPE_CHECKING:  # the settings name the norm controls of the table, and so come after it
     from hf_so2.optim.settings import Settings
@@ -25,7 +25,8 @@ class LayerUpdate:
         weight: (fan_out, fan_in) view of the parameter.
         gradient: G, the raw gradient of this step, (fan_out, fan_in), in the dtype of the statistics.
         moment: its moving average (with `momentum_order` "after", G itself): what was preconditioned.
-        update: the step's direction, (fan_out, fan_in); scaled in place by norm control.
+        update: the step's direction, (fan_out, fan_in); scaled in place by norm control. Where another rank holds the
+            layer, room for what it will send.
         group: the parameter group: `lr` and `weight_decay` with width multipliers and schedule, Adam's constants.
         bias: group and parameter of the bias that is the matrices' last column, if one is.
     """
@@ -83,8 +84,9 @@ def layer_update(
         group: its parameter group.
         parameter: with a gradient.
         bias: group and parameter of the bias that goes with it.
-        states: the optimizer's state by parameter; the `momentum_buffer` of this one is moved, (fan_out, fan_in) with
-            the bias's column where there is one.
+        states: the optimizer's state by parameter. An average of gradients is kept there as `momentum_buffer`, on
+            every rank, (fan_out, fan_in) with the bias's column where there is one. One of preconditioned gradients is
+            in the layer's state, under the same name, on the ranks that make them.
         settings: momentum, its order and Nesterov's variant.
     """
     assert parameter.grad is not None
@@ -93,18 +95,19 @@ def layer_update(
     if bias is not None:
         assert bias[1].grad is not None
         gradient = torch.cat([gradient, bias[1].grad.to(dtype).unsqueeze(1)], dim=1)
-    if "momentum_buffer" not in state:
-        shape = parameter.shape if bias is None else gradient.shape
-        state["momentum_buffer"] = parameter.new_zeros(shape)
-    buffer = matrix(state["momentum_buffer"]) if bias is None else state["momentum_buffer"]
     layer.steps += 1
-    if settings.momentum_order == "after":
-        moment = gradient
-        # A copy, since norm control works in place and the average may be the buffer itself.
-        update = _averaged(_preconditioned(layer, gradient, settings), buffer, layer, settings).clone()
-    else:
+    moment = gradient
+    if settings.momentum_order == "before":
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = parameter.new_zeros(parameter.shape if bias is None else gradient.shape)
+        buffer = matrix(state["momentum_buffer"]) if bias is None else state["momentum_buffer"]
         moment = _averaged(gradient, buffer, layer, settings)
-        update = _preconditioned(layer, moment, settings)
+    update = _preconditioned(layer, moment, settings) if layer.held else torch.zeros_like(moment)
+    if settings.momentum_order == "after" and layer.held:
+        if "momentum_buffer" not in layer.state:
+            layer.state["momentum_buffer"] = torch.zeros_like(update)
+        # A copy, since norm control works in place and the average may be the buffer itself.
+        update = _averaged(update, layer.state["momentum_buffer"], layer, settings).clone()
     return LayerUpdate(layer, matrix(parameter), gradient, moment, update, group, bias)
 
 

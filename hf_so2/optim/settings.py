@@ -24,6 +24,7 @@ Check = tuple[Callable[[Any], bool], str]
 POSITIVE: Check = (lambda x: _is_number(x) and x > 0, "must be a number above 0")
 NOT_NEGATIVE: Check = (lambda x: _is_number(x) and x >= 0, "must be a number of at least 0")
 FRACTION: Check = (lambda x: _is_number(x) and 0 <= x < 1, "must be a number in [0, 1)")
+SHARE: Check = (lambda x: _is_number(x) and 0 <= x <= 1, "must be a number in [0, 1]")
 FLAG: Check = (lambda x: isinstance(x, bool), "must be true or false")
 COUNT: Check = (lambda x: _is_integer(x) and x >= 1, "must be a whole number of at least 1")
 
@@ -195,6 +196,12 @@ class Settings:
     curvature_matmul_precision: str = setting(
         "highest", one_of(MATMUL_PRECISIONS), "Products of the statistics and of preconditioning: highest (as torch is"
         " set) or medium (float32 inputs are rounded, to bfloat16 on a CPU and TF32 on a GPU; sums are float32).",
+        "curvature"
+    )  # fmt: skip
+    gradient_worker_fraction: float = setting(
+        1.0, SHARE, "Share of the ranks that hold a layer's statistics and preconditioner, rounded up to a number that"
+        " divides the ranks: 1 (all) sends fresh preconditioners to all, less sends preconditioned gradients at every"
+        " step instead, and 0 leaves each layer to one rank. Memory and traffic of either end: docs/scaling.md.",
         "curvature"
     )  # fmt: skip
     skip_modules: tuple[str, ...] = setting(

@@ -5,90 +5,27 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from hf_so2.curvature import CurvatureBlock, GradientBlock, State
+from hf_so2.curvature import GradientBlock, State
 from hf_so2.damping import Damping
-from hf_so2.distributed import assign, send_from_owners, sum_over_ranks, world
+from hf_so2.distributed import sum_over_ranks
 from hf_so2.errors import TrainingDivergedError
-from hf_so2.layers import Adapter, Capture, SampledCapture
+from hf_so2.layers import Capture, SampledCapture
 from hf_so2.layers.capture import LayerSums
 from hf_so2.linalg import DecompositionError, matmul_precision
 from hf_so2.optim.ends import End, ends_of
+from hf_so2.optim.layer import COUNTERS, Layer
+from hf_so2.optim.sharing import Sharing
 
 logger = logging.getLogger(__name__)
 
 # A layer whose factors cannot be decomposed keeps its last preconditioner; one that never recovers is a bug or a
 # diverged run, and going on would hide it.
 MAX_FAILURES_IN_A_ROW = 10
-
-# What a layer counts and a checkpoint keeps.
-COUNTERS = ("updates", "refreshes", "failures", "steps", "overflows")
-
-# How a block calls what it gets from decomposing a factor.
-DECOMPOSED = ("_root", "_basis")
-
-
-@dataclass
-class Layer:
-    """A preconditioned weight.
-
-    Args:
-        name: qualified name of the parameter.
-        shape: (fan_out, fan_in), the column of its bias included.
-        block: its curvature method.
-        modules: the modules whose calls use it.
-        adapter: how they store it.
-        damping: rule, strength and width multipliers.
-        device: where the statistics live.
-        dtype: float32, or float64 for a float64 weight.
-        bias: the parameter that is the last column of the matrix.
-        head: of a tied weight, the modules that use it as an output head; `modules` are its embeddings.
-        state: the block's tensors.
-        updates: how often its statistics have been updated.
-        refreshes: how many preconditioners have been built; until the first, the weight is in the fallback.
-        failures: how many refreshes in a row have failed.
-        steps: how many second-order updates its weight has had.
-        overflows: how many of them were left at zero because the preconditioned gradient was not finite.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    block: CurvatureBlock
-    modules: Sequence[nn.Module]
-    adapter: Adapter
-    damping: Damping
-    device: torch.device
-    dtype: torch.dtype
-    bias: str | None = None
-    head: Sequence[nn.Module] = ()
-    state: State = field(default_factory=dict)
-    updates: int = 0
-    refreshes: int = 0
-    failures: int = 0
-    steps: int = 0
-    overflows: int | Tensor = 0
-
-    @property
-    def building(self) -> bool:
-        """Whether the block still builds what its first update needs (SOAP's first basis): nothing moves until then."""
-        return self.updates <= self.block.building_steps
-
-    @property
-    def refresh_cost(self) -> int:
-        """What a refresh costs relative to other layers' ones: a factor is decomposed at cubic cost."""
-        found = (self.state[name] for name in self.block.refreshed if name.endswith(DECOMPOSED))
-        return sum(len(matrix) ** 3 for matrix in found if matrix.ndim == 2)
-
-    def move_to(self, device: torch.device) -> None:
-        """Follow a model that was moved after its optimizer had been built."""
-        if self.device != device:
-            self.device = device
-            self.state = {name: tensor.to(device) for name, tensor in self.state.items()}
 
 
 class Curvature:
@@ -100,8 +37,11 @@ class Curvature:
         weight_sharing: `expand` or `reduce`.
         precision: of the products, see `hf_so2.linalg.matmul_precision`.
         token_stride: statistics of tokens are of one in so many.
+        gradient_worker_fraction: of the ranks that hold a layer.
+        refresh_steps: steps between refreshes, which are balanced with the work of every step.
 
     Attributes:
+        sharing: who holds which layer.
         weight_of_bias: the name of the weight that each preconditioned bias is a column of.
         dropped_statistics: how many times a layer's statistics were not finite and were left out.
         failed_refreshes: how many times a layer kept its last preconditioner because a new one could not be computed.
@@ -117,6 +57,9 @@ class Curvature:
         weight_sharing: str = "expand",
         precision: str = "highest",
         token_stride: int = 1,
+        *,
+        gradient_worker_fraction: float = 1.0,
+        refresh_steps: int = 1,
     ) -> None:
         self.layers = {layer.name: layer for layer in layers}
         self._precision = precision
@@ -125,8 +68,7 @@ class Curvature:
         self.failed_refreshes = 0
         self.refresh_seconds = 0.0
         self.damping_factor, self.adapted_at = 1.0, 0
-        for layer in layers:
-            layer.state = layer.block.init_state(layer.shape, layer.device, layer.dtype)
+        self.sharing = Sharing(layers, gradient_worker_fraction, refresh_steps)
         self._ends: dict[str, End] = {}
         self._of_gradients: dict[str, GradientBlock] = {}
         for layer in layers:
@@ -161,21 +103,25 @@ class Curvature:
         Args:
             gradients: by name of the parameter, (fan_out, fan_in), the same on all ranks; of those that have one.
         """
+        self.sharing.settle()
         observations = self._means(*self.capture.take())
         for name, block in self._of_gradients.items():
             if name in gradients:
                 layer = self.layers[name]
                 with matmul_precision(self._precision):
-                    observations[name] = block.observe_gradient(layer.state, gradients[name].to(layer.dtype))
-        finite = _are_finite(list(observations.values()))
-        for (name, observation), good in zip(observations.items(), finite, strict=True):
+                    observations[name] = (
+                        block.observe_gradient(layer.state, gradients[name].to(layer.dtype)) if layer.held else {}
+                    )
+        dropped = self._not_finite(observations)
+        for name, observation in observations.items():
             layer = self.layers[name]
-            if good:
-                layer.block.update(layer.state, observation)
-                layer.updates += 1
-            else:
+            if dropped[name]:
                 self.dropped_statistics += 1
                 logger.warning("%s: the statistics of this step are not finite and were left out", name)
+                continue
+            if layer.held:
+                layer.block.update(layer.state, observation)
+            layer.updates += 1
 
     def refresh(self) -> None:
         """Rebuild every preconditioner that has statistics; each rank does its share and the results are sent round.
@@ -184,17 +130,13 @@ class Curvature:
             TrainingDivergedError: a layer has failed `MAX_FAILURES_IN_A_ROW` times in a row; on every rank alike.
         """
         started = time.perf_counter()
+        self.sharing.settle()
         due = [layer for layer in self.layers.values() if layer.updates]
-        rank, ranks = world()
-        owners = assign({layer.name: layer.refresh_cost for layer in due}, ranks)
-        errors = {layer.name: self._refresh(layer) for layer in due if owners[layer.name] == rank}
-        failed = torch.tensor([errors.get(layer.name) is not None for layer in due], dtype=torch.int64)
-        if due:
-            failed = failed.to(due[0].device)
-            sum_over_ranks([failed])
-        send_from_owners([(layer.state[k], owners[layer.name]) for layer in due for k in layer.block.refreshed])
-        for layer, has_failed in zip(due, failed.tolist(), strict=True):
-            self._count(layer, errors.get(layer.name) or "on another rank" if has_failed else None)
+        errors = {layer.name: self._refresh(layer) for layer in due if layer.owned}
+        failed = self.sharing.on_any_rank({layer.name: errors.get(layer.name) is not None for layer in due})
+        self.sharing.send_preconditioners(layer for layer in due if not failed[layer.name])
+        for layer in due:
+            self._count(layer, errors.get(layer.name) or "on another rank" if failed[layer.name] else None)
         self.refresh_seconds = time.perf_counter() - started
 
     def damping_of(self, layer: Layer) -> Damping:
@@ -229,61 +171,86 @@ class Curvature:
         A loss that is a mean over N tokens hands out `δ/N`. Whoever announces tokens also announces that factor, and
         the capture has undone it already; otherwise N is the number of positions that the layer saw.
         """
-        packed: dict[str, tuple[State, Tensor, Tensor]] = {}
-        for name, end in self._ends.items():
-            layer = end.layer
-            seen = captured.get(name) or LayerSums()
-            # Clones: `tokens` is one number for all layers, and the in-place sum would add it up once per layer.
-            rows = torch.as_tensor(seen.rows, device=layer.device, dtype=torch.int64).clone()
-            count = seen.positions if tokens is None else tokens
-            count = torch.as_tensor(count, device=layer.device, dtype=torch.int64).clone()
-            sums = seen.sums or end.no_rows()
-            if tokens is None:
-                for key, statistic in end.block.statistics.items():
-                    if statistic.gradient_degree:
-                        sums[key].mul_(count**statistic.gradient_degree)
-            packed[name] = sums, rows, count
-        sum_over_ranks([t for sums, rows, count in packed.values() for t in (*sums.values(), rows, count)])
-        means: dict[str, State] = {}
-        for name, (sums, rows, count) in packed.items():
-            if bool(rows > 0):
-                divisors = {"rows": rows, "tokens": count.clamp(min=1)}
-                end = self._ends[name]
-                means.setdefault(end.layer.name, {}).update(
-                    (end.prefix + key, sums[key].div_(divisors[s.per])) for key, s in end.block.statistics.items()
+        taken = {name: captured.get(name) or LayerSums() for name in self._ends}
+        counts = self._counted(taken, tokens)
+        seen = {name: end for name, end in self._ends.items() if counts[name][0]}
+        sums = {name: self._sums(end, taken[name], tokens) for name, end in seen.items()}
+        self.sharing.sum_statistics((end.layer, end.block.statistics, sums[name]) for name, end in seen.items())
+        means: dict[str, State] = {end.layer.name: {} for end in seen.values()}
+        for name, end in seen.items():
+            if end.layer.held:
+                rows, count = counts[name]
+                divisors = {"rows": rows, "tokens": max(count, 1)}
+                means[end.layer.name].update(
+                    (end.prefix + key, sums[name][key].div_(divisors[s.per])) for key, s in end.block.statistics.items()
                 )
         return means
 
+    @staticmethod
+    def _sums(end: End, seen: LayerSums, tokens: int | Tensor | None) -> State:
+        """What this rank has seen of a layer, `c` undone; zeros where it has seen nothing."""
+        if not seen.sums:
+            return end.no_rows()
+        if tokens is None:
+            for key, statistic in end.block.statistics.items():
+                if statistic.gradient_degree:
+                    seen.sums[key].mul_(seen.positions**statistic.gradient_degree)
+        return seen.sums
+
+    def _counted(self, taken: Mapping[str, LayerSums], tokens: int | Tensor | None) -> dict[str, tuple[int, int]]:
+        """Rows of each layer and tokens of its loss, over all ranks; one transfer to the host."""
+        if not taken:
+            return {}
+        device = self._ends[next(iter(taken))].layer.device
+        mine = [(seen.rows, seen.positions if tokens is None else tokens) for seen in taken.values()]
+        counts = torch.stack([torch.as_tensor(n, device=device, dtype=torch.int64) for pair in mine for n in pair])
+        sum_over_ranks([counts])
+        rows_and_tokens = counts.view(-1, 2).tolist()
+        return {name: (rows, count) for name, (rows, count) in zip(taken, rows_and_tokens, strict=True)}
+
+    def _not_finite(self, observations: Mapping[str, State]) -> dict[str, bool]:
+        """Which observations hold a number that is not finite, on a rank that holds the layer."""
+        held = {name: observation for name, observation in observations.items() if self.layers[name].held}
+        finite = dict(zip(held, _are_finite(list(held.values())), strict=True))
+        flags = {name: not finite.get(name, True) for name in observations}
+        return self.sharing.on_any_rank(flags) if self.sharing.is_spread else flags
+
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain numbers only, keyed by layer name; loads with `torch.load(weights_only=True)`."""
+        """Tensors and plain numbers only, keyed by layer name; loads with `torch.load(weights_only=True)`.
+
+        It is the same on every rank and loads at any number of ranks. Where layers are spread over ranks this is a
+        collective: every rank has to call it, and gets all tensors in host memory.
+        """
+        states = self.sharing.complete_states()
+        overflows = self.sharing.from_all({x.name: int(x.overflows) for x in self.layers.values() if x.owned})
+        counters = {
+            name: {key: int(getattr(layer, key)) for key in COUNTERS if key != "overflows"}
+            for name, layer in self.layers.items()
+        }
         return {
             "dropped_statistics": self.dropped_statistics,
             "failed_refreshes": self.failed_refreshes,
             "damping_factor": self.damping_factor,
             "adapted_at": self.adapted_at,
             "layers": {
-                name: {**{key: int(getattr(layer, key)) for key in COUNTERS}, "state": dict(layer.state)}
-                for name, layer in self.layers.items()
+                name: {**counters[name], "overflows": overflows[name], "state": states[name]} for name in self.layers
             },
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned.
+        """Restore what `state_dict` returned; a rank takes what it holds.
 
         Raises:
             ValueError: the saved layers are not those of this model, or were saved by another method.
         """
+        self.sharing.settle()
         saved = state["layers"]
         if saved.keys() != self.layers.keys():
             odd = sorted(saved.keys() ^ self.layers.keys())
             raise ValueError(f"the saved curvature is of other layers than the model's: {', '.join(odd[:5])}")
         for name, entry in saved.items():
             layer = self.layers[name]
-            for key, expected in layer.block.init_state(layer.shape, torch.device("meta"), layer.dtype).items():
-                shape = entry["state"][key].shape if key in entry["state"] else None
-                if shape != expected.shape:
-                    raise ValueError(f"{name}: saved {key} has shape {shape}, expected {expected.shape}")
-            layer.state = {key: value.to(layer.device, layer.dtype, copy=True) for key, value in entry["state"].items()}
+            layer.load_state(entry["state"])
             for key in COUNTERS:
                 setattr(layer, key, int(entry[key]))
         self.dropped_statistics = int(state["dropped_statistics"])

@@ -20,8 +20,9 @@ from hf_so2.curvature import sides as two_sided
 from hf_so2.curvature.shampoo import normalisation
 from hf_so2.damping import Damping
 from hf_so2.linalg import DecompositionError, spectral_norm
+from hf_so2.optim.layer import Layer
 from hf_so2.optim.preconditioned import LayerUpdate
-from hf_so2.optim.statistics import Curvature, Layer
+from hf_so2.optim.statistics import Curvature
 
 # The cost of these products grows with the square of a factor, of an eigendecomposition with the cube; 1 % off at most.
 ITERATIONS, DIRECTIONS = 8, 16
@@ -44,7 +45,7 @@ class StepRecord:
         enabled: whether the coming step is recorded.
         step: number of the recorded step.
         update_rms: by layer, the root mean square of the entries of its change, weight decay aside, 0-dim.
-        norm_factor: by what norm control multiplied the length of all updates, 0-dim.
+        norm_factor: by what a norm control of the whole model multiplied the length of all updates, 0-dim.
     """
 
     enabled: bool = False
@@ -54,7 +55,7 @@ class StepRecord:
     _length: Tensor | None = None
 
     def before_norm_control(self, updates: Sequence[LayerUpdate]) -> None:
-        """Take the length of all updates as the method made them."""
+        """Take the length of all updates before a norm control of the whole model."""
         if self.enabled and updates:
             self._length = _total_length(updates)
 
@@ -175,7 +176,9 @@ def _mean(values: Sequence[float]) -> float:
 
 @torch.no_grad()
 def report(curvature: Curvature, record: StepRecord, step: int, by: str) -> dict[str, float]:
-    """Every number of the log, `curvature/<role or layer>/<quantity>`.
+    """Every number of the log, `curvature/<role or layer>/<quantity>`; the same on every rank.
+
+    Where layers are spread over ranks it is a collective, since only who holds a layer can tell.
 
     Args:
         curvature: the layers; those without a preconditioner yet are left out.
@@ -183,19 +186,15 @@ def report(curvature: Curvature, record: StepRecord, step: int, by: str) -> dict
         step: the last step that was made.
         by: `role`, with means over the layers of a role (the largest of condition numbers), or `layer`.
     """
+    held = [layer for layer in curvature.layers.values() if layer.held]
+    known = {layer.name: _numbers(curvature, layer, record, step) for layer in held}
+    overflows = {layer.name: int(layer.overflows) for layer in held}
+    known, overflows = curvature.sharing.from_all(known), curvature.sharing.from_all(overflows)
     gathered: dict[str, list[float]] = {}
-    for layer in curvature.layers.values():
-        if not layer.refreshes:
-            continue
-        place = role_of(layer) if by == "role" else layer.name
-        try:
-            found = dict(spectra(layer.block, layer.state, curvature.damping_of(layer)))
-        except DecompositionError:  # under the spectral rule; the refresh has warned of it
-            found = {}
-        if record.step == step and layer.name in record.update_rms:
-            found["update_rms"] = record.update_rms[layer.name]
+    for name, found in known.items():
+        place = role_of(curvature.layers[name]) if by == "role" else name
         for quantity, value in found.items():
-            gathered.setdefault(f"curvature/{place}/{quantity}", []).append(float(value))
+            gathered.setdefault(f"curvature/{place}/{quantity}", []).append(value)
     summary = {
         key: _SUMMARIES.get(key.rpartition("/")[2].rstrip("ABLR").rstrip("_"), _mean)(values)
         for key, values in gathered.items()
@@ -204,5 +203,18 @@ def report(curvature: Curvature, record: StepRecord, step: int, by: str) -> dict
         "curvature/refresh_seconds": curvature.refresh_seconds,
         "curvature/failed_refreshes": curvature.failed_refreshes,
         "curvature/dropped_statistics": curvature.dropped_statistics,
-        "curvature/overflowed_updates": sum(int(layer.overflows) for layer in curvature.layers.values()),
+        "curvature/overflowed_updates": sum(overflows.values()),
     }
+
+
+def _numbers(curvature: Curvature, layer: Layer, record: StepRecord, step: int) -> dict[str, float]:
+    """Of one layer, by quantity; nothing before its first preconditioner."""
+    if not layer.refreshes:
+        return {}
+    try:
+        found = dict(spectra(layer.block, layer.state, curvature.damping_of(layer)))
+    except DecompositionError:  # under the spectral rule; the refresh has warned of it
+        found = {}
+    if record.step == step and layer.name in record.update_rms:
+        found["update_rms"] = record.update_rms[layer.name]
+    return {quantity: float(value) for quantity, value in found.items()}

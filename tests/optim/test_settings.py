@@ -62,6 +62,7 @@ ILLEGAL: dict[str, list[Any]] = {
     "max_preconditioner_dim": COUNT,
     "block_size": COUNT,
     "curvature_matmul_precision": ["high", "bf16", None],
+    "gradient_worker_fraction": [-0.1, 1.01, *NOT_A_NUMBER],
     "skip_modules": ["q_proj", 3, (1, 2), [None], {"q_proj": 1}],
     "adam_beta1": FRACTION,
     "adam_beta2": FRACTION,

@@ -1,0 +1,136 @@
+"""What a layer costs: FLOPs of its work, and numbers that are kept and sent for it. Pure functions of the shape.
+
+A multiplication with the addition that goes with it counts as two FLOPs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import singledispatch
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from hf_so2.curvature import EKFAC, KFAC, SOAP, Blocked, CurvatureBlock, GradientBlock, Muon, State, TokenBlock
+from hf_so2.distributed import Parcel
+
+# In units of n³. Eigenvalues and vectors by the symmetric QR algorithm, and an explicit Q of Householder's
+# factorization (Golub & Van Loan 2013, sections 8.3 and 5.2); a product of two (n, n) matrices; Cholesky's factor with
+# the inverse made from it.
+EIGENDECOMPOSITION, QR, PRODUCT, CHOLESKY_INVERSE = 9.0, 8 / 3, 2.0, 1.0
+
+# Of torch's Newton-Schulz iteration.
+MUON_STEPS = 5
+
+Shape = tuple[int, int]
+
+
+def shapes(block: CurvatureBlock, shape: Shape) -> State:
+    """The block's state without memory for it."""
+    return block.init_state(shape, torch.device("meta"), torch.float32)
+
+
+def decomposed(block: CurvatureBlock, shape: Shape) -> Iterator[tuple[str, int]]:
+    """Name and dimension of every matrix that comes from decomposing a factor; diagonals cost next to nothing."""
+    state = shapes(block, shape)
+    for name in block.refreshed:
+        if name.endswith(("_root", "_basis")) and state[name].ndim == 2:
+            yield name, len(state[name])
+
+
+@singledispatch
+def refresh_flops(block: CurvatureBlock, shape: Shape) -> float:
+    """Of one refresh: by default each factor is decomposed and put together again."""
+    return sum((EIGENDECOMPOSITION + PRODUCT) * n**3 for _, n in decomposed(block, shape))
+
+
+@refresh_flops.register
+def _(block: KFAC, shape: Shape) -> float:
+    """An inverse takes no eigendecomposition."""
+    exponents = block.exponents
+    return sum(
+        n**3 * (CHOLESKY_INVERSE if exponents[name[0]] == 1 else EIGENDECOMPOSITION + PRODUCT)
+        for name, n in decomposed(block, shape)
+    )
+
+
+@refresh_flops.register
+def _(block: EKFAC, shape: Shape) -> float:
+    """Each basis is compared with the last one, and S moves along."""
+    fan_out, fan_in = shape
+    return sum(
+        (EIGENDECOMPOSITION + PRODUCT) * n**3 + PRODUCT * n * fan_out * fan_in for _, n in decomposed(block, shape)
+    )
+
+
+@refresh_flops.register
+def _(block: SOAP, shape: Shape) -> float:
+    """As EKFAC's, but for a power step in place of most decompositions: two products and a QR factorization."""
+    fan_out, fan_in = shape
+    share = 1 / block.full_every
+    basis = share * EIGENDECOMPOSITION + (1 - share) * (2 * PRODUCT + QR)
+    return sum((basis + PRODUCT) * n**3 + PRODUCT * n * fan_out * fan_in for _, n in decomposed(block, shape))
+
+
+@refresh_flops.register
+def _(block: Blocked, shape: Shape) -> float:
+    return sum(refresh_flops(block.block, part) for part in block.parts)
+
+
+@singledispatch
+def precondition_flops(block: CurvatureBlock, shape: Shape) -> float:
+    """Of one step: a product with each root, two with each basis."""
+    fan_out, fan_in = shape
+    products = sum(n * (2 if name.endswith("_basis") else 1) for name, n in decomposed(block, shape))
+    return PRODUCT * products * fan_out * fan_in
+
+
+@precondition_flops.register
+def _(block: Muon, shape: Shape) -> float:
+    """Newton-Schulz on the smaller side: two products with the matrix and one of its squares, each time."""
+    small, large = sorted(shape)
+    return MUON_STEPS * PRODUCT * (2 * small**2 * large + small**3)
+
+
+@precondition_flops.register
+def _(block: Blocked, shape: Shape) -> float:
+    return sum(precondition_flops(block.block, part) for part in block.parts)
+
+
+def state_numbers(block: CurvatureBlock, shape: Shape) -> int:
+    """How many numbers a rank keeps that holds the layer; those of norm control and momentum aside."""
+    return sum(tensor.numel() for tensor in shapes(block, shape).values())
+
+
+def observed_numbers(block: CurvatureBlock, shape: Shape) -> int:
+    """How many of them every rank keeps."""
+    state = shapes(block, shape)
+    return sum(state[name].numel() for name in block.observed)
+
+
+def statistics_sent(block: CurvatureBlock, shape: Shape) -> int:
+    """How many numbers are added up over ranks at each update of the statistics: none where only gradients are seen,
+    which are the same on all ranks.
+    """
+    if isinstance(block, GradientBlock):
+        return 0
+    state = shapes(block, shape)
+    statistics = cast(TokenBlock, block).statistics
+    return sum(sent(state[name], symmetric=statistic.symmetric) for name, statistic in statistics.items())
+
+
+def preconditioner_sent(block: CurvatureBlock, shape: Shape) -> int:
+    """How many numbers an owner sends to the other ranks that hold the layer, at each refresh."""
+    state = shapes(block, shape)
+    return sum(sent(state[name], symmetric=is_symmetric(name)) for name in block.refreshed)
+
+
+def is_symmetric(name: str) -> bool:
+    """Whether what a refresh writes is a symmetric matrix, wherever it is a matrix."""
+    return name.endswith("_root")
+
+
+def sent(tensor: Tensor, *, symmetric: bool) -> int:
+    """How many numbers travel for a tensor: of a symmetric matrix, one triangle."""
+    return Parcel(tensor, symmetric=symmetric and tensor.ndim == 2).numel

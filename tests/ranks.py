@@ -1,0 +1,154 @@
+"""One training run for any number of ranks: what the tests of several processes compare with one process.
+
+A rank sees its share of every global batch, in two micro-batches where there are rows enough; rows have padding and
+prompts of random length, and every third batch is short, so that no two ranks see as many rows or tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from helpers import in_float64, llama, token_rows
+from torch import Tensor, nn
+
+import hf_so2
+
+STEPS = 10
+ROWS, ROWS_OF_A_SHORT_BATCH = 8, 5
+LENGTH = 6
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run.
+
+    Args:
+        name: the optimizer's.
+        fraction: its `gradient_worker_fraction`; of no meaning to a first-order method.
+        dtype: of model and statistics.
+        settings: the others.
+    """
+
+    name: str
+    fraction: float = 1.0
+    dtype: torch.dtype = torch.float64
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.fraction} {self.dtype} {dict(self.settings)}"
+
+    def is_first_order(self) -> bool:
+        return self.name.removesuffix("_mup") in ("adamw", "sgd")
+
+
+# Where momentum, norm control, damping or the form of the factors meet the sharing of work.
+SETTINGS: list[tuple[str, dict[str, Any]]] = [
+    ("kfac", {"momentum_order": "after", "norm_control": "graft_adam", "nesterov": True}),
+    ("kfac", {"norm_control": "kl_clip", "adaptive_damping": True}),
+    ("ekfac", {"precondition_embeddings": True, "precondition_head": True, "head_output_factor": "diagonal"}),
+    ("tekfac", {"factor_update_steps": 2, "norm_control": "graft_sgd"}),
+    ("shampoo", {"block_size": 10, "norm_control": "kl_clip"}),
+    ("soap", {"max_preconditioner_dim": 16, "precondition_head": True}),
+]
+
+
+def model_for(case: Case) -> nn.Module:
+    """One layer, 16 wide; twice that for μP, whose base is 16 wide."""
+    width = 32 if case.name.endswith("_mup") else 16
+    model = llama(width, num_hidden_layers=1)
+    if case.dtype == torch.float64:
+        in_float64(model)
+    return model
+
+
+def optimizer_for(case: Case, model: nn.Module) -> hf_so2.SecondOrderOptimizer:
+    settings = {"preconditioner_update_steps": 3, **case.settings}
+    if case.name.removesuffix("_mup") == "muon" or case.is_first_order():
+        del settings["preconditioner_update_steps"]
+    if not case.is_first_order():
+        settings["gradient_worker_fraction"] = case.fraction
+    if case.name.endswith("_mup"):
+        settings["base_config"] = llama(16, num_hidden_layers=1).config
+    return hf_so2.build_optimizer(case.name, model, **settings)
+
+
+def batch(step: int) -> list[dict[str, Tensor]]:
+    rows = token_rows(ROWS if step % 3 else ROWS_OF_A_SHORT_BATCH, LENGTH, padded=True, seed=step)
+    assert any((row["labels"] == -100).any() for row in rows)
+    return rows
+
+
+def counted(rows: list[dict[str, Tensor]]) -> int:
+    return sum(int((row["labels"][1:] != -100).sum()) for row in rows)
+
+
+def loss_sum(model: nn.Module, rows: list[dict[str, Tensor]]) -> Tensor:
+    """Of all tokens that have a label."""
+    inputs, mask, labels = (torch.stack([row[k] for row in rows]) for k in ("input_ids", "attention_mask", "labels"))
+    logits = model(input_ids=inputs, attention_mask=mask).logits[:, :-1]
+    return nn.functional.cross_entropy(
+        logits.reshape(-1, logits.shape[-1]), labels[:, 1:].reshape(-1), ignore_index=-100, reduction="sum"
+    )
+
+
+def train(
+    case: Case,
+    rank: int = 0,
+    ranks: int = 1,
+    *,
+    wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
+    steps: range = range(STEPS),
+    resume: Mapping[str, Any] | None = None,
+) -> tuple[nn.Module, hf_so2.SecondOrderOptimizer]:
+    """Train on this rank's share of every batch.
+
+    Args:
+        wrap: makes the model one that averages gradients over ranks.
+        resume: `model` and `optimizer` states to go on from.
+    """
+    model = model_for(case)
+    optimizer = optimizer_for(case, model)
+    if resume is not None:
+        model.load_state_dict(resume["model"])
+        optimizer.load_state_dict(resume["optimizer"])
+    wrapped = wrap(model)
+    for step in steps:
+        rows = batch(step)
+        mine = rows[rank::ranks]
+        half = (len(mine) + 1) // 2
+        micro_batches = [part for part in (mine[:half], mine[half:]) if part]
+        scale = ranks / counted(rows)
+        for index, part in enumerate(micro_batches):
+            mask = torch.stack([row["attention_mask"] for row in part])
+            optimizer.announce(counted(part), scale, mask)
+            if optimizer.wants_loss:
+                optimizer.reevaluate_with(lambda part=part, scale=scale: loss_sum(model, part).detach() * scale)
+            is_last = index == len(micro_batches) - 1
+            silent = contextlib.nullcontext() if is_last or wrapped is model else wrapped.no_sync()
+            with silent:
+                (loss_sum(wrapped, part) * scale).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+def parameters(model: nn.Module) -> Tensor:
+    """All of them in one vector."""
+    return torch.cat([parameter.detach().reshape(-1) for parameter in model.parameters()])
+
+
+def every_name(ranks: int) -> list[Case]:
+    """Every optimizer at both ends of the knob in float64, and at the far end in float32; other settings besides."""
+    fractions = (1.0, 0.0) if ranks < 4 else (1.0, 0.5, 0.0)
+    cases = [
+        Case(name, fraction)
+        for name in hf_so2.OPTIMIZERS
+        for fraction in fractions
+        if fraction == 1.0 or not Case(name).is_first_order()
+    ]
+    cases += [Case(name, 0.0, torch.float32) for name in hf_so2.OPTIMIZERS if not name.endswith("_mup")]
+    return cases + [Case(name, 0.0, settings=settings) for name, settings in SETTINGS]
