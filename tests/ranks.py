@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 import hf_so2
 
 STEPS = 10
-ROWS, ROWS_OF_A_SHORT_BATCH = 8, 5
-LENGTH = 6
+# More tokens than dimensions: round-off in the null space of a factor would be magnified as much as damping allows.
+ROWS, ROWS_OF_A_SHORT_BATCH, LENGTH = 12, 7, 12
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Case:
     name: str
     fraction: float = 1.0
     dtype: torch.dtype = torch.float64
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: tuple[tuple[str, Any], ...] = ()
 
     def __str__(self) -> str:
         return f"{self.name} {self.fraction} {self.dtype} {dict(self.settings)}"
@@ -55,6 +55,9 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("soap", {"max_preconditioner_dim": 16, "precondition_head": True}),
 ]
 
+INTERRUPTED = Case("kfac", 0.0, settings=tuple(SETTINGS[0][1].items()))
+"""The run that is also stopped half way and resumed."""
+
 
 def model_for(case: Case) -> nn.Module:
     """One layer, 16 wide; twice that for μP, whose base is 16 wide."""
@@ -66,7 +69,7 @@ def model_for(case: Case) -> nn.Module:
 
 
 def optimizer_for(case: Case, model: nn.Module) -> hf_so2.SecondOrderOptimizer:
-    settings = {"preconditioner_update_steps": 3, **case.settings}
+    settings = {"preconditioner_update_steps": 3, **dict(case.settings)}
     if case.name.removesuffix("_mup") == "muon" or case.is_first_order():
         del settings["preconditioner_update_steps"]
     if not case.is_first_order():
@@ -151,4 +154,4 @@ def every_name(ranks: int) -> list[Case]:
         if fraction == 1.0 or not Case(name).is_first_order()
     ]
     cases += [Case(name, 0.0, torch.float32) for name in hf_so2.OPTIMIZERS if not name.endswith("_mup")]
-    return cases + [Case(name, 0.0, settings=settings) for name, settings in SETTINGS]
+    return cases + [Case(name, 0.0, settings=tuple(settings.items())) for name, settings in SETTINGS]

@@ -1,0 +1,34 @@
+"""One rank of `test_every_name.py`: trains every case on its share and saves where each ended."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from ranks import INTERRUPTED, STEPS, every_name, parameters, train
+
+
+def main(output: Path) -> None:
+    torch.set_num_threads(1)
+    accelerator = Accelerator(cpu=True)
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    assert ranks == torch.distributed.get_world_size()
+    wrap = accelerator.prepare_model
+    ends = {str(case): parameters(train(case, rank, ranks, wrap=wrap)[0]) for case in every_name(ranks)}
+
+    model, optimizer = train(INTERRUPTED, rank, ranks, wrap=wrap, steps=range(STEPS // 2))
+    checkpoint = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    torch.save(checkpoint, output / f"checkpoint-{rank}.pt")
+    checkpoint = torch.load(output / f"checkpoint-{rank}.pt", weights_only=True)
+    model, _ = train(INTERRUPTED, rank, ranks, wrap=wrap, steps=range(STEPS // 2, STEPS), resume=checkpoint)
+    torch.save({"ends": ends, "resumed": parameters(model)}, output / f"rank-{rank}.pt")
+    accelerator.wait_for_everyone()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,37 @@
+"""Every optimizer on several ranks of `accelerate launch` trains as in one process, wherever its curvature is held."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import relative_error
+from launching import accelerate, launch
+from ranks import INTERRUPTED, STEPS, Case, every_name, parameters, train
+
+PROGRAM = Path(__file__).with_name("every_name_program.py")
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_ranks_train_as_one_process_does(ranks: int, tmp_path: Path) -> None:
+    """Ten steps with accumulation, uneven batches and token counts; ranks end bit-equal to each other."""
+    results = launch(accelerate(ranks), PROGRAM, tmp_path, ranks, seconds=600)
+    alone: dict[Case, torch.Tensor] = {}
+    for case in every_name(ranks):
+        # In one process there is nothing to be spread.
+        reference = Case(case.name, 1.0, case.dtype, case.settings)
+        if reference not in alone:
+            alone[reference] = parameters(train(reference)[0])
+        ends = [result["ends"][str(case)] for result in results]
+        assert all(torch.equal(end, ends[0]) for end in ends), case
+        assert relative_error(ends[0], alone[reference]) < TOLERANCE[case.dtype], case
+
+    straight = results[0]["ends"][str(INTERRUPTED)]
+    assert all(torch.equal(result["resumed"], straight) for result in results)
+    # Any rank's checkpoint is complete, and goes on in one process.
+    for rank in (0, ranks - 1):
+        checkpoint = torch.load(tmp_path / f"checkpoint-{rank}.pt", weights_only=True)
+        model, _ = train(INTERRUPTED, steps=range(STEPS // 2, STEPS), resume=checkpoint)
+        assert relative_error(parameters(model), straight) < TOLERANCE[torch.float64]
