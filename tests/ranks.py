@@ -144,14 +144,19 @@ def parameters(model: nn.Module) -> Tensor:
     return torch.cat([parameter.detach().reshape(-1) for parameter in model.parameters()])
 
 
-def every_name(ranks: int) -> list[Case]:
-    """Every optimizer at both ends of the knob in float64, and at the far end in float32; other settings besides."""
-    fractions = (1.0, 0.0) if ranks < 4 else (1.0, 0.5, 0.0)
-    cases = [
-        Case(name, fraction)
-        for name in hf_so2.OPTIMIZERS
-        for fraction in fractions
-        if fraction == 1.0 or not Case(name).is_first_order()
-    ]
-    cases += [Case(name, 0.0, torch.float32) for name in hf_so2.OPTIMIZERS if not name.endswith("_mup")]
-    return cases + [Case(name, 0.0, settings=tuple(settings.items())) for name, settings in SETTINGS]
+def cases(*, all_of_them: bool) -> list[Case]:
+    """Every optimizer, with its curvature on every rank and on one, and other settings besides.
+
+    Args:
+        all_of_them: also half-way, μP's names everywhere, and every name in float32.
+    """
+    found = []
+    for name in hf_so2.OPTIMIZERS:
+        is_plain = not name.endswith("_mup")
+        found.append(Case(name, 0.0))
+        if not Case(name).is_first_order():
+            found += [Case(name, 1.0)] if is_plain or all_of_them else []
+            found += [Case(name, 0.5)] if all_of_them else []
+        if is_plain and (all_of_them or name == "kfac"):
+            found.append(Case(name, 0.0, torch.float32))
+    return found + [Case(name, 0.0, settings=tuple(settings.items())) for name, settings in SETTINGS]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,11 +21,11 @@ def assign(costs: Mapping[str, float], ranks: int) -> dict[str, int]:
         The rank of each job, in the order of `costs`. Ties are broken by name and by rank, so that every rank that
         calls this with the same costs gets the same answer.
     """
-    loads = [0.0] * ranks
+    loads = [(0.0, rank) for rank in range(ranks)]  # a heap as it stands
     owner = {}
     for name in sorted(costs, key=lambda name: (-costs[name], name)):
-        rank = loads.index(min(loads))
-        loads[rank] += costs[name]
+        load, rank = loads[0]
+        heapq.heapreplace(loads, (load + costs[name], rank))
         owner[name] = rank
     return {name: owner[name] for name in costs}
 
@@ -77,11 +78,11 @@ class Cost:
 
     Args:
         refresh: of rebuilding its preconditioner, on the one rank that does.
-        precondition: of applying it, on each rank that holds it.
+        held: of what each rank that holds it does at every step: preconditioning above all.
     """
 
     refresh: float
-    precondition: float
+    held: float
 
 
 def place(costs: Mapping[str, Cost], grid: Grid) -> dict[str, int]:
@@ -97,11 +98,13 @@ def place(costs: Mapping[str, Cost], grid: Grid) -> dict[str, int]:
     Returns:
         The owner's rank by name, in the order of `costs`; the same on every rank.
     """
-    shares = {name: cost.refresh / grid.workers + cost.precondition for name, cost in costs.items()}
+    shares = {name: cost.refresh / grid.workers + cost.held for name, cost in costs.items()}
     columns = assign(shares, grid.columns)
+    refreshes: dict[int, dict[str, float]] = {}
+    for name, column in columns.items():
+        refreshes.setdefault(column, {})[name] = costs[name].refresh
     owners: dict[str, int] = {}
-    for column in range(grid.columns):
-        refreshes = {name: cost.refresh for name, cost in costs.items() if columns[name] == column}
+    for column, own in refreshes.items():
         ranks = grid.column(column)
-        owners |= {name: ranks[row] for name, row in assign(refreshes, grid.workers).items()}
+        owners |= {name: ranks[row] for name, row in assign(own, grid.workers).items()}
     return {name: owners[name] for name in costs}

@@ -5,6 +5,7 @@ Every rank has to call the same ones in the same order, with tensors of the same
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -17,8 +18,9 @@ from hf_so2.distributed.packing import Parcel
 
 T = TypeVar("T")
 
-# A bucket is a copy of what it holds: large ones save nothing any more and cost memory.
+# A bucket is a copy of what it holds: large ones save nothing any more and cost memory, as do many at a time.
 BUCKET_BYTES = 64 * 2**20
+BUCKETS_AT_A_TIME = 8
 
 
 def world() -> tuple[int, int]:
@@ -149,12 +151,19 @@ Call = tuple[_Bucket, Callable[..., Any], dict[str, Any]]
 
 
 def _run(calls: Sequence[Call], keep: Callable[[_Bucket], bool] = lambda bucket: True) -> None:
-    """Start all collectives, so that those of different senders overlap, and unpack what each leaves."""
-    started = []
-    for bucket, collective, options in calls:
-        packed = bucket.pack()
-        started.append((bucket, packed, collective(packed, async_op=True, **options)))
-    for bucket, packed, handle in started:
+    """Run collectives, a few at a time so that those of different senders overlap, and unpack what each leaves."""
+    started: deque[tuple[_Bucket, Tensor, Any]] = deque()
+
+    def finish() -> None:
+        bucket, packed, handle = started.popleft()
         handle.wait()
         if keep(bucket):
             bucket.unpack(packed)
+
+    for bucket, collective, options in calls:
+        if len(started) == BUCKETS_AT_A_TIME:
+            finish()
+        packed = bucket.pack()
+        started.append((bucket, packed, collective(packed, async_op=True, **options)))
+    while started:
+        finish()

@@ -12,7 +12,18 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from hf_so2.curvature import EKFAC, KFAC, SOAP, Blocked, CurvatureBlock, GradientBlock, Muon, State, TokenBlock
+from hf_so2.curvature import (
+    EKFAC,
+    KFAC,
+    SOAP,
+    Blocked,
+    CurvatureBlock,
+    GradientBlock,
+    KLShampoo,
+    Muon,
+    State,
+    TokenBlock,
+)
 from hf_so2.distributed import Parcel
 
 # In units of n³. Eigenvalues and vectors by the symmetric QR algorithm, and an explicit Q of Householder's
@@ -96,6 +107,32 @@ def _(block: Muon, shape: Shape) -> float:
 @precondition_flops.register
 def _(block: Blocked, shape: Shape) -> float:
     return sum(precondition_flops(block.block, part) for part in block.parts)
+
+
+def statistics_flops(block: CurvatureBlock, shape: Shape, tokens: int) -> float:
+    """Of one update of the statistics: on every rank from its own tokens, or from the gradient where a rank holds the
+    layer.
+
+    Args:
+        tokens: rows that the layer sees on a rank; of no meaning where only gradients are seen.
+    """
+    if isinstance(block, Blocked):
+        return sum(statistics_flops(block.block, part, tokens) for part in block.parts)
+    fan_out, fan_in = shape
+    state = shapes(block, shape)
+    sides = [len(state[name]) for name in ("A", "B", "L", "R") if name in state and state[name].ndim == 2]
+    bases = [len(state[name]) for name in state if name.endswith("_basis")]
+    if isinstance(block, GradientBlock):
+        # KL-Shampoo whitens the gradient before either product, SOAP takes it into its bases.
+        products = sum(sides) * (2 if isinstance(block, KLShampoo) else 1) + sum(bases)
+        return PRODUCT * products * fan_out * fan_in
+    diagonal = fan_out * fan_in if "S" in state else 0
+    return PRODUCT * tokens * (sum(n**2 for n in (*sides, *bases)) + diagonal)
+
+
+def held_flops(block: CurvatureBlock, shape: Shape) -> float:
+    """Of one step on each rank that holds the layer: preconditioning, and statistics where these are of gradients."""
+    return precondition_flops(block, shape) + statistics_flops(block, shape, tokens=0)
 
 
 def state_numbers(block: CurvatureBlock, shape: Shape) -> int:

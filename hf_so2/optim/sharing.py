@@ -30,7 +30,7 @@ from hf_so2.distributed import (
     world,
 )
 from hf_so2.errors import ConfigurationError
-from hf_so2.optim.costs import is_symmetric, precondition_flops, refresh_flops
+from hf_so2.optim.costs import held_flops, is_symmetric, refresh_flops
 from hf_so2.optim.layer import Layer
 
 T = TypeVar("T")
@@ -47,11 +47,9 @@ class Sharing:
 
     def __init__(self, layers: Sequence[Layer], fraction: float, refresh_steps: int) -> None:
         self._layers, self._fraction, self._refresh_steps = layers, fraction, refresh_steps
-        self._grid = Grid(1, 1)
-        self._communicator = GridCommunicator(self._grid)
+        self._place()
         for layer in layers:
             layer.state = layer.blank_state()
-        self.settle()
 
     @property
     def is_spread(self) -> bool:
@@ -64,24 +62,29 @@ class Sharing:
         Raises:
             ConfigurationError: the number of ranks has changed since layers were spread over them.
         """
-        rank, ranks = world()
+        _, ranks = world()
         if ranks == self._grid.ranks:
             return
         if self.is_spread:
             allowed = f"is in use with {self._grid.ranks} ranks, which have become {ranks}: build the optimizer anew"
             raise ConfigurationError("gradient_worker_fraction", self._fraction, allowed)
+        self._place()
+        for layer in self._layers:
+            if not layer.held:
+                layer.state = layer.blank_state() | {name: layer.state[name] for name in layer.block.observed}
+
+    def _place(self) -> None:
+        rank, ranks = world()
         self._grid = Grid.of_fraction(self._fraction, ranks)
         self._communicator = GridCommunicator(self._grid)
         owners = place({layer.name: self._cost(layer) for layer in self._layers}, self._grid)
         for layer in self._layers:
             layer.owner = owners[layer.name]
             layer.owned, layer.held = layer.owner == rank, self._communicator.holds(layer.owner)
-            if not layer.held:
-                layer.state = layer.blank_state() | {name: layer.state[name] for name in layer.block.observed}
 
     def _cost(self, layer: Layer) -> Cost:
         refresh = refresh_flops(layer.block, layer.shape) / self._refresh_steps
-        return Cost(refresh, precondition_flops(layer.block, layer.shape))
+        return Cost(refresh, held_flops(layer.block, layer.shape))
 
     def sum_statistics(self, sums: Iterable[tuple[Layer, Mapping[str, Statistic], State]]) -> None:
         """Add up sums over ranks, in place where the layer is held; elsewhere they are spoilt.

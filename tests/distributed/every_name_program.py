@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from ranks import INTERRUPTED, STEPS, every_name, parameters, train
+from ranks import INTERRUPTED, STEPS, cases, parameters, train
 
 
 def main(output: Path) -> None:
@@ -18,14 +18,15 @@ def main(output: Path) -> None:
     rank, ranks = accelerator.process_index, accelerator.num_processes
     assert ranks == torch.distributed.get_world_size()
     wrap = accelerator.prepare_model
-    ends = {str(case): parameters(train(case, rank, ranks, wrap=wrap)[0]) for case in every_name(ranks)}
+    ends = {str(case): parameters(train(case, rank, ranks, wrap=wrap)[0]) for case in cases(all_of_them=ranks > 2)}
 
     model, optimizer = train(INTERRUPTED, rank, ranks, wrap=wrap, steps=range(STEPS // 2))
     checkpoint = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     torch.save(checkpoint, output / f"checkpoint-{rank}.pt")
     checkpoint = torch.load(output / f"checkpoint-{rank}.pt", weights_only=True)
-    model, _ = train(INTERRUPTED, rank, ranks, wrap=wrap, steps=range(STEPS // 2, STEPS), resume=checkpoint)
-    torch.save({"ends": ends, "resumed": parameters(model)}, output / f"rank-{rank}.pt")
+    model, optimizer = train(INTERRUPTED, rank, ranks, wrap=wrap, steps=range(STEPS // 2, STEPS), resume=checkpoint)
+    result = {"ends": ends, "resumed": parameters(model), "telemetry": optimizer.telemetry("layer")}
+    torch.save(result, output / f"rank-{rank}.pt")
     accelerator.wait_for_everyone()
     torch.distributed.destroy_process_group()
 

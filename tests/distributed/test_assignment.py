@@ -90,7 +90,7 @@ def test_where_each_rank_has_its_own_layers_refresh_and_preconditioning_are_bala
     costs: dict[str, Cost], ranks: int
 ) -> None:
     owners = place(costs, Grid(ranks, 1))
-    assert owners == assign({name: cost.refresh + cost.precondition for name, cost in costs.items()}, ranks)
+    assert owners == assign({name: cost.refresh + cost.held for name, cost in costs.items()}, ranks)
 
 
 @given(
@@ -108,9 +108,9 @@ def test_layers_are_balanced_over_columns_and_their_refreshes_within(
     assert list(owners) == list(costs)
     loads = [0.0] * columns
     for name, cost in costs.items():
-        loads[grid.column_of(owners[name])] += cost.refresh / workers + cost.precondition
+        loads[grid.column_of(owners[name])] += cost.refresh / workers + cost.held
     mean = sum(loads) / columns
-    largest = max(cost.refresh / workers + cost.precondition for cost in costs.values())
+    largest = max(cost.refresh / workers + cost.held for cost in costs.values())
     assert max(loads) <= mean + (1 - 1 / columns) * largest + 1e-9
     for index in range(columns):
         refreshes = {r: sum(c.refresh for n, c in costs.items() if owners[n] == r) for r in grid.column(index)}

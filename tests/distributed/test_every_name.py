@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import relative_error
 from launching import accelerate, launch
-from ranks import INTERRUPTED, STEPS, Case, every_name, parameters, train
+from ranks import INTERRUPTED, STEPS, Case, cases, parameters, train
 
 PROGRAM = Path(__file__).with_name("every_name_program.py")
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
@@ -19,7 +19,7 @@ def test_ranks_train_as_one_process_does(ranks: int, tmp_path: Path) -> None:
     """Ten steps with accumulation, uneven batches and token counts; ranks end bit-equal to each other."""
     results = launch(accelerate(ranks), PROGRAM, tmp_path, ranks, seconds=600)
     alone: dict[Case, torch.Tensor] = {}
-    for case in every_name(ranks):
+    for case in cases(all_of_them=ranks > 2):
         # In one process there is nothing to be spread.
         reference = Case(case.name, 1.0, case.dtype, case.settings)
         if reference not in alone:
@@ -33,5 +33,9 @@ def test_ranks_train_as_one_process_does(ranks: int, tmp_path: Path) -> None:
     # Any rank's checkpoint is complete, and goes on in one process.
     for rank in (0, ranks - 1):
         checkpoint = torch.load(tmp_path / f"checkpoint-{rank}.pt", weights_only=True)
-        model, _ = train(INTERRUPTED, steps=range(STEPS // 2, STEPS), resume=checkpoint)
+        model, optimizer = train(INTERRUPTED, steps=range(STEPS // 2, STEPS), resume=checkpoint)
         assert relative_error(parameters(model), straight) < TOLERANCE[torch.float64]
+        # The log has every layer, wherever it is held.
+        expected = optimizer.telemetry("layer")
+        del expected["curvature/refresh_seconds"], results[rank]["telemetry"]["curvature/refresh_seconds"]
+        assert results[rank]["telemetry"] == pytest.approx(expected, rel=1e-8)

@@ -15,11 +15,15 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.fsdp as fsdp
+from helpers import llama
 from torch import Tensor, nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
 import hf_so2
+from hf_so2.benchmark.scaling import Llama, load
+from hf_so2.curvature import GradientBlock
 from hf_so2.optim import costs
 from hf_so2.optim.layer import Layer
 
@@ -206,6 +210,23 @@ def test_flops_of_preconditioning_are_those_that_torch_counts(name: str, setting
         assert costs.precondition_flops(layer.block, layer.shape) == counter.get_total_flops()
 
 
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [(name, {}) for name in ("kfac", "foof", "ekfac", "tekfac", "shampoo", "soap", "kl_shampoo", "muon")]
+    + [("shampoo", {"block_size": 5}), ("soap", {"max_preconditioner_dim": 10})],
+)
+def test_flops_of_statistics_are_those_that_torch_counts(name: str, settings: dict[str, Any]) -> None:
+    tokens = 11
+    for layer in hf_so2.build_optimizer(name, chain(), **settings).curvature.layers.values():
+        fan_out, fan_in = layer.shape
+        with FlopCounterMode(display=False) as counter:
+            if isinstance(layer.block, GradientBlock):
+                layer.block.observe_gradient(layer.state, torch.ones(layer.shape))
+            else:
+                layer.block.observe(layer.state, torch.ones(tokens, fan_in), torch.ones(tokens, fan_out))
+        assert costs.statistics_flops(layer.block, layer.shape, tokens) == counter.get_total_flops()
+
+
 def test_flops_of_a_refresh_go_by_what_is_decomposed() -> None:
     """Sides that are left alone cost nothing, and blocks less than the whole: counted in full, FOOF of a GPT-2 had one
     of two ranks do nearly all.
@@ -227,3 +248,39 @@ def test_flops_of_a_refresh_go_by_what_is_decomposed() -> None:
     power_step = 0.1 * 9 + 0.9 * (4 + 8 / 3) + 2
     assert flops("soap", (m, n)) == pytest.approx(power_step * (m**3 + n**3) + 2 * m * n * (m + n))
     assert flops("muon", (m, n)) == 0
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.0])
+@pytest.mark.parametrize("name", ["kfac", "ekfac", "soap"])
+def test_the_cost_model_is_right_about_a_model_that_runs_here(name: str, fraction: float) -> None:
+    """Ten steps with one refresh among them, on each of four ranks."""
+    config = llama(32).config
+    model = Llama("tiny", 32, config.num_hidden_layers, config.intermediate_size, 16)
+    expected = load(name, model, 4, fraction)
+    kept, refreshed, given = [], [], []
+    for rank in range(4):
+        with pretending(rank, 4) as sent:
+            net = llama(32)
+            optimizer = hf_so2.build_optimizer(name, net, norm_control="none", gradient_worker_fraction=fraction)
+            for step in range(1, 21):
+                if step == 11:
+                    sent.clear()
+                net(input_ids=torch.arange(8).view(1, 8), labels=torch.arange(8).view(1, 8)).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        layers = optimizer.curvature.layers.values()
+        kept.append(sum(state_bytes(layer) for layer in layers))
+        refreshed.append(sum(costs.refresh_flops(x.block, x.shape) for x in layers if x.owned))
+        given.append(sum(size for kind, size in sent.items() if kind.endswith("float32")))
+    assert max(kept) == expected.state_bytes
+    assert max(refreshed) / 10 == pytest.approx(expected.refresh_flops)
+    assert max(given) / 10 == pytest.approx(expected.sent_bytes)
+
+
+def test_sharded_parameters_are_refused() -> None:
+    with pretending(0, 2):
+        model = chain()
+        mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+        fsdp.fully_shard(model[0], mesh=mesh)
+        with pytest.raises(hf_so2.ConfigurationError, match="DTensor"):
+            hf_so2.build_optimizer("kfac", model)

@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     # The command line's own parts: used by scripts only.
     "cli": set(),
     "models": {"mup", "cli"},
-    "benchmark": {"optim", "layers"},
+    "benchmark": {"optim", "layers", "curvature", "distributed"},
     "transfer": {"arguments", "trainer", "optim", "cli", "models", *LEAVES},
 }
 

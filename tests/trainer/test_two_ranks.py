@@ -35,3 +35,14 @@ def test_two_ranks_equal_one_process(launcher: list[str], tmp_path: Path) -> Non
             assert relative_error(first["factors"][name][key], value) < 1e-5, (name, key)
     for name, expected_parameter in alone.model.state_dict().items():
         assert relative_error(first["parameters"][name], expected_parameter) < 1e-5, name
+
+    # The same with each layer's curvature on one rank only, logged and saved on the way.
+    assert sorted(first["held"] + second["held"]) == sorted(first["factors"])
+    assert first["held"]
+    assert second["held"]
+    # The checkpoint is complete, and goes on in one process where every rank holds everything.
+    resumed = trained(llama(), token_rows(padded=True), tmp_path, damping=1e-2, resume=str(tmp_path / "checkpoint-2"))
+    for name, expected_parameter in alone.model.state_dict().items():
+        assert torch.equal(first["spread"][name], second["spread"][name]), name
+        assert relative_error(first["spread"][name], expected_parameter) < 1e-5, name
+        assert relative_error(resumed.model.state_dict()[name], expected_parameter) < 1e-5, name

@@ -1,0 +1,138 @@
+"""Prints docs/scaling.md: what each optimizer costs a rank in memory, traffic and FLOPs, from 100M to 70B parameters.
+
+python scripts/scaling.py > docs/scaling.md
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from hf_so2.benchmark.scaling import KINDS, MODELS, Llama, Load, load
+
+RANKS = (8, 64, 512, 4096)
+TOKENS = 4096
+
+HEAD = """# Scaling: who holds and sends what
+
+With w processes under DDP every rank has the whole model. Curvature is spread over them by `gradient_worker_fraction`
+f (KAISA's knob, [Pauloski et al. 2021](https://arxiv.org/abs/2107.01739)): of each layer, g = ⌈f·w⌉ ranks, rounded up
+to a divisor of w, hold the statistics and the preconditioner; one of these, the owner, refreshes it. Ranks form a
+grid of g rows and w/g columns, neighbours in a row; a layer belongs to a column. Owners are chosen by longest
+processing time first, from the FLOPs of a refresh and of preconditioning, so that every rank knows them without
+asking.
+
+| what | f = 1 (default) | f = 0 |
+|---|---|---|
+| refreshes a layer | its owner | its owner |
+| holds statistics, preconditioner, state of norm control | every rank | its owner |
+| preconditions | every rank, every layer | the owner |
+| holds the momentum of gradients (`momentum_order="before"`) | every rank, as any optimizer's under DDP | every rank |
+| holds the momentum of preconditioned gradients (`"after"`) | every rank | the owner |
+| is sent at every update of the statistics (K-FAC family) | S: all-reduce | S: reduced to the owner |
+| is sent at every refresh | R: broadcast from the owner | EKFAC's and TEKFAC's bases, else nothing |
+| is sent at every step | nothing | U: broadcast from the owner |
+
+For a weight of shape (m, n), with t(n) = n(n+1)/2 for the triangle of a symmetric matrix and 4 bytes per number (8
+where the weight is float64):
+
+| method | S | R | U | state on a rank that holds it |
+|---|---|---|---|---|
+| K-FAC, TKFAC | t(m) + t(n) | t(m) + t(n) | mn | 2(m² + n²) |
+| FOOF | t(n) | t(n) | mn | 2n² |
+| EKFAC, TEKFAC | t(m) + t(n) + mn | m² + n² + mn + m + n | mn | 2(m² + n²) + mn, of which m² + n² on every rank |
+| Shampoo, KL-Shampoo | 0 | t(m) + t(n) | mn | 2(m² + n²) |
+| SOAP | 0 | m² + n² + mn + m + n | mn | 2(m² + n²) + mn |
+| Muon | 0 | 0 | mn | 0 |
+
+Gradients are the same on all ranks under DDP, so what is made of them alone needs no sum. EKFAC's S is a sum over
+tokens in the eigenbases, and every rank needs these for its own tokens. A few numbers per layer are not listed:
+counts of rows and tokens, flags of what failed, a scalar here and there. Between the ends (1 < g < w) sums are
+reduced along the rows and then down the columns, results go down the columns, and updates along the rows. Tensors
+travel in buckets of at most 64 MiB, a few at a time; a collective's payload is what is counted here: an all-reduce
+moves about twice that.
+
+**Which end?** f = 1 where the state fits, and refreshes are rare: off them, nothing is sent but statistics. f = 0
+where it does not fit; it also shares the work of preconditioning, which is all there is to share for Muon, at the
+price of as many bytes as the gradients have at every step. Every rank still makes each layer's sums over its own
+tokens in full, at the steps that update statistics, before they are reduced.
+
+With f < 1, `state_dict()` and `telemetry()` are collectives (the Trainer calls them on every rank): all ranks must
+call them. A checkpoint is the same for every f and w, and loads at any other.
+
+## The cost model
+
+The hidden weights of Llamas under default settings (10 steps between refreshes, statistics at every step), {tokens}
+tokens per rank and step. By default a dimension above 8192 leaves the Shampoo family one side and the K-FAC family
+nothing; that happens to the MLPs of 8B and 70B. A FLOP count is that of the rank with most, per step, refreshes
+spread over the steps (a layer is not split, so that more ranks than layers do not help); an eigendecomposition counts
+9n³, Cholesky's inverse n³. Forward and backward take 6 FLOPs per parameter and token. Tests hold the counts of bytes
+and state to what collectives get and tensors take on 1, 2 and 4 ranks, and those of products to torch's own counter;
+times were not measured.
+"""
+
+
+def table(rows: Iterator[list[str]]) -> str:
+    first, *rest = ("| " + " | ".join(row) + " |" for row in rows)
+    return "\n".join([first, "|---" * (first.count("|") - 1) + "|", *rest])
+
+
+def rows(columns: list[tuple[str, Callable[[str, Llama], str]]]) -> Iterator[list[str]]:
+    yield ["model", "optimizer", *(title for title, _ in columns)]
+    for model in MODELS:
+        for kind in KINDS:
+            yield [model.name, kind, *(cell(kind, model) for _, cell in columns)]
+
+
+def column(quantity: Callable[[Load], float], ranks: int, fraction: float, unit: float) -> Callable[[str, Llama], str]:
+    return lambda kind, model: f"{quantity(load(kind, model, ranks, fraction, TOKENS)) / unit:.3g}"
+
+
+def memory() -> Iterator[list[str]]:
+    def quantity(of: Load) -> float:
+        return of.state_bytes
+
+    ends = [("f = 1", column(quantity, 8, 1.0, 1e9))]
+    return rows(ends + [(f"f = 0, w = {w}", column(quantity, w, 0.0, 1e9)) for w in RANKS])
+
+
+def traffic() -> Iterator[list[str]]:
+    def quantity(of: Load) -> float:
+        return of.sent_bytes
+
+    return rows([(f"f = {f:g}", column(quantity, 8, f, 1e9)) for f in (1.0, 0.0)])
+
+
+def flops() -> Iterator[list[str]]:
+    def refresh(of: Load) -> float:
+        return of.refresh_flops
+
+    def held(of: Load) -> float:
+        return of.held_flops
+
+    columns = [("tokens' statistics", column(lambda of: of.capture_flops, 1, 1.0, 1e12))]
+    columns += [("preconditioning, f = 1", column(held, 8, 1.0, 1e12))]
+    columns += [(f"f = 0, w = {w}", column(held, w, 0.0, 1e12)) for w in RANKS]
+    return rows(columns + [(f"refresh, w = {w}", column(refresh, w, 1.0, 1e12)) for w in (1, *RANKS)])
+
+
+def page() -> str:
+    """The whole page."""
+    work = 6 * TOKENS / 1e12
+    sizes = {model.name: sum(m * n for _, (m, n) in model.weights()) for model in MODELS}
+    reference = ", ".join(f"{name}: {work * size:.3g}" for name, size in sizes.items())
+    return "\n".join(
+        [
+            HEAD.format(tokens=TOKENS),
+            "### State per rank, GB\n",
+            table(memory()),
+            "\n### Bytes given to collectives per rank and step, GB\n",
+            table(traffic()),
+            "\n### FLOPs per rank and step, 10¹²\n",
+            f"Forward and backward through the hidden weights, for comparison: {reference}.\n",
+            table(flops()),
+        ]
+    )
+
+
+if __name__ == "__main__":
+    print(page())
