@@ -31,15 +31,17 @@ class Case:
         fraction: its `gradient_worker_fraction`; of no meaning to a first-order method.
         dtype: of model and statistics.
         settings: the others.
+        tied: whether embedding and head are one weight.
     """
 
     name: str
     fraction: float = 1.0
     dtype: torch.dtype = torch.float64
     settings: tuple[tuple[str, Any], ...] = ()
+    tied: bool = False
 
     def __str__(self) -> str:
-        return f"{self.name} {self.fraction} {self.dtype} {dict(self.settings)}"
+        return f"{self.name} {self.fraction} {self.dtype} {dict(self.settings)}{' tied' * self.tied}"
 
     def is_first_order(self) -> bool:
         return self.name.removesuffix("_mup") in ("adamw", "sgd")
@@ -62,7 +64,7 @@ INTERRUPTED = Case("kfac", 0.0, settings=tuple(SETTINGS[0][1].items()))
 def model_for(case: Case) -> nn.Module:
     """One layer, 16 wide; twice that for μP, whose base is 16 wide."""
     width = 32 if case.name.endswith("_mup") else 16
-    model = llama(width, num_hidden_layers=1)
+    model = llama(width, num_hidden_layers=1, tie_word_embeddings=case.tied)
     if case.dtype == torch.float64:
         in_float64(model)
     return model
@@ -164,4 +166,6 @@ def cases(*, all_of_them: bool) -> list[Case]:
         # For the same reason as above SOAP in float32 is no more reproducible than its smallest entries.
         if (is_plain and all_of_them and name != "soap") or name == "kfac":
             found.append(Case(name, 0.0, torch.float32))
+    both_ends = (("precondition_embeddings", True), ("precondition_head", True))
+    found.append(Case("kfac", 0.0, settings=both_ends, tied=True))
     return found + [Case(name, 0.0, settings=tuple(settings.items())) for name, settings in SETTINGS]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ def test_ranks_train_as_one_process_does(ranks: int, tmp_path: Path) -> None:
     alone: dict[Case, torch.Tensor] = {}
     for case in cases(all_of_them=ranks > 2):
         # In one process there is nothing to be spread.
-        reference = Case(case.name, 1.0, case.dtype, case.settings)
+        reference = replace(case, fraction=1.0)
         if reference not in alone:
             alone[reference] = parameters(train(reference)[0])
         ends = [result["ends"][str(case)] for result in results]
