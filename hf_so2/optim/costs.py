@@ -123,8 +123,9 @@ def statistics_flops(block: CurvatureBlock, shape: Shape, tokens: int) -> float:
     sides = [len(state[name]) for name in ("A", "B", "L", "R") if name in state and state[name].ndim == 2]
     bases = [len(state[name]) for name in state if name.endswith("_basis")]
     if isinstance(block, GradientBlock):
-        # KL-Shampoo whitens the gradient before either product, SOAP takes it into its bases.
-        products = sum(sides) * (2 if isinstance(block, KLShampoo) else 1) + sum(bases)
+        # KL-Shampoo whitens the gradient by the other side before either product, SOAP takes it into its bases.
+        whitenings = sum(sides) if isinstance(block, KLShampoo) and len(sides) == 2 else 0
+        products = sum(sides) + sum(bases) + whitenings
         return PRODUCT * products * fan_out * fan_in
     diagonal = fan_out * fan_in if "S" in state else 0
     return PRODUCT * tokens * (sum(n**2 for n in (*sides, *bases)) + diagonal)
