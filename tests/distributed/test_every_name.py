@@ -12,7 +12,6 @@ from launching import ACCELERATE, launch
 from ranks import INTERRUPTED, STEPS, Case, cases, parameters, train
 
 PROGRAM = Path(__file__).with_name("every_name_program.py")
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
@@ -29,7 +28,7 @@ def test_ranks_train_as_one_process_does(ranks: int, tmp_path: Path) -> None:
             alone[reference] = parameters(train(reference)[0])
         ends = [result["ends"][str(case)] for result in results]
         assert all(torch.equal(end, ends[0]) for end in ends), case
-        assert relative_error(ends[0], alone[reference]) < TOLERANCE[case.dtype], case
+        assert relative_error(ends[0], alone[reference]) < case.tolerance, case
 
     straight = results[0]["ends"][str(INTERRUPTED)]
     assert all(torch.equal(result["resumed"], straight) for result in results)
@@ -37,7 +36,7 @@ def test_ranks_train_as_one_process_does(ranks: int, tmp_path: Path) -> None:
     for rank in (0, ranks - 1):
         checkpoint = torch.load(tmp_path / f"checkpoint-{rank}.pt", weights_only=True)
         model, optimizer = train(INTERRUPTED, steps=range(STEPS // 2, STEPS), resume=checkpoint)
-        assert relative_error(parameters(model), straight) < TOLERANCE[torch.float64]
+        assert relative_error(parameters(model), straight) < INTERRUPTED.tolerance
         # The log has every layer, wherever it is held.
         expected = optimizer.telemetry("layer")
         del expected["curvature/refresh_seconds"], results[rank]["telemetry"]["curvature/refresh_seconds"]
