@@ -37,7 +37,7 @@ def method_rows() -> list[list[str]]:
     rows = [["method", *(f"`{entry.name}`" for entry in own)]]
     for method in METHODS.values():
         resolved = method.settings({})
-        parts = parts_in_use(method.parts, resolved) | {""}
+        parts = parts_in_use(method.uses, resolved) | {""}
         cells = [shown(getattr(resolved, e.name)) if e.metadata["needs"] in parts else "-" for e in own]
         rows.append([f"`{method.name}`", *cells])
     return rows

@@ -89,11 +89,6 @@ class Method:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     defaults_under: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
-    @property
-    def parts(self) -> frozenset[str]:
-        """What of this method a setting can need: what it uses, and the algorithm of the rest."""
-        return self.uses | {self.first_order}
-
     def learning_rate_rule(self, settings: Settings, *, one_sided: bool = False) -> rules.LearningRateRule:
         """How the learning rate of a preconditioned weight scales with the width under the norm control in use.
 
@@ -153,7 +148,7 @@ class Method:
         """
         norm_control = given.get("norm_control") or self.defaults.get("norm_control", Settings.norm_control)
         defaults = {**self.defaults, **self.defaults_under.get(str(norm_control), {})}
-        return resolve(self.name, self.parts, defaults, given, **aliases)
+        return resolve(self.name, self.uses, defaults, given, **aliases)
 
 
 CURVATURE = frozenset({"curvature", "momentum"})

@@ -208,9 +208,9 @@ class Settings:
         (), (_are_patterns, "must be a list of regular expressions"), "Regular expressions: modules whose names match"
         " fall back to AdamW.", "curvature"
     )  # fmt: skip
-    adam_beta1: float = setting(0.9, FRACTION, "First beta of AdamW.", "adamw")
-    adam_beta2: float = setting(0.95, FRACTION, "Second beta of AdamW.", "adamw")
-    adam_epsilon: float = setting(1e-8, NOT_NEGATIVE, "Epsilon of AdamW, at the base width.", "adamw")
+    adam_beta1: float = setting(0.9, FRACTION, "First beta of AdamW.")
+    adam_beta2: float = setting(0.95, FRACTION, "Second beta of AdamW.")
+    adam_epsilon: float = setting(1e-8, NOT_NEGATIVE, "Epsilon of AdamW, at the base width.")
 
     def __post_init__(self) -> None:
         for entry in fields(self):
@@ -233,7 +233,6 @@ INSTEAD = {
     "gradients": "a method of the Shampoo family",
     "shampoo": "shampoo",
     "basis": "soap",
-    "adamw": "adamw or a method with curvature, whose fallback it is",
     "average": "a method with curvature statistics that are averaged, not summed up",
     "moving momentum": "a method with curvature and momentum above 0",
     "whole weights": "a method with curvature, and no block_size",

@@ -165,7 +165,7 @@ def _optimizer_flags(args: SecondOrderTrainingArguments) -> dict[str, Any]:
     if not args.is_ours(name):
         return {"optim": name, "learning_rate": args.learning_rate, "weight_decay": args.weight_decay}
     settings = args.optimizer_settings()
-    parts = parts_in_use(parse_name(name)[0].parts, settings)
+    parts = parts_in_use(parse_name(name)[0].uses, settings)
     flags: dict[str, Any] = {"optim": name}
     for entry in fields(Settings):
         value, needs = getattr(settings, entry.name), entry.metadata["needs"]

@@ -28,7 +28,9 @@ ALLOWED: dict[str, set[str]] = {
     "optim": {"linalg", "damping", "curvature", "layers", "mup", "distributed"},
     "callbacks": {"optim"},
     "arguments": {"optim", "mup"},
-    "trainer": {"arguments", "callbacks", "optim", "layers", "mup", "distributed", "data", "metrics"},
+    "checkpoints": {"distributed"},
+    "resumable": {"checkpoints", "callbacks", "optim"},
+    "trainer": {"arguments", "callbacks", "resumable", "optim", "layers", "mup", "distributed", "data", "metrics"},
     # The command line's own parts: used by scripts only.
     "cli": set(),
     "models": {"mup", "cli"},

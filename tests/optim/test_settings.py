@@ -153,8 +153,6 @@ def test_unknown_optimizer_gets_a_hint(wrong: str, right: str) -> None:
         ("kfac", {"kl_clip": 0.1}),
         ("kfac", {"kl_clip": 0.1, "norm_control": "none"}),
         ("adamw", {"kl_clip": 0.1}),
-        ("sgd", {"adam_beta1": 0.8}),
-        ("sgd", {"adam_epsilon": 1e-6}),
         ("kfac", {"nesterov": True, "momentum": 0.0}),
         ("soap", {"momentum_order": "after", "momentum": 0.0}),
         ("shampoo", {"beta2": 0.9, "shampoo_accumulation": "sum"}),
