@@ -222,7 +222,7 @@ class Curvature:
         collective: every rank has to call it, and gets all tensors in host memory.
         """
         states = self.sharing.complete_states()
-        overflows = self.sharing.from_all({x.name: int(x.overflows) for x in self.layers.values() if x.owned})
+        overflows = self.sharing.from_all({x.name: int(x.overflows) for x in self.layers.values() if x.held})
         counters = {
             name: {key: int(getattr(layer, key)) for key in COUNTERS if key != "overflows"}
             for name, layer in self.layers.items()
