@@ -17,7 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from hf_so2.mup.coord_check import CoordinateCheck
 from hf_so2.transfer.plots import plot_losses, plot_widths
 from hf_so2.transfer.trials import Trial, profile, without_seed_effects
-from hf_so2.transfer.verdict import BINS_PER_OCTAVE, RATE, Verdict, predicted_loss
+from hf_so2.transfer.verdict import BINS_PER_OCTAVE, RATE, Verdict, predicted_loss, predicted_rate
 
 
 @dataclass(frozen=True)
@@ -150,12 +150,17 @@ def _panel(optim: str, result: SweepResult) -> dict[str, Any]:
         for name, by_width in verdict.optima.items()
         for width, optimum in by_width.items()
     ]
-    losses = [{"width": width, "loss": f"{loss:.4f}"} for width, loss in sorted(verdict.losses.items())]
+    rates = verdict.optima.get(RATE, {})
+    losses = [
+        {"width": width, "loss": f"{loss:.4f}", "rate": f"{rates[width].value:.3g}" if width in rates else ""}
+        for width, loss in sorted(verdict.losses.items())
+    ]
     for factor in (2, 4, 8):
         width = factor * max(verdict.losses, default=0)
-        bounds = predicted_loss(verdict.losses, width)
+        bounds, between = predicted_loss(verdict.losses, width), predicted_rate(rates, width)
         if bounds is not None:
-            losses.append({"width": width, "loss": f"predicted {bounds[0]:.3f} to {bounds[1]:.3f}"})
+            rate = "" if between is None else f"predicted {min(between):.2g} to {max(between):.2g}"
+            losses.append({"width": width, "loss": f"predicted {bounds[0]:.3f} to {bounds[1]:.3f}", "rate": rate})
     setting = "" if verdict.best is None else ", ".join(f"{k} {v:.4g}" for k, v in verdict.best.params.items())
     noise = (
         "No two settings were repeated, so the noise is not known."

@@ -15,6 +15,7 @@ LARGEST_DRIFT = 2.0
 FEWEST_VALUES = 4
 """Different learning rates that must have finished at a width before anything is said about its optimum."""
 BINS_PER_OCTAVE = 2  # of sampled values, for curves
+WIDER = 4  # times the widest proxy: the width that advice on a drift is given for
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ def judge(trials: Iterable[Trial], widths: Sequence[int], *, sampled: bool = Fal
         sentence = f"Not confirmed: {problem}."
     else:
         sentence, advice = _confirmation(widths, drift, noise)
+        advice += _drift_kept_up(optima.get(RATE, {}), drift)
     return Verdict(not problem, sentence, advice, best, optima, edges, losses, noise, drift)
 
 
@@ -97,6 +99,20 @@ def predicted_loss(losses: Mapping[int, float], width: int) -> tuple[float, floa
     if not gain > 0:
         return None
     return losses[wide] - gain * math.log2(width / wide), losses[wide]
+
+
+def predicted_rate(optima: Mapping[int, Optimum], width: int) -> tuple[float, float] | None:
+    """Range of the best learning rate at a larger width, from the fitted optima at the proxies, in no order.
+
+    One end is the optimum of the widest proxy, the other goes on from there with the drift per doubling of the width
+    between the widest two. None for fewer than two proxies, or where one has no fitted optimum.
+    """
+    widths = sorted(optima)
+    if len(widths) < 2 or width < widths[-1] or not all(optima[w].coefficients for w in widths[-2:]):
+        return None
+    narrow, wide = widths[-2:]
+    drift = math.log2(optima[wide].value / optima[narrow].value) / math.log2(wide / narrow)
+    return optima[wide].value, optima[wide].value * 2.0 ** (drift * math.log2(width / wide))
 
 
 def _losses_of(setting: Setting | None, by_width: Mapping[int, list[Trial]]) -> dict[int, float]:
@@ -181,6 +197,20 @@ def _problem(
         problem = f"at the setting found, width {widths[-1]} ends no better than width {widths[0]}"
         return problem, "Train longer or on more data: the proxies are not limited by their width."
     return "", ""
+
+
+def _drift_kept_up(optima: Mapping[int, Optimum], drift: tuple[float, float, float] | None) -> str:
+    """What to try beside the recipe where the optimum drifts little, but surely; else empty."""
+    assert drift is not None
+    _, low, high = drift
+    target = WIDER * max(optima)
+    rates = predicted_rate(optima, target)
+    if rates is None or low <= 1 <= high:
+        return ""
+    return (
+        f" The drift is small but no noise: kept up, the best rate at width {target} is {rates[1]:.2g}, so if you can"
+        " afford a second run there, give it that."
+    )
 
 
 def _confirmation(

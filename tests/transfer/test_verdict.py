@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from hf_so2.transfer.optimum import find_optimum
 from hf_so2.transfer.trials import Trial, best_setting, finalists, profile, seed_noise, without_seed_effects
-from hf_so2.transfer.verdict import Verdict, judge, predicted_loss
+from hf_so2.transfer.verdict import Verdict, judge, predicted_loss, predicted_rate
 
 GRID = (0.015, 0.03, 0.06, 0.12, 0.24)
 
@@ -235,3 +235,21 @@ def test_the_forecast_is_between_no_gain_and_the_last_gain_kept_up(loss: float, 
 @pytest.mark.parametrize("losses", [{}, {64: 3.0}, {64: 3.0, 128: 3.0}, {64: 3.0, 128: 3.1}])
 def test_no_forecast_from_one_proxy_or_from_no_gain(losses: dict[int, float]) -> None:
     assert predicted_loss(losses, 512) is None
+
+
+@given(best=st.floats(0.05, 0.08), exponent=st.floats(-0.4, 0.4), doublings=st.integers(0, 4))
+def test_the_drift_of_the_best_rate_is_kept_up(best: float, exponent: float, doublings: int) -> None:
+    optima = verdict({64: best, 128: best * 2**exponent}).optima["learning_rate"]
+    found = predicted_rate(optima, 128 * 2**doublings)
+    assert found == pytest.approx((best * 2**exponent, best * 2 ** (exponent * (doublings + 1))), rel=1e-3)
+
+
+def test_no_rate_is_predicted_from_one_proxy() -> None:
+    assert predicted_rate(verdict({64: 0.06}).optima["learning_rate"], 512) is None
+
+
+@pytest.mark.parametrize(("drift", "advised"), [(1.0, False), (1.3, True)])
+def test_a_sure_drift_is_named_in_the_advice(drift: float, advised: bool) -> None:
+    found = verdict({64: 0.06, 128: 0.06 * drift}, seeds=(0, 1))
+    assert found.transfers
+    assert ("best rate at width 512 is 0.13," in found.advice) is advised
