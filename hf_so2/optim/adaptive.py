@@ -130,6 +130,11 @@ class AdaptiveDamping:
         elif not self.ratio >= POOR:  # not a number after an overflow
             self._scale(DECAY**-waited)
 
+    def telemetry(self) -> dict[str, float]:
+        """The factor as it stands, and the ratio that was measured last, for the log."""
+        measured = {"curvature/reduction_ratio": self.ratio} if math.isfinite(self.ratio) else {}
+        return {"curvature/damping_factor": self.curvature.damping_factor, **measured}
+
     def _scale(self, by: float) -> None:
         self.curvature.damping_factor = min(max(self.curvature.damping_factor * by, LEAST), MOST)
 

@@ -90,6 +90,11 @@ class Curvature:
         """Whether any layer needs the inputs and output gradients of its tokens."""
         return bool(self._ends)
 
+    def preconditions(self, name: str) -> bool:
+        """Whether there is a preconditioner by now for the weight of this name, or for the one that the bias is of."""
+        layer = self.layers.get(self.weight_of_bias.get(name, name))
+        return layer is not None and layer.refreshes > 0
+
     def _observer(self, end: End) -> Callable[[Tensor, Tensor, State], State]:
         def observe(inputs: Tensor, gradients: Tensor, known: State) -> State:
             with matmul_precision(self._precision):
