@@ -71,11 +71,14 @@ class Curvature:
         self.sharing = Sharing(layers, gradient_worker_fraction, refresh_steps)
         self._ends: dict[str, End] = {}
         self._of_gradients: dict[str, GradientBlock] = {}
+        self._outer: dict[str, set[str]] = {layer.name: set() for layer in layers}
         for layer in layers:
             if isinstance(layer.block, GradientBlock):
                 self._of_gradients[layer.name] = layer.block
             else:
-                self._ends |= {end.name: end for end in ends_of(layer)}
+                for end in ends_of(layer):
+                    self._ends[end.name] = end
+                    self._outer[layer.name] |= {end.prefix + key for key in end.sums_of_outer_products}
         self.capture = (SampledCapture if fisher == "mc" else Capture)(
             {name: (end.modules, end.adapter) for name, end in self._ends.items()},
             {name: self._observer(end) for name, end in self._ends.items()},
@@ -179,27 +182,29 @@ class Curvature:
         taken = {name: captured.get(name) or LayerSums() for name in self._ends}
         counts = self._counted(taken, tokens)
         seen = {name: end for name, end in self._ends.items() if counts[name][0]}
-        sums = {name: self._sums(end, taken[name], tokens) for name, end in seen.items()}
+        sums = {name: self._shares(end, taken[name], tokens, *counts[name]) for name, end in seen.items()}
         self.sharing.sum_statistics((end.layer, end.block.statistics, sums[name]) for name, end in seen.items())
         means: dict[str, State] = {end.layer.name: {} for end in seen.values()}
         for name, end in seen.items():
             if end.layer.held:
-                rows, count = counts[name]
-                divisors = {"rows": rows, "tokens": max(count, 1)}
-                means[end.layer.name].update(
-                    (end.prefix + key, sums[name][key].div_(divisors[s.per])) for key, s in end.block.statistics.items()
-                )
+                means[end.layer.name].update({end.prefix + key: value for key, value in sums[name].items()})
         return means
 
     @staticmethod
-    def _sums(end: End, seen: LayerSums, tokens: int | Tensor | None) -> State:
-        """What this rank has seen of a layer, `c` undone; zeros where it has seen nothing."""
+    def _shares(end: End, seen: LayerSums, tokens: int | Tensor | None, rows: int, count: int) -> State:
+        """What this rank adds to the means over all ranks, made of its sums in place; zeros where it has seen nothing.
+
+        Args:
+            rows: that the end has seen on all ranks.
+            count: of tokens that its loss was the mean of, on all ranks.
+        """
         if not seen.sums:
             return end.no_rows()
-        if tokens is None:
-            for key, statistic in end.block.statistics.items():
-                if statistic.gradient_degree:
-                    seen.sums[key].mul_(seen.positions**statistic.gradient_degree)
+        divisors = {"rows": rows, "tokens": max(count, 1)}
+        for key, statistic in end.block.statistics.items():
+            undone = seen.positions**statistic.gradient_degree if tokens is None else 1
+            undone = undone.double() if isinstance(undone, Tensor) else undone  # what are counts would become float32
+            seen.sums[key].mul_(undone / divisors[statistic.per])
         return seen.sums
 
     def _counted(self, taken: Mapping[str, LayerSums], tokens: int | Tensor | None) -> dict[str, tuple[int, int]]:
@@ -216,9 +221,16 @@ class Curvature:
     def _not_finite(self, observations: Mapping[str, State]) -> dict[str, bool]:
         """Which observations hold a number that is not finite, on a rank that holds the layer."""
         held = {name: observation for name, observation in observations.items() if self.layers[name].held}
-        finite = dict(zip(held, _are_finite(list(held.values())), strict=True))
+        totals = [self._total(name, observation) for name, observation in held.items()]
+        finite = dict(zip(held, torch.isfinite(torch.stack(totals)).tolist() if totals else [], strict=True))
         flags = {name: not finite.get(name, True) for name in observations}
         return self.sharing.on_any_rank(flags) if self.sharing.is_spread else flags
+
+    def _total(self, name: str, observation: State) -> Tensor:
+        """A number that is finite where every entry of these statistics is, 0-dim; where its own sum overflows, too."""
+        # Entries of a sum of outer products are bounded by its diagonal, which is much less to look at.
+        parts = [x.trace() if x.ndim == 2 and key in self._outer[name] else x.sum() for key, x in observation.items()]
+        return torch.stack(parts).sum() if parts else torch.zeros(())
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain numbers only, keyed by layer name; loads with `torch.load(weights_only=True)`.
@@ -262,12 +274,3 @@ class Curvature:
         self.failed_refreshes = int(state["failed_refreshes"])
         self.damping_factor, self.adapted_at = float(state["damping_factor"]), int(state["adapted_at"])
         self.capture.discard()
-
-
-def _are_finite(observations: Sequence[State]) -> list[bool]:
-    """One answer per observation, with one transfer to the host for all of them."""
-    if not observations:
-        return []
-    totals = [torch.stack([value.sum() for value in o.values()]).sum() if o else torch.zeros(()) for o in observations]
-    flags: list[bool] = torch.isfinite(torch.stack(totals)).tolist()
-    return flags
