@@ -109,7 +109,7 @@ class AdaptiveDamping:
                 raise ConfigurationError("adaptive_damping", True, allowed)
 
     def apply(self, updates: Sequence[LayerUpdate], step: int) -> None:
-        """Apply the updates, with the loss taken on either side, and set the damping of the next refresh.
+        """Apply the updates, with the loss taken on either side, and set the damping of each layer's next refresh.
 
         Raises:
             ConfigurationError: no loss was given for this step.

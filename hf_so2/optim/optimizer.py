@@ -221,8 +221,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             return
         if due(self.steps, self.settings.factor_update_steps):
             self.curvature.update(matrix_gradients(self.param_groups, self.curvature.layers))
-        if due(self.steps, self.settings.preconditioner_update_steps):
-            self.curvature.refresh()
+        self.curvature.refresh(self.steps)
 
     def _schedule_capture(self) -> None:
         if self.curvature is not None:

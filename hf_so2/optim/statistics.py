@@ -17,8 +17,10 @@ from hf_so2.errors import TrainingDivergedError
 from hf_so2.layers import Capture, SampledCapture
 from hf_so2.layers.capture import LayerSums
 from hf_so2.linalg import DecompositionError, matmul_precision
+from hf_so2.optim.costs import refresh_flops
 from hf_so2.optim.ends import End, ends_of
 from hf_so2.optim.layer import COUNTERS, Layer
+from hf_so2.optim.schedule import due, turns
 from hf_so2.optim.sharing import Sharing
 
 logger = logging.getLogger(__name__)
@@ -38,7 +40,8 @@ class Curvature:
         precision: of the products, see `hf_so2.linalg.matmul_precision`.
         token_stride: statistics of tokens are of one in so many.
         gradient_worker_fraction: of the ranks that hold a layer.
-        refresh_steps: steps between refreshes, which are balanced with the work of every step.
+        refresh_steps: steps between refreshes of a layer, which are spread over these steps and balanced with the work
+            of every one.
 
     Attributes:
         sharing: who holds which layer.
@@ -47,7 +50,7 @@ class Curvature:
         failed_refreshes: how many times a layer kept its last preconditioner because a new one could not be computed.
         damping_factor: what adaptive damping multiplies the strength of every layer's damping by.
         adapted_at: the step at which it did so last.
-        refresh_seconds: how long the last refresh of all layers took here, waiting for other ranks included.
+        refresh_seconds: how long refreshes took here at the last step that had any, waiting for other ranks included.
     """
 
     def __init__(
@@ -69,6 +72,8 @@ class Curvature:
         self.refresh_seconds = 0.0
         self.damping_factor, self.adapted_at = 1.0, 0
         self.sharing = Sharing(layers, gradient_worker_fraction, refresh_steps)
+        self._refresh_steps = refresh_steps
+        self._turns = turns({layer.name: refresh_flops(layer.block, layer.shape) for layer in layers}, refresh_steps)
         self._ends: dict[str, End] = {}
         self._of_gradients: dict[str, GradientBlock] = {}
         self._outer: dict[str, set[str]] = {layer.name: set() for layer in layers}
@@ -131,21 +136,32 @@ class Curvature:
                 layer.block.update(layer.state, observation)
             layer.updates += 1
 
-    def refresh(self) -> None:
-        """Rebuild every preconditioner that has statistics; each rank does its share and the results are sent round.
+    def refresh(self, step: int) -> None:
+        """Rebuild the preconditioners that are due, of layers that have statistics; each rank does its share and the
+        results are sent round.
+
+        Args:
+            step: number of the step, counted from 1.
 
         Raises:
             TrainingDivergedError: a layer has failed `MAX_FAILURES_IN_A_ROW` times in a row; on every rank alike.
         """
+        chosen = [layer for layer in self.layers.values() if layer.updates and self._is_due(layer, step)]
+        if not chosen:
+            return
         started = time.perf_counter()
         self.sharing.settle()
-        due = [layer for layer in self.layers.values() if layer.updates]
-        errors = {layer.name: self._refresh(layer) for layer in due if layer.owned}
-        failed = self.sharing.on_any_rank({layer.name: errors.get(layer.name) is not None for layer in due})
-        self.sharing.send_preconditioners(layer for layer in due if not failed[layer.name])
-        for layer in due:
+        errors = {layer.name: self._refresh(layer) for layer in chosen if layer.owned}
+        failed = self.sharing.on_any_rank({layer.name: errors.get(layer.name) is not None for layer in chosen})
+        self.sharing.send_preconditioners(layer for layer in chosen if not failed[layer.name])
+        for layer in chosen:
             self._count(layer, errors.get(layer.name) or "on another rank" if failed[layer.name] else None)
         self.refresh_seconds = time.perf_counter() - started
+
+    def _is_due(self, layer: Layer, step: int) -> bool:
+        # A layer that is first seen late, as an idle expert is, does not wait for its turn.
+        is_new = not (layer.refreshes or layer.failures)
+        return is_new or due(step, self._refresh_steps, self._turns[layer.name])
 
     def damping_of(self, layer: Layer) -> Damping:
         """The damping of a layer as it stands, adaptive factor included."""
