@@ -30,7 +30,7 @@ class Statistic:
             number unless labels are masked. With masked labels `Σ h hᵀ ⊗ δ δᵀ / tokens` factors into
             `(Σ h hᵀ / rows) ⊗ (Σ δ δᵀ / tokens)` for independent `h` and `δ` (Eschenhagen et al. 2023,
             arXiv 2311.00636, equation 22), and `tr A` does not depend on how many labels are masked.
-        symmetric: whether it is a symmetric matrix, wherever it is a matrix.
+        symmetric: whether it is a sum of products `x xᵀ` with weights ≥ 0, wherever it is a matrix.
     """
 
     gradient_degree: int

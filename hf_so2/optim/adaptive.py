@@ -109,7 +109,7 @@ class AdaptiveDamping:
                 raise ConfigurationError("adaptive_damping", True, allowed)
 
     def apply(self, updates: Sequence[LayerUpdate], step: int) -> None:
-        """Apply the updates, with the loss taken on either side, and set the damping of the next refresh.
+        """Apply the updates, with the loss taken on either side, and set the damping of each layer's next refresh.
 
         Raises:
             ConfigurationError: no loss was given for this step.
@@ -129,6 +129,11 @@ class AdaptiveDamping:
             self._scale(DECAY**waited)
         elif not self.ratio >= POOR:  # not a number after an overflow
             self._scale(DECAY**-waited)
+
+    def telemetry(self) -> dict[str, float]:
+        """The factor as it stands, and the ratio that was measured last, for the log."""
+        measured = {"curvature/reduction_ratio": self.ratio} if math.isfinite(self.ratio) else {}
+        return {"curvature/damping_factor": self.curvature.damping_factor, **measured}
 
     def _scale(self, by: float) -> None:
         self.curvature.damping_factor = min(max(self.curvature.damping_factor * by, LEAST), MOST)

@@ -44,6 +44,11 @@ class End:
         """The statistics that the inputs alone decide, and layers with the same inputs have in common."""
         return [name for name, statistic in self.block.statistics.items() if statistic.gradient_degree == 0]
 
+    @property
+    def sums_of_outer_products(self) -> list[str]:
+        """The statistics that are, wherever they are matrices."""
+        return [name for name, statistic in self.block.statistics.items() if statistic.symmetric]
+
     def observe(self, inputs: Tensor, gradients: Tensor, known: State) -> State:
         """The sums of the block's statistics over rows, see `TokenBlock.observe`."""
         self.layer.move_to(inputs.device)

@@ -5,8 +5,6 @@ statistics → reduce over ranks → refresh → momentum → precondition → n
 
 from __future__ import annotations
 
-import logging
-import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -14,23 +12,18 @@ import torch
 from torch import Tensor
 
 from hf_so2.distributed import is_sharded, world
-from hf_so2.errors import ConfigurationError, TrainingDivergedError
+from hf_so2.errors import ConfigurationError
 from hf_so2.layers import SampledCapture
 from hf_so2.optim.adaptive import AdaptiveDamping, Loss
 from hf_so2.optim.coverage import CoverageReport
 from hf_so2.optim.fallback import first_order_step
-from hf_so2.optim.norm_control import NORM_CONTROLS, OF_THE_WHOLE_MODEL
-from hf_so2.optim.preconditioned import layer_update
 from hf_so2.optim.sampled_labels import generator_for, sampled_loss
 from hf_so2.optim.schedule import due
+from hf_so2.optim.second_order import matrix_gradients, second_order_updates
 from hf_so2.optim.settings import Settings
+from hf_so2.optim.skipping import SkippedSteps, are_finite
 from hf_so2.optim.statistics import Curvature
 from hf_so2.optim.telemetry import LEVELS, StepRecord, report
-
-logger = logging.getLogger(__name__)
-
-# A few overflows are part of low-precision training; this many in a row mean that it has diverged.
-MAX_SKIPPED_IN_A_ROW = 20
 
 
 class SecondOrderOptimizer(torch.optim.Optimizer):
@@ -51,7 +44,6 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
 
     Attributes:
         steps: how many updates have been made.
-        skipped_steps: how many were left out because a gradient was not finite.
         curvature_in_state_dict: whether `state_dict()` holds the curvature. On by default, so that a plain loop saves
             all there is; a Trainer that writes it to a file of its own turns it off.
     """
@@ -64,7 +56,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         report: CoverageReport,
     ) -> None:
         self.settings, self.curvature, self._report = settings, curvature, report
-        self.steps = self.skipped_steps = self._skipped_in_a_row = 0
+        self.steps, self._skipped = 0, SkippedSteps()
         self.curvature_in_state_dict = True
         self._generator: torch.Generator | None = None
         self._record = StepRecord()
@@ -84,8 +76,13 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         if self.steps == 0 or self.curvature is None:
             return self._report
         chosen = [*self.curvature.layers, *self.curvature.weight_of_bias]
-        uncaptured = {name for name in chosen if not self._is_preconditioned(name)}
+        uncaptured = {name for name in chosen if not self.curvature.preconditions(name)}
         return self._report.moved_to_fallback(uncaptured)
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps were left out because a gradient was not finite."""
+        return self._skipped.total
 
     @property
     def capturing(self) -> bool:
@@ -137,9 +134,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         if factor is not None and self.settings.norm_control == "kl_clip":
             numbers["curvature/kl_clip_factor"] = float(factor)
         if self._adaptive is not None:
-            numbers["curvature/damping_factor"] = self.curvature.damping_factor
-            if math.isfinite(self._adaptive.ratio):
-                numbers["curvature/reduction_ratio"] = self._adaptive.ratio
+            numbers |= self._adaptive.telemetry()
         return numbers | {"curvature/skipped_steps": self.skipped_steps}
 
     def sample_fisher(
@@ -206,12 +201,13 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not self._gradients_are_finite():
-            self._skip()
+        if not are_finite([p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]):
+            self.discard_captures()
+            self._skipped.add(self.steps + 1)
             return loss
         self._generator = None
         self.steps += 1
-        self._skipped_in_a_row = 0
+        self._skipped.in_a_row = 0
         self._update_curvature()
         self._apply_second_order()
         if self._adaptive is not None:
@@ -220,39 +216,12 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         self._schedule_capture()
         return loss
 
-    def _gradients_are_finite(self) -> bool:
-        # An empty tensor has no maximum.
-        gradients = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None and p.grad.numel()]
-        # Extremes pass on a NaN and cannot overflow where the gradients themselves have not; one transfer to the host.
-        extremes = [x.to(gradients[0].device, torch.float64) for g in gradients for x in torch.aminmax(g)]
-        return not extremes or bool(torch.isfinite(torch.stack(extremes)).all())
-
-    def _skip(self) -> None:
-        self.discard_captures()
-        self.skipped_steps += 1
-        self._skipped_in_a_row += 1
-        logger.warning("a gradient is not finite: the step is skipped (%d so far)", self.skipped_steps)
-        if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            raise TrainingDivergedError(
-                f"gradients were not finite {self._skipped_in_a_row} steps in a row, from step {self.steps + 1} on;"
-                " lower the learning rate or resume from an earlier checkpoint"
-            )
-
     def _update_curvature(self) -> None:
         if self.curvature is None:
             return
         if due(self.steps, self.settings.factor_update_steps):
-            gradients: dict[str, Tensor] = {}
-            for group in self.param_groups:
-                for name, parameter in zip(group["param_names"], group["params"], strict=True):
-                    if name in self.curvature.layers:
-                        layer = self.curvature.layers[name]
-                        layer.move_to(parameter.device)
-                        if parameter.grad is not None:
-                            gradients[name] = layer.adapter.matrix(parameter.grad)
-            self.curvature.update(gradients)
-        if due(self.steps, self.settings.preconditioner_update_steps):
-            self.curvature.refresh()
+            self.curvature.update(matrix_gradients(self.param_groups, self.curvature.layers))
+        self.curvature.refresh(self.steps)
 
     def _schedule_capture(self) -> None:
         if self.curvature is not None:
@@ -264,19 +233,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         if self.curvature is None:
             return
         found = {name: (group, parameter) for group, name, parameter in self._parameters(second_order=True)}
-        updates = [
-            layer_update(layer, *found[name], found.get(layer.bias or ""), self.state, self.settings)
-            for name in found
-            if (layer := self.curvature.layers.get(name)) and not layer.building
-        ]
-        control = self.settings.norm_control
-        if control not in OF_THE_WHOLE_MODEL:
-            NORM_CONTROLS[control]([update for update in updates if update.layer.held], self.settings)
-        self.curvature.sharing.send_updates((update.layer, update.update) for update in updates)
-        self._record.before_norm_control(updates)
-        if control in OF_THE_WHOLE_MODEL:
-            NORM_CONTROLS[control](updates, self.settings)
-        self._record.after_norm_control(updates, self.steps)
+        updates = second_order_updates(found, self.state, self.curvature, self.settings, self._record, self.steps)
         if updates and self._adaptive is not None and due(self.steps, self.settings.preconditioner_update_steps):
             self._adaptive.apply(updates, self.steps)
             return
@@ -299,14 +256,9 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         """
         for group in [only] if only is not None else self.param_groups:
             for name, parameter in zip(group["param_names"], group["params"], strict=True):
-                if parameter.grad is not None and self._is_preconditioned(name) == second_order:
+                is_preconditioned = self.curvature is not None and self.curvature.preconditions(name)
+                if parameter.grad is not None and is_preconditioned == second_order:
                     yield group, name, parameter
-
-    def _is_preconditioned(self, name: str) -> bool:
-        if self.curvature is None:
-            return False
-        layer = self.curvature.layers.get(self.curvature.weight_of_bias.get(name, name))
-        return layer is not None and layer.refreshes > 0
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch, with the key `curvature` beside `state` and `param_groups`.
@@ -339,7 +291,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         counters = {
             "steps": self.steps,
             "skipped_steps": self.skipped_steps,
-            "in_a_row": self._skipped_in_a_row,
+            "in_a_row": self._skipped.in_a_row,
         }
         return {**counters, "curvature": self.curvature.state_dict() if self.curvature is not None else {}}
 
@@ -353,6 +305,6 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             self.curvature.load_state_dict(state["curvature"])
             if self._adaptive is None:
                 self.curvature.damping_factor = 1.0  # what adaptive damping had learned is nobody's to change now
-        self.steps, self.skipped_steps = int(state["steps"]), int(state["skipped_steps"])
-        self._skipped_in_a_row = int(state["in_a_row"])
+        self.steps = int(state["steps"])
+        self._skipped = SkippedSteps(int(state["skipped_steps"]), int(state["in_a_row"]))
         self._schedule_capture()

@@ -115,13 +115,14 @@ class Settings:
     )  # fmt: skip
     adaptive_damping: bool = setting(
         False, FLAG, "Levenberg-Marquardt: damping falls while the curvature predicts how the loss changes, and rises"
-        " where it does not. Measured with two more forward passes at every refresh.", "damping"
+        " where it does not. Measured with two more forward passes every preconditioner_update_steps.", "damping"
     )  # fmt: skip
     factor_update_steps: int = setting(1, COUNT, "Steps between updates of the curvature statistics.", "statistics")
     preconditioner_update_steps: int = setting(
         10,
         COUNT,
-        "Steps between refreshes of the preconditioners (early ones besides, at steps 1, 2, 4, 7).",
+        "Steps between refreshes of a preconditioner; layers take turns, so that steps cost alike (all besides at steps"
+        " 1, 2, 4, 7).",
         "statistics",
     )
     fisher: str = setting(

@@ -17,8 +17,10 @@ from hf_so2.errors import TrainingDivergedError
 from hf_so2.layers import Capture, SampledCapture
 from hf_so2.layers.capture import LayerSums
 from hf_so2.linalg import DecompositionError, matmul_precision
+from hf_so2.optim.costs import refresh_flops
 from hf_so2.optim.ends import End, ends_of
 from hf_so2.optim.layer import COUNTERS, Layer
+from hf_so2.optim.schedule import due, turns
 from hf_so2.optim.sharing import Sharing
 
 logger = logging.getLogger(__name__)
@@ -38,7 +40,8 @@ class Curvature:
         precision: of the products, see `hf_so2.linalg.matmul_precision`.
         token_stride: statistics of tokens are of one in so many.
         gradient_worker_fraction: of the ranks that hold a layer.
-        refresh_steps: steps between refreshes, which are balanced with the work of every step.
+        refresh_steps: steps between refreshes of a layer, which are spread over these steps and balanced with the work
+            of every one.
 
     Attributes:
         sharing: who holds which layer.
@@ -47,7 +50,7 @@ class Curvature:
         failed_refreshes: how many times a layer kept its last preconditioner because a new one could not be computed.
         damping_factor: what adaptive damping multiplies the strength of every layer's damping by.
         adapted_at: the step at which it did so last.
-        refresh_seconds: how long the last refresh of all layers took here, waiting for other ranks included.
+        refresh_seconds: how long refreshes took here at the last step that had any, waiting for other ranks included.
     """
 
     def __init__(
@@ -69,13 +72,18 @@ class Curvature:
         self.refresh_seconds = 0.0
         self.damping_factor, self.adapted_at = 1.0, 0
         self.sharing = Sharing(layers, gradient_worker_fraction, refresh_steps)
+        self._refresh_steps = refresh_steps
+        self._turns = turns({layer.name: refresh_flops(layer.block, layer.shape) for layer in layers}, refresh_steps)
         self._ends: dict[str, End] = {}
         self._of_gradients: dict[str, GradientBlock] = {}
+        self._outer: dict[str, set[str]] = {layer.name: set() for layer in layers}
         for layer in layers:
             if isinstance(layer.block, GradientBlock):
                 self._of_gradients[layer.name] = layer.block
             else:
-                self._ends |= {end.name: end for end in ends_of(layer)}
+                for end in ends_of(layer):
+                    self._ends[end.name] = end
+                    self._outer[layer.name] |= {end.prefix + key for key in end.sums_of_outer_products}
         self.capture = (SampledCapture if fisher == "mc" else Capture)(
             {name: (end.modules, end.adapter) for name, end in self._ends.items()},
             {name: self._observer(end) for name, end in self._ends.items()},
@@ -89,6 +97,11 @@ class Curvature:
     def sees_tokens(self) -> bool:
         """Whether any layer needs the inputs and output gradients of its tokens."""
         return bool(self._ends)
+
+    def preconditions(self, name: str) -> bool:
+        """Whether there is a preconditioner by now for the weight of this name, or for the one that the bias is of."""
+        layer = self.layers.get(self.weight_of_bias.get(name, name))
+        return layer is not None and layer.refreshes > 0
 
     def _observer(self, end: End) -> Callable[[Tensor, Tensor, State], State]:
         def observe(inputs: Tensor, gradients: Tensor, known: State) -> State:
@@ -123,21 +136,32 @@ class Curvature:
                 layer.block.update(layer.state, observation)
             layer.updates += 1
 
-    def refresh(self) -> None:
-        """Rebuild every preconditioner that has statistics; each rank does its share and the results are sent round.
+    def refresh(self, step: int) -> None:
+        """Rebuild the preconditioners that are due, of layers that have statistics; each rank does its share and the
+        results are sent round.
+
+        Args:
+            step: number of the step, counted from 1.
 
         Raises:
             TrainingDivergedError: a layer has failed `MAX_FAILURES_IN_A_ROW` times in a row; on every rank alike.
         """
+        chosen = [layer for layer in self.layers.values() if layer.updates and self._is_due(layer, step)]
+        if not chosen:
+            return
         started = time.perf_counter()
         self.sharing.settle()
-        due = [layer for layer in self.layers.values() if layer.updates]
-        errors = {layer.name: self._refresh(layer) for layer in due if layer.owned}
-        failed = self.sharing.on_any_rank({layer.name: errors.get(layer.name) is not None for layer in due})
-        self.sharing.send_preconditioners(layer for layer in due if not failed[layer.name])
-        for layer in due:
+        errors = {layer.name: self._refresh(layer) for layer in chosen if layer.owned}
+        failed = self.sharing.on_any_rank({layer.name: errors.get(layer.name) is not None for layer in chosen})
+        self.sharing.send_preconditioners(layer for layer in chosen if not failed[layer.name])
+        for layer in chosen:
             self._count(layer, errors.get(layer.name) or "on another rank" if failed[layer.name] else None)
         self.refresh_seconds = time.perf_counter() - started
+
+    def _is_due(self, layer: Layer, step: int) -> bool:
+        # A layer that is first seen late, as an idle expert is, does not wait for its turn.
+        is_new = not (layer.refreshes or layer.failures)
+        return is_new or due(step, self._refresh_steps, self._turns[layer.name])
 
     def damping_of(self, layer: Layer) -> Damping:
         """The damping of a layer as it stands, adaptive factor included."""
@@ -174,27 +198,29 @@ class Curvature:
         taken = {name: captured.get(name) or LayerSums() for name in self._ends}
         counts = self._counted(taken, tokens)
         seen = {name: end for name, end in self._ends.items() if counts[name][0]}
-        sums = {name: self._sums(end, taken[name], tokens) for name, end in seen.items()}
+        sums = {name: self._shares(end, taken[name], tokens, *counts[name]) for name, end in seen.items()}
         self.sharing.sum_statistics((end.layer, end.block.statistics, sums[name]) for name, end in seen.items())
         means: dict[str, State] = {end.layer.name: {} for end in seen.values()}
         for name, end in seen.items():
             if end.layer.held:
-                rows, count = counts[name]
-                divisors = {"rows": rows, "tokens": max(count, 1)}
-                means[end.layer.name].update(
-                    (end.prefix + key, sums[name][key].div_(divisors[s.per])) for key, s in end.block.statistics.items()
-                )
+                means[end.layer.name].update({end.prefix + key: value for key, value in sums[name].items()})
         return means
 
     @staticmethod
-    def _sums(end: End, seen: LayerSums, tokens: int | Tensor | None) -> State:
-        """What this rank has seen of a layer, `c` undone; zeros where it has seen nothing."""
+    def _shares(end: End, seen: LayerSums, tokens: int | Tensor | None, rows: int, count: int) -> State:
+        """What this rank adds to the means over all ranks, made of its sums in place; zeros where it has seen nothing.
+
+        Args:
+            rows: that the end has seen on all ranks.
+            count: of tokens that its loss was the mean of, on all ranks.
+        """
         if not seen.sums:
             return end.no_rows()
-        if tokens is None:
-            for key, statistic in end.block.statistics.items():
-                if statistic.gradient_degree:
-                    seen.sums[key].mul_(seen.positions**statistic.gradient_degree)
+        divisors = {"rows": rows, "tokens": max(count, 1)}
+        for key, statistic in end.block.statistics.items():
+            undone = seen.positions**statistic.gradient_degree if tokens is None else 1
+            undone = undone.double() if isinstance(undone, Tensor) else undone  # what are counts would become float32
+            seen.sums[key].mul_(undone / divisors[statistic.per])
         return seen.sums
 
     def _counted(self, taken: Mapping[str, LayerSums], tokens: int | Tensor | None) -> dict[str, tuple[int, int]]:
@@ -211,9 +237,16 @@ class Curvature:
     def _not_finite(self, observations: Mapping[str, State]) -> dict[str, bool]:
         """Which observations hold a number that is not finite, on a rank that holds the layer."""
         held = {name: observation for name, observation in observations.items() if self.layers[name].held}
-        finite = dict(zip(held, _are_finite(list(held.values())), strict=True))
+        totals = [self._total(name, observation) for name, observation in held.items()]
+        finite = dict(zip(held, torch.isfinite(torch.stack(totals)).tolist() if totals else [], strict=True))
         flags = {name: not finite.get(name, True) for name in observations}
         return self.sharing.on_any_rank(flags) if self.sharing.is_spread else flags
+
+    def _total(self, name: str, observation: State) -> Tensor:
+        """A number that is finite where every entry of these statistics is, 0-dim; where its own sum overflows, too."""
+        # Entries of a sum of outer products are bounded by its diagonal, which is much less to look at.
+        parts = [x.trace() if x.ndim == 2 and key in self._outer[name] else x.sum() for key, x in observation.items()]
+        return torch.stack(parts).sum() if parts else torch.zeros(())
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain numbers only, keyed by layer name; loads with `torch.load(weights_only=True)`.
@@ -257,12 +290,3 @@ class Curvature:
         self.failed_refreshes = int(state["failed_refreshes"])
         self.damping_factor, self.adapted_at = float(state["damping_factor"]), int(state["adapted_at"])
         self.capture.discard()
-
-
-def _are_finite(observations: Sequence[State]) -> list[bool]:
-    """One answer per observation, with one transfer to the host for all of them."""
-    if not observations:
-        return []
-    totals = [torch.stack([value.sum() for value in o.values()]).sum() if o else torch.zeros(()) for o in observations]
-    flags: list[bool] = torch.isfinite(torch.stack(totals)).tolist()
-    return flags
