@@ -10,7 +10,6 @@ import torch
 from curvature.dense_fisher import dense_preconditioner, eye, relative, stand_still
 from helpers import VOCABULARY, dense_factors, gpt2, in_float64, llama, numpy_damping, token_loss_sum
 from torch import Tensor, nn
-from transformers import Gemma2Config, Gemma2ForCausalLM
 
 import hf_so2
 from hf_so2.curvature import Tied
@@ -364,21 +363,6 @@ def test_what_has_no_sum_to_invert_falls_back() -> None:
     expected = "its modules are more than one token embedding and the Linear that is the output head"
     assert reasons(headless, weight="0.weight", **BOTH) == ("adamw", common + expected)
     assert reasons(tied_llama(), skip_modules=["lm_head"], **BOTH) == ("adamw", "skip_modules 'lm_head'")
-
-
-def test_an_embedding_that_scales_falls_back() -> None:
-    config = Gemma2Config(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        pad_token_id=0,
-    )
-    why = "weight of Gemma2TextScaledWordEmbedding, which does more than look up a row"
-    assert reasons(Gemma2ForCausalLM(config), **BOTH) == ("adamw", why)
 
 
 def test_the_shampoo_family_sees_the_sum_of_both_gradients() -> None:

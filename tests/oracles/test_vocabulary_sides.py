@@ -9,7 +9,7 @@ import pytest
 import torch
 from curvature.dense_fisher import METHODS, dense_preconditioner, eye, relative, stand_still
 from curvature.reference import BLOCKS, fresh_state
-from helpers import dense_factors, gpt2, llama, numpy_damping, token_loss_sum, trained
+from helpers import SMALL, dense_factors, gpt2, llama, numpy_damping, token_loss_sum, trained
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -207,18 +207,9 @@ def test_coverage_says_which_embeddings_and_heads_are_preconditioned() -> None:
     assert untied["transformer.wpe.weight"] == ("adamw", "an embedding of something else than tokens")
 
 
-def test_an_embedding_that_scales_falls_back() -> None:
-    config = Gemma2Config(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        tie_word_embeddings=False,
-        pad_token_id=0,
-    )
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_embedding_that_scales_falls_back(tied: bool) -> None:
+    config = Gemma2Config(**SMALL, tie_word_embeddings=tied)
     found = reasons(Gemma2ForCausalLM(config), **BOTH)["model.embed_tokens.weight"]
     assert found == ("adamw", "weight of Gemma2TextScaledWordEmbedding, which does more than look up a row")
 
