@@ -57,8 +57,8 @@ def build_optimizer(
             method's defaults.
 
     Raises:
-        ConfigurationError: an unknown name or setting, a value out of range, a setting that the method would ignore, a
-            `_mup` name without a base, or a model that μP cannot be applied to.
+        ConfigurationError: an unknown name or setting, a value out of range, a setting that the method or the model
+            would ignore, a `_mup` name without a base, or a model that μP cannot be applied to.
     """
     method, _ = parse_name(name)
     resolved = method.settings(settings, learning_rate="lr")
