@@ -157,11 +157,15 @@ def test_single_damping_is_that_of_the_factors_where_the_block_is_their_product(
     assert float(Damping(rule, 0.1).single(values.outer(frequencies), "A")) == pytest.approx(float(rho_a * rho_b) / 0.1)
 
 
-def test_spectral_control_fixes_how_far_tokens_move(batch: tuple[Tensor, Tensor]) -> None:
-    """The root mean square change of a vector, over the tokens of the batch, is the learning rate."""
+@pytest.mark.parametrize("name", METHODS)
+def test_spectral_control_fixes_how_far_tokens_move(name: str, batch: tuple[Tensor, Tensor]) -> None:
+    """The root mean square change of a vector, over the tokens of the batch, is the learning rate.
+
+    Also where the input factor weighs tokens by the size of their gradients and is not their frequencies.
+    """
     model = Bigram()
     before = model.embedding.weight.detach().clone()
-    optimizer = hf_so2.build_optimizer("kfac", model, lr=0.3, precondition_embeddings=True)
+    optimizer = hf_so2.build_optimizer(name, model, lr=0.3, precondition_embeddings=True)
     for factor in (1.0, 0.0):
         optimizer.zero_grad()
         (factor * token_loss_sum(model(batch[0]), batch[1]) / 40).backward()
