@@ -204,12 +204,14 @@ def _damping(
         return overrides.apply(Damping(settings.damping_rule, epsilon, **multipliers), modules)
 
     counts_tokens = treatment.adapter.one_hot and "tokens" in method.uses
-    epsilon = settings.embedding_damping if counts_tokens else settings.damping
+    own = method.damping_strength(settings, factored=one_sided)
+    epsilon = settings.embedding_damping if counts_tokens else own
     if not (treatment.head and counts_tokens):
         return of(treatment.modules, epsilon, method.damping_multipliers(width, one_sided=one_sided))
     as_embedding, as_head = rules.tied_ends(width)
     embedding = of(treatment.modules, epsilon, factored_damping(as_embedding))
-    return replace(embedding, head=of(treatment.head, settings.damping, factored_damping(as_head)))
+    strength = method.damping_strength(settings, factored=True)
+    return replace(embedding, head=of(treatment.head, strength, factored_damping(as_head)))
 
 
 def _layer(

@@ -305,6 +305,7 @@ def test_each_end_has_the_damping_of_a_weight_of_its_own() -> None:
     damping = layer_of(damping=0.02, embedding_damping=0.5, damping_overrides=["lm_head=spectral:0.1"]).damping
     assert (damping.rule, damping.epsilon) == ("trace", 0.5)
     assert (damping.head.rule, damping.head.epsilon) == ("spectral", 0.1)
+    assert layer_of("ekfac", damping=1e-4).damping.head.epsilon == 1e-2  # one of two factors, not their product
     scaled = damping.scaled(0.5)
     assert (scaled.epsilon, scaled.head.epsilon) == (0.25, 0.05)
 

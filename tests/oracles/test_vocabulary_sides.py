@@ -92,15 +92,19 @@ def test_preconditioners_are_the_inverses_of_dense_blocks(name: str, batch: tupl
         assert relative(actual, np.linalg.inv(block)) < 1e-10, layer
 
 
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("name", METHODS)
 def test_a_head_without_an_output_factor_is_preconditioned_by_its_inputs(
-    name: str, batch: tuple[Tensor, Tensor]
+    name: str, rule: str, batch: tuple[Tensor, Tensor]
 ) -> None:
-    optimizer = stand_still(name, Bigram(), batch, damping=RHO, precondition_head=True)
+    """Where ε is relative to a product of two factors, as in EKFAC, its root is relative to the one that is left."""
+    optimizer = stand_still(name, Bigram(), batch, damping=RHO, damping_rule=rule, precondition_head=True)
     (entry,) = optimizer.curvature.layers.values()
     h, _ = rows_of(batch)["head.weight"]
     a = h.T @ h / len(h)
-    expected = np.linalg.inv(np.kron(np.eye(VOCABULARY), a + RHO * eye(a)))
+    of_a_product = name in ("ekfac", "tekfac") and rule in ("trace", "trace_mean", "spectral")
+    rho, _ = numpy_damping(rule, RHO**0.5 if of_a_product else RHO, a, np.ones((1, 1)))
+    expected = np.linalg.inv(np.kron(np.eye(VOCABULARY), a + rho * eye(a)))
     assert relative(dense_preconditioner(entry.block, entry.state, entry.shape), expected) < 1e-10
 
 
@@ -148,6 +152,14 @@ def test_damping_of_a_diagonal_side_is_judged_per_row(rule: str) -> None:
     swapped = Damping(rule, 0.1)(torch.from_numpy(b), torch.from_numpy(frequencies))
     if rule != "pi":
         assert [float(rho) for rho in reversed(swapped)] == [float(rho) for rho in actual]
+
+
+@pytest.mark.parametrize("rule", ["trace", "trace_mean", "spectral"])
+def test_damping_of_a_product_has_the_strength_of_both_factors(rule: str) -> None:
+    """`ε = ε_A ε_B` where nothing is judged per row: a strength of √ε on each is the same as ε on the product."""
+    a, b = torch.tensor([3.0, 1.0, 0.5]), torch.tensor([2.0, 0.25])
+    rho_a, rho_b = Damping(rule, 1e-5**0.5)(a.diag(), b.diag())
+    assert float(Damping(rule, 1e-5).single(b.outer(a))) == pytest.approx(float(rho_a * rho_b), rel=1e-6)
 
 
 @pytest.mark.parametrize("rule", ["trace", "trace_mean", "spectral"])
