@@ -243,6 +243,7 @@ def _layer(
         dtype,
         treatment.partner,
         treatment.head,
+        treatment.is_head,
     )
 
 

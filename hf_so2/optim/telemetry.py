@@ -30,11 +30,11 @@ ITERATIONS, DIRECTIONS = 8, 16
 
 LEVELS = ("role", "layer")
 
-# The first pattern found in a parameter's name; whatever matches none is of the role "other".
+# The first pattern found in a parameter's name; whatever matches none is of the role "other". BERT and its kin name the
+# two halves of an MLP as parts of the layer itself.
 ROLES = {
     "attention": re.compile(r"attn|attention"),
-    "mlp": re.compile(r"mlp|ffn|feed_forward|experts?\b|\bff\b|\bfc"),
-    "head": re.compile(r"(^|\.)(lm_head|embed_out|output|head)\."),
+    "mlp": re.compile(r"mlp|ffn|feed_forward|experts?\b|\bff\b|\bfc|\blayer\.\d+\.(intermediate|output)\."),
 }
 
 
@@ -189,9 +189,11 @@ def _quantity(name: str) -> str:
 
 
 def role_of(layer: Layer) -> str:
-    """`attention`, `mlp`, `embedding`, `head` or `other`."""
+    """`attention`, `mlp`, `embedding` (a tied weight too), `head` (the one that the model names) or `other`."""
     if any(isinstance(module, nn.Embedding) for module in layer.modules):
         return "embedding"
+    if layer.is_head:
+        return "head"
     return next((role for role, pattern in ROLES.items() if pattern.search(layer.name)), "other")
 
 

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import assert_same_parameters, gpt2, llama, numpy_damping, token_rows
+from helpers import SMALL, assert_same_parameters, gpt2, llama, numpy_damping, token_rows
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import BertConfig, BertForMaskedLM
 
 import hf_so2
 
@@ -186,6 +187,34 @@ def test_roles_sum_up_their_layers(build: Any) -> None:
             expected = np.sqrt(np.mean(np.square(values)))
         assert roles[key] == pytest.approx(expected, rel=1e-12)
     assert {key for key in roles if key.count("/") == 2} == gathered.keys()
+
+
+def test_roles_of_bert_are_those_of_its_parts() -> None:
+    """Its names say little: `output.dense` is the second half of the MLP, and the head is called `decoder`."""
+    config = BertConfig(**SMALL, tie_word_embeddings=False)
+    torch.manual_seed(0)
+    model = BertForMaskedLM(config).train()
+    optimizer = hf_so2.build_optimizer("kfac", model, precondition_embeddings=True, precondition_head=True)
+    tokens = torch.stack([row["input_ids"] for row in token_rows(4)])
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    optimizer.step()
+    numbers = optimizer.telemetry("role")
+    parts = {
+        "attention": ["attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"],
+        "mlp": ["intermediate.dense", "output.dense"],
+    }
+    names = {role: [f"bert.encoder.layer.0.{part}" for part in found] for role, found in parts.items()}
+    names |= {"embedding": ["bert.embeddings.word_embeddings"], "head": ["cls.predictions.decoder"]}
+    names["other"] = ["cls.predictions.transform.dense"]
+    preconditioned = {entry.name for entry in optimizer.coverage().parameters if entry.algorithm == "kfac"}
+    assert preconditioned == {f"{name}.weight" for found in names.values() for name in found}
+    for role, found in names.items():
+        states = [optimizer.curvature.layers[f"{name}.weight"].state for name in found]
+        traces = [
+            float(s["A"].diag().sum() if role != "embedding" else s["A"].sum()) / float(s["weight"]) for s in states
+        ]
+        assert numbers[f"curvature/{role}/trace_A"] == pytest.approx(np.mean(traces), rel=1e-6)
+    assert {key.split("/")[1] for key in numbers if key.count("/") == 2} == names.keys()
 
 
 def test_counts_of_what_went_wrong_and_the_time_of_a_refresh() -> None:
