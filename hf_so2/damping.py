@@ -115,16 +115,18 @@ class Rule:
         factored: `(ρ_A, ρ_B)` for a pair of factors.
         single: ρ for a curvature that is diagonal in some basis, given its diagonal S and over how many rows S extends
             that are judged one by one.
+        is_relative: whether ρ is ε times a size of what it is added to.
     """
 
     factored: Callable[[Damping, Tensor, Tensor], tuple[Tensor, Tensor]]
     single: Callable[[Damping, Tensor, int], Tensor]
+    is_relative: bool = False
 
 
 RULES: dict[str, Rule] = {
-    "trace": Rule(_trace, lambda damping, s, rows: damping.epsilon * s.sum() / rows),
-    "trace_mean": Rule(_trace_mean, lambda damping, s, rows: damping.epsilon * s.mean()),
-    "spectral": Rule(_spectral, lambda damping, s, rows: damping.epsilon * s.max()),
+    "trace": Rule(_trace, lambda damping, s, rows: damping.epsilon * s.sum() / rows, is_relative=True),
+    "trace_mean": Rule(_trace_mean, lambda damping, s, rows: damping.epsilon * s.mean(), is_relative=True),
+    "spectral": Rule(_spectral, lambda damping, s, rows: damping.epsilon * s.max(), is_relative=True),
     # Both sides of π's split multiply to ε whatever the factors, and ε is what is left where nothing is to be split.
     "pi": Rule(_pi, lambda damping, s, rows: s.new_tensor(damping.epsilon)),
     "constant": Rule(_constant, lambda damping, s, rows: s.new_tensor(damping.epsilon * damping.multiplier)),

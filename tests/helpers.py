@@ -21,6 +21,18 @@ import hf_so2
 
 VOCABULARY = 32
 
+# A configuration of any family with these fields: width 16 and one layer.
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "pad_token_id": 0,
+}
+
 
 @dataclass
 class DenseFactors:
@@ -139,18 +151,15 @@ def token_loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
 def llama(width: int = 16, **changes: Any) -> LlamaForCausalLM:
     torch.manual_seed(0)
     fields = {
-        "vocab_size": VOCABULARY,
         "hidden_size": width,
         "intermediate_size": width * 3 // 2,
         "num_hidden_layers": 2,
         "num_attention_heads": width // 8,
         "num_key_value_heads": width // 16,
-        "head_dim": 8,
         "max_position_embeddings": 32,
-        "pad_token_id": 0,
         "tie_word_embeddings": False,
     }
-    return LlamaForCausalLM(LlamaConfig(**(fields | changes)))
+    return LlamaForCausalLM(LlamaConfig(**(SMALL | fields | changes)))
 
 
 def gpt2(width: int = 16, **changes: Any) -> GPT2LMHeadModel:

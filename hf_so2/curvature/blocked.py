@@ -46,6 +46,10 @@ class Blocked(GradientBlock):
         """(fan_out, fan_in) of every block of the matrix."""
         return [(len(part), part.shape[1]) for _, part in self._cut(torch.empty(self.shape, device="meta"))]
 
+    def states(self, state: State) -> Iterator[State]:
+        """The state of every block, under the block's own names."""
+        return (_of(state, prefix) for prefix in self._prefixes())
+
     def init_state(self, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> State:
         state = {"weight": torch.zeros((), device=device, dtype=dtype)}
         for prefix, part in self._cut(torch.empty(shape, device="meta")):

@@ -7,12 +7,15 @@ equation 11); here as `A = √τ Φ`, `B = √τ Ψ`.
 
 The sums are additive over rows; the state keeps their running averages under the same names. A factor is a matrix, or
 on a side of `diagonal` its diagonal as a vector.
+
+The `A` of an embedding is the frequencies of its tokens under `INDEPENDENT`, but not where it is weighed by gradients:
+`TRACE_RESTRICTED_TOKENS` keeps them beside it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,7 +29,8 @@ class Moments:
     """One way to split.
 
     Args:
-        statistics: what is averaged; always `A` (fan_in, fan_in) and `B` (fan_out, fan_out), and any 0-dim scalars.
+        statistics: what is averaged; always `A` (fan_in, fan_in) and `B` (fan_out, fan_out), besides `frequencies`
+            (fan_in,) and any 0-dim scalars.
         sums: maps rows `h` and `δ` and the average of a statistic, for its form, to the statistic's sum.
         factor: the factor `A` or `B` of `F ≈ A ⊗ B` from the state.
     """
@@ -39,6 +43,7 @@ class Moments:
         """Zeroed averages and their `weight`; `diagonal` holds the names of the sides that are kept as vectors."""
         fan_out, fan_in = shape
         sizes = {side: (dim,) if side in diagonal else (dim, dim) for side, dim in (("A", fan_in), ("B", fan_out))}
+        sizes["frequencies"] = (fan_in,)
         names = ("weight", *self.statistics)
         return {name: torch.zeros(sizes.get(name, ()), device=device, dtype=dtype) for name in names}
 
@@ -76,3 +81,14 @@ TRACE_RESTRICTED = Moments(
     },
     factor=_trace_restricted_factor,
 )
+
+TRACE_RESTRICTED_TOKENS = replace(
+    TRACE_RESTRICTED,
+    statistics={**TRACE_RESTRICTED.statistics, "frequencies": INDEPENDENT.statistics["A"]},
+    sums={**TRACE_RESTRICTED.sums, "frequencies": INDEPENDENT.sums["A"]},
+)
+
+
+def trace_restricted(diagonal: str) -> Moments:
+    """`TRACE_RESTRICTED`, with the frequencies of tokens where the input side is a diagonal, as an embedding's is."""
+    return TRACE_RESTRICTED_TOKENS if "A" in diagonal else TRACE_RESTRICTED

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from hf_so2.curvature.ekfac import EKFAC
-from hf_so2.curvature.moments import TRACE_RESTRICTED
+from hf_so2.curvature.moments import trace_restricted
 
 
 def TEKFAC(beta: float, diagonal: str = "") -> EKFAC:  # noqa: N802  named as the method, like its siblings
     """`P(G)` as in EKFAC, with `U_A`, `U_B` the eigenbases of `Φ`, `Ψ`; see `EKFAC` for the state."""
-    return EKFAC(beta, moments=TRACE_RESTRICTED, diagonal=diagonal)
+    return EKFAC(beta, moments=trace_restricted(diagonal), diagonal=diagonal)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from hf_so2.curvature.kfac import KFAC
-from hf_so2.curvature.moments import TRACE_RESTRICTED
+from hf_so2.curvature.moments import trace_restricted
 
 
 def TKFAC(  # noqa: N802  named as the method, like its siblings
     beta: float, exponent_a: float = 1.0, exponent_b: float = 1.0, diagonal: str = ""
 ) -> KFAC:
     """`P(G) = (√τ Ψ + ρ_B I)^-1 G (√τ Φ + ρ_A I)^-1`; see `KFAC` for the state, which holds `tau` besides."""
-    return KFAC(beta, exponent_a, exponent_b, moments=TRACE_RESTRICTED, diagonal=diagonal)
+    return KFAC(beta, exponent_a, exponent_b, moments=trace_restricted(diagonal), diagonal=diagonal)

@@ -77,7 +77,8 @@ def select(
         one_sided: whether a weight with one dimension above `max_dim` is preconditioned on the other side alone.
 
     Raises:
-        ConfigurationError: a pattern is no regular expression or matches no module that could be preconditioned.
+        ConfigurationError: a pattern is no regular expression or matches no module that could be preconditioned, or the
+            model has nothing of a kind that `extent` asks for.
     """
     users = _modules_by_weight(model)
     head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -136,8 +137,18 @@ def select(
             head=tied_head,
         )
 
+    # What is there but cannot be preconditioned has a reason in the table; of what is not there the table says nothing.
+    trained = {module for p in model.parameters() if p.requires_grad and p.ndim > 1 for _, module in users[id(p)]}
+    if extent.embeddings and not any(isinstance(module, nn.Embedding) for module in trained & tokens):
+        raise _missing("precondition_embeddings", "a token embedding that is trained")
+    if extent.head and head not in trained:
+        raise _missing("precondition_head", "an output head that get_output_embeddings() names and that is trained")
     treatments = {name: decide(p) for name, p in model.named_parameters() if p.requires_grad}
     return _with_biases(model, treatments) if extent.biases else treatments
+
+
+def _missing(setting: str, part: str) -> ConfigurationError:
+    return ConfigurationError(setting, True, f"has no effect on this model; it needs {part}")
 
 
 def _token_embeddings(model: nn.Module) -> set[nn.Module]:
@@ -181,7 +192,11 @@ def _why_not_tied(modules: Sequence[nn.Module], head: nn.Module | None, extent: 
 
 
 def _with_biases(model: nn.Module, treatments: dict[str, Treatment]) -> dict[str, Treatment]:
-    """The same with the bias of every preconditioned weight beside it, where one module alone uses both."""
+    """The same with the bias of every preconditioned weight beside it, where one module alone uses both.
+
+    Raises:
+        ConfigurationError: there is no such bias.
+    """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     paired = dict(treatments)
     for name, treatment in treatments.items():
@@ -192,6 +207,8 @@ def _with_biases(model: nn.Module, treatments: dict[str, Treatment]) -> dict[str
             paired[name] = replace(treatment, adapter=adapter, partner=partner)
             reason = f"bias of {_kind(treatment.modules)}, a column of its weight"
             paired[partner] = Treatment(True, reason, treatment.modules, adapter, partner=name)
+    if paired == treatments:
+        raise _missing("precondition_biases", "a preconditioned weight with a bias that is trained")
     return paired
 
 

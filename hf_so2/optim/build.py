@@ -57,8 +57,8 @@ def build_optimizer(
             method's defaults.
 
     Raises:
-        ConfigurationError: an unknown name or setting, a value out of range, a setting that the method would ignore, a
-            `_mup` name without a base, or a model that μP cannot be applied to.
+        ConfigurationError: an unknown name or setting, a value out of range, a setting that the method or the model
+            would ignore, a `_mup` name without a base, or a model that μP cannot be applied to.
     """
     method, _ = parse_name(name)
     resolved = method.settings(settings, learning_rate="lr")
@@ -204,12 +204,14 @@ def _damping(
         return overrides.apply(Damping(settings.damping_rule, epsilon, **multipliers), modules)
 
     counts_tokens = treatment.adapter.one_hot and "tokens" in method.uses
-    epsilon = settings.embedding_damping if counts_tokens else settings.damping
+    own = method.damping_strength(settings, factored=one_sided)
+    epsilon = settings.embedding_damping if counts_tokens else own
     if not (treatment.head and counts_tokens):
         return of(treatment.modules, epsilon, method.damping_multipliers(width, one_sided=one_sided))
     as_embedding, as_head = rules.tied_ends(width)
     embedding = of(treatment.modules, epsilon, factored_damping(as_embedding))
-    return replace(embedding, head=of(treatment.head, settings.damping, factored_damping(as_head)))
+    strength = method.damping_strength(settings, factored=True)
+    return replace(embedding, head=of(treatment.head, strength, factored_damping(as_head)))
 
 
 def _layer(
@@ -241,6 +243,7 @@ def _layer(
         dtype,
         treatment.partner,
         treatment.head,
+        treatment.is_head,
     )
 
 

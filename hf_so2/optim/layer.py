@@ -31,6 +31,7 @@ class Layer:
         dtype: float32, or float64 for a float64 weight.
         bias: the parameter that is the last column of the matrix.
         head: of a tied weight, the modules that use it as an output head; `modules` are its embeddings.
+        is_head: whether it is the output head, and nothing else.
         owner: the rank that refreshes its preconditioner.
         owned: whether that is this one.
         held: whether this rank has its statistics and its preconditioner, and preconditions its gradient.
@@ -54,6 +55,7 @@ class Layer:
     dtype: torch.dtype
     bias: str | None = None
     head: Sequence[nn.Module] = ()
+    is_head: bool = False
     owner: int = 0
     owned: bool = True
     held: bool = True

@@ -22,6 +22,7 @@ from hf_so2.curvature import (
     Shampoo,
     Tied,
 )
+from hf_so2.damping import RULES
 from hf_so2.errors import ConfigurationError
 from hf_so2.mup import ParameterWidth, rules
 from hf_so2.optim.settings import Settings, resolve
@@ -108,6 +109,17 @@ class Method:
             one_sided: as for the learning rate; what is damped then is `A` itself, whatever the method.
         """
         return factored_damping(width) if one_sided else self.damping(width)
+
+    def damping_strength(self, settings: Settings, *, factored: bool) -> float:
+        """ε of a weight, at the base width.
+
+        Args:
+            settings: ε of the method's own blocks, and the rule.
+            factored: whether the block is one of factors whatever the method: one-sided or tied, see `block_for`. EKFAC
+                damps products of eigenvalues, `S + ε·tr S`, and so has `ε = ε_A ε_B`; one of two alike factors gets √ε.
+        """
+        is_single = self.damping is single_damping and RULES[settings.damping_rule].is_relative
+        return math.sqrt(settings.damping) if factored and is_single else settings.damping
 
     def block_for(self, settings: Settings, site: Site) -> CurvatureBlock | None:
         """The curvature block of a site, or None for a first-order method.

@@ -80,7 +80,9 @@ def _embedding_size(u: LayerUpdate) -> Tensor:
         return u.update.square().mean(dim=0).amax().sqrt()
     if "head_A" in state:
         return _tied_size(u)
-    frequencies = state["A"] / state["A"].sum()
+    # TKFAC's factor weighs tokens by their gradients, too.
+    counts = state.get("frequencies", state["A"])
+    frequencies = counts / counts.sum()
     return (frequencies * u.update.square().mean(dim=0)).sum().sqrt()
 
 

@@ -113,11 +113,13 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         """How curvature stands after the last step, for a log; empty for a first-order method.
 
         Keys are `curvature/<role or layer>/<quantity>`: `trace`, `damping` (ρ) and `condition` of each factor, with
-        `_A` or `_B` where a block has two, and, where `observe_next_step` was called before the step, `update_rms`,
-        the root mean square of the change of a weight; besides `curvature/kl_clip_factor` under that norm control, and
-        `curvature/refresh_seconds`, `curvature/failed_refreshes`, `curvature/dropped_statistics`,
-        `curvature/overflowed_updates` and `curvature/skipped_steps`. This call waits for the device. With a
-        `gradient_worker_fraction` below 1 it is a collective: every rank has to make it.
+        `_A`, `_B`, `_L` or `_R` where a block has one for each side (SOAP damps none of its two, and Muon has none at
+        all; a weight that is cut into blocks has the sum of their traces, the mean of ρ and the largest condition
+        number), and, where `observe_next_step` was called before the step, `update_rms`, the root mean square of the
+        change of a weight; besides `curvature/kl_clip_factor` under that norm control, and `curvature/refresh_seconds`,
+        `curvature/failed_refreshes`, `curvature/dropped_statistics`, `curvature/overflowed_updates` and
+        `curvature/skipped_steps`. This call waits for the device. With a `gradient_worker_fraction` below 1 it is a
+        collective: every rank has to make it.
 
         Args:
             by: `role` (`attention`, `mlp`, …: means over layers, of condition numbers the largest) or `layer`.

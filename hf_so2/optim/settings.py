@@ -102,7 +102,9 @@ class Settings:
     damping: float = setting(
         1e-3,
         POSITIVE,
-        "Damping strength ε, at the base width; its unit depends on `damping_rule`.",
+        "Damping strength ε, at the base width; its unit depends on `damping_rule`. In ekfac and tekfac it damps the"
+        " product of two factors; for a head without output factor, or tied to the embedding, √ε takes its place under"
+        " trace, trace_mean and spectral.",
         "damping",
     )
     damping_rule: str = setting(

@@ -15,11 +15,12 @@ from functools import singledispatch
 import torch
 from torch import Tensor, nn
 
-from hf_so2.curvature import EKFAC, KFAC, CurvatureBlock, KLShampoo, Shampoo, State, Tied
+from hf_so2.curvature import EKFAC, KFAC, SOAP, Blocked, CurvatureBlock, KLShampoo, Shampoo, State, Tied
 from hf_so2.curvature import sides as two_sided
 from hf_so2.curvature.shampoo import normalisation
 from hf_so2.damping import Damping
 from hf_so2.linalg import DecompositionError, spectral_norm
+from hf_so2.linalg.eigen import RESOLUTION
 from hf_so2.optim.layer import Layer
 from hf_so2.optim.preconditioned import LayerUpdate
 from hf_so2.optim.statistics import Curvature
@@ -29,11 +30,11 @@ ITERATIONS, DIRECTIONS = 8, 16
 
 LEVELS = ("role", "layer")
 
-# The first pattern found in a parameter's name; whatever matches none is of the role "other".
+# The first pattern found in a parameter's name; whatever matches none is of the role "other". BERT and its kin name the
+# two halves of an MLP as parts of the layer itself.
 ROLES = {
     "attention": re.compile(r"attn|attention"),
-    "mlp": re.compile(r"mlp|ffn|feed_forward|experts?\b|\bff\b|\bfc"),
-    "head": re.compile(r"(^|\.)(lm_head|embed_out|output|head)\."),
+    "mlp": re.compile(r"mlp|ffn|feed_forward|experts?\b|\bff\b|\bfc|\blayer\.\d+\.(intermediate|output)\."),
 }
 
 
@@ -80,7 +81,7 @@ def _total_length(updates: Sequence[LayerUpdate]) -> Tensor:
 
 @singledispatch
 def spectra(block: CurvatureBlock, state: State, damping: Damping) -> dict[str, Tensor]:
-    """Trace, damping ρ and condition number of a block's damped factors, each 0-dim; nothing for an unknown block.
+    """Trace, damping ρ and condition number of a block's damped factors, each 0-dim; nothing for a block without any.
 
     Trace and ρ are those of the averages as they stand. The condition number is `(λ_max + ρ) / (λ_min + ρ)`.
     """
@@ -130,6 +131,32 @@ def _(block: KLShampoo, state: State, damping: Damping) -> dict[str, Tensor]:
     )
 
 
+@spectra.register
+def _(block: SOAP, state: State, damping: Damping) -> dict[str, Tensor]:
+    """Nothing is damped; eigenvalues are those of the kept basis, none below what a decomposition resolves."""
+    found: dict[str, Tensor] = {}
+    for side, factor in two_sided.suffixed(state, "").items():
+        values = state[f"{side}_values"]
+        largest = values.max().clamp(min=torch.finfo(values.dtype).tiny)
+        least = values.min().clamp(min=0) / largest
+        found |= {
+            f"trace_{side}": factor.trace() / state["weight"],
+            f"condition_{side}": 1 / least.clamp(min=RESOLUTION * torch.finfo(values.dtype).eps),
+        }
+    return found
+
+
+@spectra.register
+def _(block: Blocked, state: State, damping: Damping) -> dict[str, Tensor]:
+    parts = [spectra(block.block, own, damping) for own in block.states(state)]
+    return {name: _of_parts(name, torch.stack([part[name] for part in parts])) for name in parts[0]}
+
+
+def _of_parts(name: str, values: Tensor) -> Tensor:
+    """A whole has the sum of its blocks' traces and the largest of their condition numbers; of ρ the mean is told."""
+    return {"trace": values.sum(), "condition": values.max()}.get(_quantity(name), values.mean())
+
+
 def _of_roots(
     factors: Mapping[str, tuple[Tensor, Tensor]], roots: Mapping[str, Tensor], exponent: float
 ) -> dict[str, Tensor]:
@@ -156,10 +183,17 @@ def _norm(matrix: Tensor) -> Tensor:
     return spectral_norm(matrix, start, ITERATIONS)[0]
 
 
+def _quantity(name: str) -> str:
+    """A name without the factor that it is of."""
+    return name.rstrip("ABLR").rstrip("_")
+
+
 def role_of(layer: Layer) -> str:
-    """`attention`, `mlp`, `embedding`, `head` or `other`."""
+    """`attention`, `mlp`, `embedding` (a tied weight too), `head` (the one that the model names) or `other`."""
     if any(isinstance(module, nn.Embedding) for module in layer.modules):
         return "embedding"
+    if layer.is_head:
+        return "head"
     return next((role for role, pattern in ROLES.items() if pattern.search(layer.name)), "other")
 
 
@@ -196,8 +230,7 @@ def report(curvature: Curvature, record: StepRecord, step: int, by: str) -> dict
         for quantity, value in found.items():
             gathered.setdefault(f"curvature/{place}/{quantity}", []).append(value)
     summary = {
-        key: _SUMMARIES.get(key.rpartition("/")[2].rstrip("ABLR").rstrip("_"), _mean)(values)
-        for key, values in gathered.items()
+        key: _SUMMARIES.get(_quantity(key.rpartition("/")[2]), _mean)(values) for key, values in gathered.items()
     }
     return summary | {
         "curvature/refresh_seconds": curvature.refresh_seconds,

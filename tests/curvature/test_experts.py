@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from helpers import relative_error
+from helpers import SMALL, relative_error
 from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -59,16 +59,7 @@ def test_every_expert_averages_over_its_own_tokens_and_an_idle_one_keeps_its_sta
 
 
 def test_fused_experts_fall_back_and_the_table_says_why() -> None:
-    config = MixtralConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        num_local_experts=3,
-        num_experts_per_tok=2,
-    )
+    config = MixtralConfig(**SMALL, num_local_experts=3, num_experts_per_tok=2)
     model = MixtralForCausalLM(config).train()
     optimizer = hf_so2.build_optimizer("kfac", model)
     batch = torch.randint(1, 32, (4, 9), generator=torch.Generator().manual_seed(0))

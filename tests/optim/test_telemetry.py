@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import assert_same_parameters, gpt2, llama, numpy_damping, token_rows
+from helpers import SMALL, assert_same_parameters, gpt2, llama, numpy_damping, token_rows
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import BertConfig, BertForMaskedLM
 
 import hf_so2
 
@@ -74,6 +75,49 @@ def test_factors_of_shampoo_equal_numpy(optim: str, settings: dict[str, Any]) ->
             assert numbers[f"curvature/{name}/damping_{side}"] == pytest.approx(rho, rel=1e-10)
             expected = np.linalg.cond(factor + rho * np.eye(len(factor)))
             assert numbers[f"curvature/{name}/condition_{side}"] == pytest.approx(expected, rel=1e-2)
+
+
+def test_factors_of_soap_equal_numpy() -> None:
+    """After the first step the kept bases are those of the factors; one without full rank is at the resolution."""
+    _, optimizer, _ = observed("soap")
+    numbers = optimizer.telemetry("layer")
+    for name, layer in optimizer.curvature.layers.items():
+        factors = {side: (layer.state[side] / layer.state["weight"]).numpy() for side in "LR"}
+        for side, factor in factors.items():
+            assert numbers[f"curvature/{name}/trace_{side}"] == pytest.approx(np.trace(factor), rel=1e-10)
+        largest = 1 / (8 * np.finfo(np.float64).eps)
+        assert np.linalg.matrix_rank(factors["R"]) < len(factors["R"])  # fan_in is the longer side
+        assert numbers[f"curvature/{name}/condition_R"] == pytest.approx(largest)
+        assert numbers[f"curvature/{name}/condition_L"] == pytest.approx(np.linalg.cond(factors["L"]), rel=1e-6)
+        assert not any("damping" in key for key in numbers)
+
+
+def test_muon_has_an_update_and_no_factors() -> None:
+    _, optimizer, _ = observed("muon")
+    found = {key.rpartition("/")[2] for key in optimizer.telemetry("layer") if key.count("/") == 2}
+    assert found == {"update_rms"}
+
+
+def test_blocks_of_a_weight_are_summed_up_against_numpy() -> None:
+    """The traces add up to that of the whole weight's factor; condition numbers are of the worst block."""
+    _, optimizer, _ = observed("shampoo", 2, damping=1e-3, block_size=16)
+    _, whole, _ = observed("shampoo", damping=1e-3)
+    _, first, _ = observed("shampoo", damping=1e-3, block_size=16)
+    numbers, parts = optimizer.telemetry("layer"), [first.telemetry("layer"), whole.telemetry("layer")]
+    for name, layer in optimizer.curvature.layers.items():
+        state = {key: value.numpy() for key, value in layer.state.items()}
+        prefixes = sorted({key.split("/")[0] for key in state if "/" in key})
+        assert len(prefixes) == 4
+        for side in "LR":
+            factors = [state[f"{prefix}/{side}"] / state["weight"] for prefix in prefixes]
+            rhos = [1e-3 * np.trace(factor) for factor in factors]
+            worst = max(np.linalg.cond(f + rho * np.eye(len(f))) for f, rho in zip(factors, rhos, strict=True))
+            trace = sum(np.trace(factor) for factor in factors)
+            assert numbers[f"curvature/{name}/trace_{side}"] == pytest.approx(trace, rel=1e-10)
+            assert numbers[f"curvature/{name}/damping_{side}"] == pytest.approx(np.mean(rhos), rel=1e-10)
+            assert numbers[f"curvature/{name}/condition_{side}"] == pytest.approx(worst, rel=1e-2)
+            cut, uncut = (each[f"curvature/{name}/trace_{side}"] for each in parts)
+            assert cut == pytest.approx(uncut, rel=1e-10)
 
 
 @pytest.mark.parametrize("optim", ["ekfac", "tekfac"])
@@ -143,6 +187,34 @@ def test_roles_sum_up_their_layers(build: Any) -> None:
             expected = np.sqrt(np.mean(np.square(values)))
         assert roles[key] == pytest.approx(expected, rel=1e-12)
     assert {key for key in roles if key.count("/") == 2} == gathered.keys()
+
+
+def test_roles_of_bert_are_those_of_its_parts() -> None:
+    """Its names say little: `output.dense` is the second half of the MLP, and the head is called `decoder`."""
+    config = BertConfig(**SMALL, tie_word_embeddings=False)
+    torch.manual_seed(0)
+    model = BertForMaskedLM(config).train()
+    optimizer = hf_so2.build_optimizer("kfac", model, precondition_embeddings=True, precondition_head=True)
+    tokens = torch.stack([row["input_ids"] for row in token_rows(4)])
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    optimizer.step()
+    numbers = optimizer.telemetry("role")
+    parts = {
+        "attention": ["attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"],
+        "mlp": ["intermediate.dense", "output.dense"],
+    }
+    names = {role: [f"bert.encoder.layer.0.{part}" for part in found] for role, found in parts.items()}
+    names |= {"embedding": ["bert.embeddings.word_embeddings"], "head": ["cls.predictions.decoder"]}
+    names["other"] = ["cls.predictions.transform.dense"]
+    preconditioned = {entry.name for entry in optimizer.coverage().parameters if entry.algorithm == "kfac"}
+    assert preconditioned == {f"{name}.weight" for found in names.values() for name in found}
+    for role, found in names.items():
+        states = [optimizer.curvature.layers[f"{name}.weight"].state for name in found]
+        traces = [
+            float(s["A"].diag().sum() if role != "embedding" else s["A"].sum()) / float(s["weight"]) for s in states
+        ]
+        assert numbers[f"curvature/{role}/trace_A"] == pytest.approx(np.mean(traces), rel=1e-6)
+    assert {key.split("/")[1] for key in numbers if key.count("/") == 2} == names.keys()
 
 
 def test_counts_of_what_went_wrong_and_the_time_of_a_refresh() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from curvature.dense_fisher import METHODS, dense_preconditioner, eye, relative, stand_still
 from curvature.reference import BLOCKS, fresh_state
-from helpers import dense_factors, gpt2, llama, numpy_damping, token_loss_sum, trained
+from helpers import SMALL, dense_factors, gpt2, llama, numpy_damping, token_loss_sum, trained
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -92,15 +92,19 @@ def test_preconditioners_are_the_inverses_of_dense_blocks(name: str, batch: tupl
         assert relative(actual, np.linalg.inv(block)) < 1e-10, layer
 
 
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("name", METHODS)
 def test_a_head_without_an_output_factor_is_preconditioned_by_its_inputs(
-    name: str, batch: tuple[Tensor, Tensor]
+    name: str, rule: str, batch: tuple[Tensor, Tensor]
 ) -> None:
-    optimizer = stand_still(name, Bigram(), batch, damping=RHO, precondition_head=True)
+    """Where ε is relative to a product of two factors, as in EKFAC, its root is relative to the one that is left."""
+    optimizer = stand_still(name, Bigram(), batch, damping=RHO, damping_rule=rule, precondition_head=True)
     (entry,) = optimizer.curvature.layers.values()
     h, _ = rows_of(batch)["head.weight"]
     a = h.T @ h / len(h)
-    expected = np.linalg.inv(np.kron(np.eye(VOCABULARY), a + RHO * eye(a)))
+    of_a_product = name in ("ekfac", "tekfac") and rule in ("trace", "trace_mean", "spectral")
+    rho, _ = numpy_damping(rule, RHO**0.5 if of_a_product else RHO, a, np.ones((1, 1)))
+    expected = np.linalg.inv(np.kron(np.eye(VOCABULARY), a + rho * eye(a)))
     assert relative(dense_preconditioner(entry.block, entry.state, entry.shape), expected) < 1e-10
 
 
@@ -151,17 +155,29 @@ def test_damping_of_a_diagonal_side_is_judged_per_row(rule: str) -> None:
 
 
 @pytest.mark.parametrize("rule", ["trace", "trace_mean", "spectral"])
+def test_damping_of_a_product_has_the_strength_of_both_factors(rule: str) -> None:
+    """`ε = ε_A ε_B` where nothing is judged per row: a strength of √ε on each is the same as ε on the product."""
+    a, b = torch.tensor([3.0, 1.0, 0.5]), torch.tensor([2.0, 0.25])
+    rho_a, rho_b = Damping(rule, 1e-5**0.5)(a.diag(), b.diag())
+    assert float(Damping(rule, 1e-5).single(b.outer(a))) == pytest.approx(float(rho_a * rho_b), rel=1e-6)
+
+
+@pytest.mark.parametrize("rule", ["trace", "trace_mean", "spectral"])
 def test_single_damping_is_that_of_the_factors_where_the_block_is_their_product(rule: str) -> None:
     frequencies, values = torch.tensor([0.5, 0.25, 0.25]), torch.tensor([3.0, 1.0])
     rho_a, rho_b = Damping(rule, 0.1)(frequencies, values.diag())
     assert float(Damping(rule, 0.1).single(values.outer(frequencies), "A")) == pytest.approx(float(rho_a * rho_b) / 0.1)
 
 
-def test_spectral_control_fixes_how_far_tokens_move(batch: tuple[Tensor, Tensor]) -> None:
-    """The root mean square change of a vector, over the tokens of the batch, is the learning rate."""
+@pytest.mark.parametrize("name", METHODS)
+def test_spectral_control_fixes_how_far_tokens_move(name: str, batch: tuple[Tensor, Tensor]) -> None:
+    """The root mean square change of a vector, over the tokens of the batch, is the learning rate.
+
+    Also where the input factor weighs tokens by the size of their gradients and is not their frequencies.
+    """
     model = Bigram()
     before = model.embedding.weight.detach().clone()
-    optimizer = hf_so2.build_optimizer("kfac", model, lr=0.3, precondition_embeddings=True)
+    optimizer = hf_so2.build_optimizer(name, model, lr=0.3, precondition_embeddings=True)
     for factor in (1.0, 0.0):
         optimizer.zero_grad()
         (factor * token_loss_sum(model(batch[0]), batch[1]) / 40).backward()
@@ -207,18 +223,9 @@ def test_coverage_says_which_embeddings_and_heads_are_preconditioned() -> None:
     assert untied["transformer.wpe.weight"] == ("adamw", "an embedding of something else than tokens")
 
 
-def test_an_embedding_that_scales_falls_back() -> None:
-    config = Gemma2Config(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        tie_word_embeddings=False,
-        pad_token_id=0,
-    )
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_embedding_that_scales_falls_back(tied: bool) -> None:
+    config = Gemma2Config(**SMALL, tie_word_embeddings=tied)
     found = reasons(Gemma2ForCausalLM(config), **BOTH)["model.embed_tokens.weight"]
     assert found == ("adamw", "weight of Gemma2TextScaledWordEmbedding, which does more than look up a row")
 

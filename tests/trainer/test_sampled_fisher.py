@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_same_parameters, captured_factors, gpt2, llama, optimizer_of, token_rows, trained
+from helpers import SMALL, assert_same_parameters, captured_factors, gpt2, llama, optimizer_of, token_rows, trained
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 import hf_so2
@@ -50,15 +50,7 @@ def test_resume_draws_the_labels_that_it_would_have_drawn(tmp_path: Path) -> Non
 
 def test_a_classifier_draws_one_label_per_example(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        pad_token_id=0,
-        num_labels=3,
-    )
+    config = LlamaConfig(**SMALL, num_labels=3)
     rows = [{**row, "labels": row["input_ids"][0] % 3} for row in token_rows()]
     trainer = trained(LlamaForSequenceClassification(config), rows, tmp_path, fisher="mc")
     factors = captured_factors(optimizer_of(trainer))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import arguments, assert_same_parameters, llama, optimizer_of, token_rows, trained
+from helpers import SMALL, arguments, assert_same_parameters, llama, optimizer_of, token_rows, trained
 from transformers import LlamaConfig, LlamaForSequenceClassification, TrainerCallback
 
 import hf_so2
@@ -133,15 +133,7 @@ def test_clipped_gradients_do_not_change_the_statistics(tmp_path: Path) -> None:
 def test_batches_without_token_labels_train(tmp_path: Path) -> None:
     """A classifier has one label per example; nothing is announced and the rows a layer saw are counted."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        pad_token_id=0,
-        num_labels=3,
-    )
+    config = LlamaConfig(**SMALL, num_labels=3)
     rows = [{**row, "labels": row["input_ids"][0] % 3} for row in token_rows()]
     trainer = trained(LlamaForSequenceClassification(config), rows, tmp_path)
     assert optimizer_of(trainer).steps == 3
