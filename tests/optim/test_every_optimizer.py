@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 import io
+from dataclasses import fields
 from typing import Any
 
 import pytest
 import torch
-from helpers import assert_same_parameters, llama, relative_error
+from helpers import VOCABULARY, assert_same_parameters, llama, relative_error
 from torch import Tensor, nn
 
 import hf_so2
 from hf_so2.optim.methods import METHODS
+from hf_so2.optim.settings import Settings
 
 NAMES = tuple(METHODS)
 SECOND_ORDER = tuple(name for name, method in METHODS.items() if method.block is not None)
@@ -204,6 +206,20 @@ def test_hidden_matrices_in_the_fallback_have_a_rate_of_their_own() -> None:
     rates = {name: g["lr"] for g in optimizer.param_groups for name in g["param_names"] if g["algorithm"] == "adamw"}
     assert rates.pop("model.layers.0.mlp.down_proj.weight") == rates.pop("model.layers.1.mlp.down_proj.weight") == 0.003
     assert set(rates.values()) == {0.08}
+
+
+@pytest.mark.parametrize("flag", ["precondition_embeddings", "precondition_head"])
+@pytest.mark.parametrize("name", ["shampoo", "soap", "kl_shampoo"])
+def test_a_vocabulary_within_the_limit_costs_two_matrices_of_its_size(name: str, flag: str) -> None:
+    """In float32 as many megabytes as the help of `precondition_head` says."""
+    optimizer = hf_so2.build_optimizer(name, llama(), max_preconditioner_dim=VOCABULARY, **{flag: True})
+    assert optimizer.curvature is not None
+    key = "lm_head.weight" if flag == "precondition_head" else "model.embed_tokens.weight"
+    shapes = [tuple(value.shape) for value in optimizer.curvature.layers[key].state.values()]
+    assert shapes.count((VOCABULARY, VOCABULARY)) == 2
+    text = next(entry.metadata["help"] for entry in fields(Settings) if entry.name == "precondition_head")
+    sizes = [round(2 * n**2 * 4 / 1e6) for n in (2048, 8192)]
+    assert f"({sizes[0]} MB at 2,048 entries, {sizes[1]} MB at 8,192)" in text
 
 
 @pytest.mark.parametrize("name", ["shampoo", "soap", "kl_shampoo"])
