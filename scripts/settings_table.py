@@ -13,8 +13,11 @@ from hf_so2.optim.settings import INSTEAD, Settings, parts_in_use
 HEAD = """# Settings
 
 Keywords of `hf_so2.build_optimizer`, fields of `hf_so2.SecondOrderTrainingArguments` and flags of every script, by the
-same name (`lr` is `learning_rate` there). All of them are given at the base width; μP scales them from there. A setting
-that the chosen method would ignore is refused. Printed by `python scripts/settings_table.py`.
+same name (`lr` is `learning_rate` there). All of them are given at the base width; μP scales them from there. The K-FAC
+family is `kfac`, `ekfac`, `tkfac`, `tekfac` and `foof`, the Shampoo family `shampoo`, `soap` and `kl_shampoo`; all of
+these and `muon` have curvature. Where a default differs by method, the second table has it. A setting that the chosen
+method would ignore is refused, and so is one that asks for what the model does not have. Printed by
+`python scripts/settings_table.py`.
 """
 
 

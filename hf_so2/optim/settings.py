@@ -74,11 +74,11 @@ class Settings:
     )  # fmt: skip
     fallback_learning_rate: float | None = setting(
         None, optional(POSITIVE), "AdamW learning rate of everything that is not preconditioned: embeddings, head,"
-        " norms and biases."
+        " norms and biases; lr where it is none."
     )  # fmt: skip
     hidden_fallback_learning_rate: float | None = setting(
         None, optional(POSITIVE), "AdamW learning rate of hidden matrices that are not preconditioned: fused experts,"
-        " skipped modules, dimensions that are too large.", "curvature"
+        " skipped modules, dimensions that are too large; fallback_learning_rate where it is none.", "curvature"
     )  # fmt: skip
     weight_decay: float = setting(
         0.0, NOT_NEGATIVE, "Decoupled weight decay, at the base width; norm gains and biases are not decayed."
