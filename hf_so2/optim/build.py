@@ -26,6 +26,9 @@ from hf_so2.optim.settings import Settings
 from hf_so2.optim.statistics import Curvature
 from hf_so2.optim.width_damping import Multipliers, factored_damping
 
+# Of an embedding of its own: tokens much rarer than the mean have gradients too noisy to magnify further.
+EMBEDDING_DAMPING = 1.0
+
 # Without μP nothing is multiplied.
 UNSCALED = ParameterWidth("scalar", 1.0, 1.0)
 
@@ -204,13 +207,14 @@ def _damping(
         return overrides.apply(Damping(settings.damping_rule, epsilon, **multipliers), modules)
 
     counts_tokens = treatment.adapter.one_hot and "tokens" in method.uses
-    own = method.damping_strength(settings, factored=one_sided)
-    epsilon = settings.embedding_damping if counts_tokens else own
-    if not (treatment.head and counts_tokens):
+    is_tied = counts_tokens and bool(treatment.head)
+    strength = method.damping_strength(settings, factored=one_sided or is_tied)
+    if not is_tied:
+        epsilon = (settings.embedding_damping or EMBEDDING_DAMPING) if counts_tokens else strength
         return of(treatment.modules, epsilon, method.damping_multipliers(width, one_sided=one_sided))
     as_embedding, as_head = rules.tied_ends(width)
-    embedding = of(treatment.modules, epsilon, factored_damping(as_embedding))
-    strength = method.damping_strength(settings, factored=True)
+    # The head adds to the same sum, of which damping as strong as an embedding's own would leave it no part: 0.08 nats.
+    embedding = of(treatment.modules, settings.embedding_damping or strength, factored_damping(as_embedding))
     return replace(embedding, head=of(treatment.head, strength, factored_damping(as_head)))
 
 

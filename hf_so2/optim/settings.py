@@ -143,9 +143,10 @@ class Settings:
         False, FLAG, "Precondition the token embedding. The K-FAC family's input factor is a diagonal there: the"
         " frequencies of the tokens. One that is tied to the head needs precondition_head as well.", "statistics"
     )  # fmt: skip
-    embedding_damping: float = setting(
-        1.0, POSITIVE, "Damping of both factors of a preconditioned embedding, in place of damping. Under trace the"
-        " input side's is relative to the mean frequency of a token: what is much rarer is not magnified further.",
+    embedding_damping: float | None = setting(
+        None, optional(POSITIVE), "Damping of both factors of a preconditioned embedding, in place of damping. Under"
+        " trace the input side's is relative to the mean frequency of a token. Where it is none: 1, with which what is"
+        " much rarer is not magnified further, or the head's where the two are tied, whose curvature 1 would swamp.",
         "embedding_damping"
     )  # fmt: skip
     precondition_head: bool = setting(

@@ -273,7 +273,8 @@ def test_spectral_control_bounds_what_comes_out_at_either_end() -> None:
 def test_the_log_has_both_ends() -> None:
     block, state, averages = random_case()
     model = tied_llama()
-    optimizer = hf_so2.build_optimizer("kfac", model, damping_rule="constant", damping=0.02, **DIAGONAL)
+    dampings = {"damping_rule": "constant", "damping": 0.02, "embedding_damping": 1.0}
+    optimizer = hf_so2.build_optimizer("kfac", model, **dampings, **DIAGONAL)
     model(input_ids=batch()[0], labels=batch()[0]).loss.backward()
     optimizer.step()
     layer = optimizer.curvature.layers[NAME]
@@ -310,6 +311,32 @@ def test_each_end_has_the_damping_of_a_weight_of_its_own() -> None:
     assert (scaled.epsilon, scaled.head.epsilon) == (0.25, 0.05)
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_by_default_neither_end_is_damped_beyond_the_other(name: str) -> None:
+    """An embedding of its own has a damping of 1, which in the sum would be all that there is."""
+    damping = layer_of(name).damping
+    assert damping.epsilon == damping.head.epsilon
+    untied = hf_so2.build_optimizer(name, llama(), **BOTH).curvature.layers
+    assert untied[NAME].damping.epsilon == 1.0
+    assert damping.head.epsilon == untied["lm_head.weight"].damping.epsilon
+
+
+def test_by_default_the_head_is_heard_in_the_sum() -> None:
+    """Its share in the average token's block is the dense one's; an embedding's own damping of 1 leaves it little."""
+    data, ends, found = batch(), rows_of(unpadded(), batch()), []
+    a_e, b_e = (moment(rows, 24) for rows in ends["embedding"])
+    a_h, b_h = (moment(rows, 24) for rows in ends["head"])
+    for given, epsilon in ((None, 1e-3), (1.0, 1.0)):
+        settings = {"damping_rule": "trace", "damping": 1e-3, "embedding_damping": given}
+        share = stand_still("kfac", unpadded(), data, **settings, **BOTH).curvature.layers[NAME].state["share"]
+        embedding = np.trace(a_e) * (1 + epsilon) * (b_e + epsilon * np.trace(b_e) * eye(b_e))
+        head = np.trace(b_h) * (1 + 1e-3) * (a_h + 1e-3 * np.trace(a_h) * eye(a_h))
+        expected = np.linalg.eigvals(np.linalg.solve(embedding + head, head)).real
+        np.testing.assert_allclose(np.sort(share.numpy()), np.sort(expected), rtol=1e-8)
+        found.append(expected.mean())
+    assert found[1] < 0.1 < 0.4 < found[0]
+
+
 def test_damping_follows_both_ends_over_the_width() -> None:
     """μP divides the head's inputs by the growth m: `A_h` falls like m / m², as constant damping does."""
     narrow, wide = tied_llama(16), tied_llama(64)
@@ -317,8 +344,7 @@ def test_damping_follows_both_ends_over_the_width() -> None:
         layer_of("kfac_mup", model, base_config=llama(16, tie_word_embeddings=True).config) for model in (narrow, wide)
     ]
     for each in layers:
-        assert each.damping.epsilon == 1.0
-        assert each.damping.head.epsilon == 1e-3
+        assert each.damping.epsilon == each.damping.head.epsilon == 1e-3
     small, large = (each.damping for each in layers)
     assert (small.multiplier_a, small.multiplier_b, small.head.multiplier_a, small.head.multiplier_b) == (1, 1, 1, 1)
     assert (large.multiplier_a, large.multiplier_b) == (1, 1 / 4)
