@@ -29,7 +29,7 @@ from hf_so2.benchmark.peers import PEERS
 from hf_so2.benchmark.phases import PHASES
 from hf_so2.benchmark.plots import plot_benchmark, plot_growth
 from hf_so2.benchmark.ratios import fitted_exponent
-from hf_so2.benchmark.report import growth_table, table, to_dict
+from hf_so2.benchmark.report import against_peers, growth_table, peer_table, table, to_dict
 from hf_so2.benchmark.rounds import Measurement, measure
 from hf_so2.cli import main, parse
 from hf_so2.errors import ConfigurationError
@@ -119,7 +119,12 @@ def run() -> None:
         results[width] = benchmark(arguments, width)
         title = f"Llama, hidden {width}, {arguments.num_hidden_layers} layers, {arguments.tokens} tokens a step"
         print(f"\n{title}; {report['machine']}\n\n{table(results[width], BASELINE)}\n", flush=True)
+        pairs = against_peers(results[width], {peer.name: peer.method for peer in PEERS})
+        if rows := peer_table(pairs):
+            print(f"against peers of the same method\n\n{rows}\n", flush=True)
         report["widths"][width] = to_dict(results[width], BASELINE)
+        for name, figures in report["widths"][width].items():
+            figures["ratio_to_peers"] = {peer: vars(found[name]) for peer, found in pairs.items() if name in found}
         # After every width, so that an interrupted run leaves what it has.
         (output / "benchmark.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         plot_benchmark(results[width], BASELINE, output / _figure(width, arguments), title)

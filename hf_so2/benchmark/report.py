@@ -60,6 +60,31 @@ def table(measurements: Sequence[Measurement], baseline: str) -> str:
     return markdown([header, ["---"] * len(header), *rows])
 
 
+def against_peers(measurements: Sequence[Measurement], methods: Mapping[str, str]) -> dict[str, dict[str, Spread]]:
+    """By peer and by ours: our whole step's time relative to the peer's in the same round.
+
+    Args:
+        measurements: of both.
+        methods: by name of a peer the method of ours that it is to be compared with; variants of it count as well.
+    """
+    return {
+        peer.name: {
+            own.name: paired_ratios(own.mean_seconds, peer.mean_seconds)
+            for own in measurements
+            if own.name.partition(":")[0] == methods[peer.name]
+        }
+        for peer in measurements
+        if peer.name in methods
+    }
+
+
+def peer_table(against: Mapping[str, Mapping[str, Spread]]) -> str:
+    """One row per pair, as Markdown; empty without any."""
+    rows = [[own, peer, str(spread)] for peer, found in against.items() for own, spread in found.items()]
+    header = ["ours", "peer", "step / peer's step"]
+    return markdown([header, ["---"] * len(header), *rows]) if rows else ""
+
+
 def growth_table(exponents: Mapping[str, Mapping[str, float]]) -> str:
     """Exponents of the hidden size, by optimizer and phase, as Markdown."""
     header = ["optimizer", "whole step", *PHASES]

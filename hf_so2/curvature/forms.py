@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_so2.linalg import DecompositionError, damped_root, eigenspace_mean
+from hf_so2.linalg import DecompositionError, damped_root, mean_over_eigenspaces
 
 
 def is_one_hot(rows: Tensor) -> bool:
@@ -93,5 +93,6 @@ def over_eigenspaces(diagonal: Tensor, values_left: Tensor | None, values_right:
 
     A side without a basis has none to be averaged over.
     """
-    left, right = (None if values is None else eigenspace_mean(values) for values in (values_left, values_right))
-    return from_right(from_left(left, diagonal), right)
+    if values_left is not None:
+        diagonal = mean_over_eigenspaces(diagonal, values_left)
+    return diagonal if values_right is None else mean_over_eigenspaces(diagonal.mT, values_right).mT

@@ -53,28 +53,35 @@ def _decomposed(decompose: Callable[[Tensor], Any], matrix: Tensor) -> Any:
             raise DecompositionError(f"a {tuple(matrix.shape)} factor has no eigendecomposition: {error}") from error
 
 
-def eigenspace_mean(values: Tensor) -> Tensor | None:
-    """The matrix that replaces each entry of a vector in the eigenbasis by the mean over its eigenspace.
+def mean_over_eigenspaces(matrix: Tensor, values: Tensor) -> Tensor:
+    """Each row of a matrix replaced by the mean of the rows that belong to the same eigenspace.
 
     Eigenvalues closer than a decomposition resolves count as one: their eigenvectors are any basis of the space that
     they span, and differ from run to run by more than round-off.
 
     Args:
+        matrix: one row for each eigenvalue, shape (n, m).
         values: eigenvalues of a positive semi-definite matrix, in any order, shape (n,).
 
     Returns:
-        A symmetric projection, shape (n, n); None where all eigenvalues are distinct, and it would be the identity.
+        The means, (n, m); `matrix` itself where all eigenvalues are distinct.
     """
     version, are_distinct = _all_distinct.get(values, (-1, False))
     if version == values._version and are_distinct:
-        return None
+        return matrix
     ascending, order = values.sort()
     is_gap = ascending.diff() > RESOLUTION * torch.finfo(values.dtype).eps * ascending[-1]
     if version != values._version:
         are_distinct = bool(is_gap.all())
         _all_distinct[values] = values._version, are_distinct
         if are_distinct:
-            return None
-    space = torch.cat([is_gap.new_zeros(1), is_gap]).cumsum(dim=0)[order.argsort()]
-    shared = (space.unsqueeze(0) == space.unsqueeze(1)).to(values.dtype)
-    return shared / shared.sum(dim=1, keepdim=True)
+            return matrix
+    space = torch.cat([is_gap.new_zeros(1), is_gap]).cumsum(dim=0)
+    # As many bags as rows, the last ones empty: how many spaces there are is known on the device only. Unlike sums by
+    # index it adds in the same order on every run, also on a GPU, so that ranks stay equal.
+    starts = torch.searchsorted(space, torch.arange(len(space), device=space.device))
+    sizes = torch.cat([starts, starts.new_full((1,), len(space))]).diff()
+    # Weights, since a sum of large entries overflows where their mean does not.
+    weights = sizes[space].to(matrix.dtype).reciprocal()
+    means = torch.nn.functional.embedding_bag(order, matrix, starts, mode="sum", per_sample_weights=weights)
+    return means[space[order.argsort()]]

@@ -22,7 +22,7 @@ from hf_so2.benchmark.contestants import BASELINE, baseline, ours, theirs
 from hf_so2.benchmark.memory import peak_bytes, tensor_bytes
 from hf_so2.benchmark.phases import PHASES
 from hf_so2.benchmark.ratios import fitted_exponent, paired_ratios
-from hf_so2.benchmark.report import table, to_dict
+from hf_so2.benchmark.report import against_peers, peer_table, table, to_dict
 from hf_so2.benchmark.rounds import Measurement
 from hf_so2.benchmark.stopwatch import Stopwatch
 from hf_so2.optim import OPTIMIZERS, SecondOrderOptimizer
@@ -169,6 +169,21 @@ def test_the_report_compares_within_rounds() -> None:
     assert slow.phase("capture") == 0.0
 
 
+def test_peers_are_compared_with_their_own_method_within_rounds() -> None:
+    times = {
+        "soap": [[2.0], [30.0]],
+        "soap:beta2=0.9": [[4.0], [40.0]],
+        "kfac": [[1.0], [1.0]],
+        "p.SOAP": [[4.0], [40.0]],
+    }
+    measurements = [Measurement(name, 1, 1.0, rounds, [{}, {}]) for name, rounds in times.items()]
+    found = against_peers(measurements, {"p.SOAP": "soap", "q.SOAP": "soap"})
+    assert found.keys() == {"p.SOAP"}
+    assert {name: spread.median for name, spread in found["p.SOAP"].items()} == {"soap": 0.625, "soap:beta2=0.9": 1.0}
+    assert peer_table(found).splitlines()[2].split() == "| soap | p.SOAP | 0.62 [0.56, 0.69] |".split()
+    assert peer_table({}) == ""
+
+
 def test_the_command_line(tmp_path: Path) -> None:
     size = "--num_hidden_layers 1 --num_attention_heads 2 --vocab_size 32 --tokens 16 --sequence_length 8"
     turns = "--interval 1 --steps 1 --rounds 2 --device cpu --peers torch.Muon --optim kfac"
@@ -181,6 +196,7 @@ def test_the_command_line(tmp_path: Path) -> None:
         assert figures.keys() == {BASELINE, "kfac", "torch.Muon"}
         assert figures[BASELINE]["ratio"] == {"median": 1.0, "lower": 1.0, "upper": 1.0}
         assert figures["kfac"]["phase_seconds"].keys() == set(PHASES)
+        assert figures["kfac"]["ratio_to_peers"] == {}  # Muon's peer, not K-FAC's
     assert report["exponents"].keys() == {BASELINE, "kfac", "torch.Muon"}
     assert {path.name for path in tmp_path.glob("*.png")} == {"benchmark_8.png", "benchmark_16.png", "growth.png"}
     assert done.stdout.count("| torch.Muon") == 3

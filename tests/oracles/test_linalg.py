@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_so2.damping import Damping
-from hf_so2.linalg import DecompositionError, damped_inverse, spectral_norm
+from hf_so2.linalg import DecompositionError, damped_inverse, mean_over_eigenspaces, spectral_norm
 
 SEEDS = st.integers(0, 2**31 - 1)
 SIZES = st.integers(1, 24)
@@ -135,3 +135,19 @@ def test_subspace_iteration_at_the_ends_of_float32(scale: float) -> None:
     norm, basis = spectral_norm(matrix * scale, start((6, 5)).float(), 60)
     assert float(norm) == pytest.approx(exact * scale, rel=1e-2, abs=0.0)
     torch.testing.assert_close(basis.mT @ basis, torch.eye(4))
+
+
+@given(
+    data=st.data(),
+    columns=st.integers(1, 5),
+    groups=st.lists(st.integers(1, 4), min_size=1, max_size=6),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_mean_over_eigenspaces(data: st.DataObject, columns: int, groups: list[int], dtype: torch.dtype) -> None:
+    """Rows of equal eigenvalues are averaged, whatever their order and however large they are; others stay."""
+    labels = np.array(data.draw(st.permutations([label for label, size in enumerate(groups) for _ in range(size)])))
+    largest = torch.finfo(dtype).max
+    rows = np.random.default_rng(len(labels)).uniform(0.5, 1, (len(labels), columns))
+    expected = np.stack([rows[labels == label].mean(axis=0) for label in labels])
+    found = mean_over_eigenspaces(torch.from_numpy(rows).to(dtype) * largest, torch.from_numpy(labels + 1.0).to(dtype))
+    np.testing.assert_allclose((found / largest).numpy(), expected, rtol=8 * torch.finfo(dtype).eps)
