@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from helpers import in_float64, llama, token_rows
+from helpers import gpt2, in_float64, llama, token_rows
 from torch import Tensor, nn
 
 import hf_so2
@@ -39,6 +39,8 @@ class Case:
         dtype: of model and statistics.
         settings: the others.
         tied: whether embedding and head are one weight.
+        family: `llama`; the same with `odd` sizes, which no number of ranks divides; or `gpt2`, whose weights are stored
+            transposed and have biases.
     """
 
     name: str
@@ -46,9 +48,10 @@ class Case:
     dtype: torch.dtype = torch.float64
     settings: tuple[tuple[str, Any], ...] = ()
     tied: bool = False
+    family: str = "llama"
 
     def __str__(self) -> str:
-        return f"{self.name} {self.fraction} {self.dtype} {dict(self.settings)}{' tied' * self.tied}"
+        return f"{self.name} {self.fraction} {self.dtype} {dict(self.settings)}{' tied' * self.tied} {self.family}"
 
     @property
     def tolerance(self) -> float:
@@ -68,6 +71,32 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("soap", {"max_preconditioner_dim": 16, "precondition_head": True}),
 ]
 
+def sharded_cases(*, all_of_them: bool) -> list[Case]:
+    """Every optimizer on sharded parameters, with its curvature on one rank and, of some, on every rank.
+
+    Args:
+        all_of_them: also half-way, and on every rank of all.
+    """
+    both_ends = (("precondition_embeddings", True), ("precondition_head", True))
+    found = [Case(name, 0.0, family="odd") for name in hf_so2.OPTIMIZERS]
+    everywhere = ("kfac", "soap", "muon") if not all_of_them else [n for n in hf_so2.OPTIMIZERS if n[-4:] != "_mup"]
+    for name in everywhere:
+        if not Case(name).is_first_order():
+            found += [Case(name, f, family="odd") for f in ((1.0, 0.5) if all_of_them else (1.0,))]
+    found += [
+        Case(name, 0.0, settings=tuple(settings.items()), family="odd")
+        for name, settings in SETTINGS
+        if not settings.get("adaptive_damping")
+    ]
+    return [
+        *found,
+        Case("kfac", 0.0, torch.float32, family="odd"),
+        Case("kfac", 0.0, settings=both_ends, tied=True, family="odd"),
+        Case("kfac", 1.0, settings=(("norm_control", "kl_clip"), ("precondition_biases", True)), family="gpt2"),
+        Case("kfac", 0.0, settings=(("precondition_biases", True),), family="gpt2"),
+    ]
+
+
 INTERRUPTED = Case("kfac", 0.0, settings=tuple(SETTINGS[0][1].items()))
 """The run that is also stopped half way and resumed."""
 
@@ -75,7 +104,11 @@ INTERRUPTED = Case("kfac", 0.0, settings=tuple(SETTINGS[0][1].items()))
 def model_for(case: Case) -> nn.Module:
     """One layer, 16 wide; twice that for μP, whose base is 16 wide."""
     width = 32 if case.name.endswith("_mup") else 16
-    model = llama(width, num_hidden_layers=1, tie_word_embeddings=case.tied)
+    if case.family == "gpt2":
+        model: nn.Module = gpt2(width, n_layer=1)
+    else:
+        odd = {"vocab_size": 97, "intermediate_size": 97} if case.family == "odd" else {}
+        model = llama(width, num_hidden_layers=1, tie_word_embeddings=case.tied, **odd)
     if case.dtype == torch.float64:
         in_float64(model)
     return model
@@ -88,7 +121,7 @@ def optimizer_for(case: Case, model: nn.Module) -> hf_so2.SecondOrderOptimizer:
     if not case.is_first_order():
         settings["gradient_worker_fraction"] = case.fraction
     if case.name.endswith("_mup"):
-        settings["base_config"] = llama(16, num_hidden_layers=1).config
+        settings["base_config"] = model_for(replace(case, name="kfac")).config
     return hf_so2.build_optimizer(case.name, model, **settings)
 
 
@@ -117,6 +150,7 @@ def train(
     ranks: int = 1,
     *,
     wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
+    shard: Callable[[nn.Module], None] | None = None,
     steps: range = range(STEPS),
     resume: Mapping[str, Any] | None = None,
 ) -> tuple[nn.Module, hf_so2.SecondOrderOptimizer]:
@@ -124,9 +158,12 @@ def train(
 
     Args:
         wrap: makes the model one that averages gradients over ranks.
+        shard: applies `fully_shard` to the model instead, before its optimizer is built.
         resume: `model` and `optimizer` states to go on from.
     """
     model = model_for(case)
+    if shard is not None:
+        shard(model)
     optimizer = optimizer_for(case, model)
     if resume is not None:
         model.load_state_dict(resume["model"])
@@ -144,8 +181,9 @@ def train(
             if optimizer.wants_loss:
                 optimizer.reevaluate_with(lambda part=part, scale=scale: loss_sum(model, part).detach() * scale)
             is_last = index == len(micro_batches) - 1
-            silent = contextlib.nullcontext() if is_last or wrapped is model else wrapped.no_sync()
-            with silent:
+            if shard is not None:
+                model.set_requires_gradient_sync(is_last)
+            with contextlib.nullcontext() if is_last or wrapped is model else wrapped.no_sync():
                 (loss_sum(wrapped, part) * scale).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -153,8 +191,9 @@ def train(
 
 
 def parameters(model: nn.Module) -> Tensor:
-    """All of them in one vector."""
-    return torch.cat([parameter.detach().reshape(-1) for parameter in model.parameters()])
+    """All of them in one vector; of sharded ones the wholes."""
+    wholes = [getattr(p, "full_tensor", lambda p=p: p)() for p in model.parameters()]
+    return torch.cat([whole.detach().reshape(-1) for whole in wholes])
 
 
 def cases(*, all_of_them: bool) -> list[Case]:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from hf_so2.distributed.assignment import Grid
 from hf_so2.distributed.packing import Parcel
+from hf_so2.distributed.shards import split_of, whole
 
 T = TypeVar("T")
 
@@ -30,15 +33,6 @@ def world() -> tuple[int, int]:
     return 0, 1
 
 
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether this process holds only its part of the tensor, as under FSDP2 and tensor parallelism."""
-    if not dist.is_available():
-        return False
-    from torch.distributed.tensor import DTensor  # not there in a torch that was built without torch.distributed
-
-    return isinstance(tensor, DTensor)
-
-
 def sum_over_ranks(tensors: Sequence[Tensor]) -> None:
     """Add up every tensor over all ranks, in place."""
     if world()[1] > 1:
@@ -51,6 +45,13 @@ def send_from_owners(parcels: Sequence[Parcel]) -> None:
         _run([(bucket, dist.broadcast, {"src": bucket.owner}) for bucket in _buckets(parcels)])
 
 
+def true_on_all_ranks(flag: Tensor) -> bool:
+    """Whether a flag, 0-dim, is up on every rank."""
+    down = flag.logical_not().to(torch.int64)
+    sum_over_ranks([down])
+    return not bool(down)
+
+
 def gather_objects(mine: T) -> list[T]:
     """What every rank passed, in the order of ranks; pickled, so for small things."""
     if world()[1] == 1:
@@ -58,6 +59,21 @@ def gather_objects(mine: T) -> list[T]:
     found: list[Any] = [None] * world()[1]
     dist.all_gather_object(found, mine)
     return found
+
+
+@dataclass(frozen=True)
+class Part:
+    """What this rank has of a tensor that is spread over ranks.
+
+    Args:
+        tensor: its part, possibly empty.
+        like: a tensor that is spread the same way: the parameter.
+        owner: of the layer that it belongs to.
+    """
+
+    tensor: Tensor
+    like: Tensor
+    owner: int
 
 
 class GridCommunicator:
@@ -112,9 +128,78 @@ class GridCommunicator:
                 ]
             )
 
+    def gather_to_holders(self, parts: Sequence[Part]) -> list[Tensor | None]:
+        """The whole of every tensor on the ranks of its owner's column; None elsewhere.
+
+        Args:
+            parts: this rank's, contiguous and of one dtype.
+        """
+        if self.grid.columns == 1:
+            return [whole(part.tensor, part.like) for part in parts]
+        splits = [split_of(part.like) for part in parts]
+        sent: list[list[Tensor]] = [[] for _ in range(self.grid.ranks)]
+        for part, split in zip(parts, splits, strict=True):
+            mine = set(split.copy_of(self.rank))
+            for holder in self.grid.column(self.grid.column_of(part.owner)):
+                if holder in mine:
+                    sent[holder].append(part.tensor.reshape(-1))
+        wanted = [
+            (index, sender, split.part_shape(sender))
+            for index, (part, split) in enumerate(zip(parts, splits, strict=True))
+            if self.holds(part.owner)
+            for sender in split.copy_of(self.rank)
+        ]
+        arrived = _exchange(sent, [(sender, shape) for _, sender, shape in wanted], parts[0].tensor)
+        found: dict[int, list[Tensor]] = {}
+        for (index, _, _), chunk in zip(wanted, arrived, strict=True):
+            found.setdefault(index, []).append(chunk)
+        return [torch.cat(found[i], dim=splits[i].dim) if i in found else None for i in range(len(parts))]
+
+    def scatter_from_holders(self, wholes: Sequence[Tensor | None], parts: Sequence[Part]) -> list[Tensor]:
+        """This rank's part of every tensor, in memory of its own.
+
+        Args:
+            wholes: of one dtype, on the ranks of the owner's column; None elsewhere.
+            parts: how each is spread, and whose it is; their values do not matter.
+        """
+        splits = [split_of(part.like) for part in parts]
+        if self.grid.columns == 1:
+            held = [tensor for tensor in wholes if tensor is not None]
+            return [split.part(tensor, self.rank).clone() for tensor, split in zip(held, splits, strict=True)]
+        sent: list[list[Tensor]] = [[] for _ in range(self.grid.ranks)]
+        for tensor, split in zip(wholes, splits, strict=True):
+            if tensor is not None:
+                for receiver in self.grid.row(self.grid.row_of(self.rank)):
+                    sent[receiver].append(split.part(tensor, receiver).reshape(-1))
+        wanted = [(self._in_row(p.owner), split.part_shape(self.rank)) for p, split in zip(parts, splits, strict=True)]
+        return _exchange(sent, wanted, parts[0].tensor)
+
     def _in_row(self, owner: int) -> int:
         """The rank of this row that is in the owner's column."""
         return self.grid.row(self.grid.row_of(self.rank))[self.grid.column_of(owner)]
+
+
+def _exchange(sent: Sequence[Sequence[Tensor]], wanted: Sequence[tuple[int, torch.Size]], like: Tensor) -> list[Tensor]:
+    """Send tensors from every rank to every other at once; what arrives, in the order of `wanted`.
+
+    Args:
+        sent: vectors by receiver.
+        wanted: sender and shape of what this rank gets, what comes from one sender in that one's order.
+        like: of the dtype and on the device of all.
+    """
+    sizes = [sum(vector.numel() for vector in vectors) for vectors in sent]
+    arriving = [0] * len(sent)
+    for sender, shape in wanted:
+        arriving[sender] += shape.numel()
+    outgoing = torch.cat([like.new_empty(0), *(vector for vectors in sent for vector in vectors)])
+    incoming = like.new_empty(sum(arriving))
+    dist.all_to_all_single(incoming, outgoing, arriving, sizes)
+    offsets = list(accumulate(arriving, initial=0))
+    found = []
+    for sender, shape in wanted:
+        found.append(incoming[offsets[sender] : offsets[sender] + shape.numel()].view(shape))
+        offsets[sender] += shape.numel()
+    return found
 
 
 class _Bucket:

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 from transformers.trainer_pt_utils import get_parameter_names
 
 from hf_so2.damping import Damping
+from hf_so2.distributed import refuse_other_sharding
 from hf_so2.errors import ConfigurationError
 from hf_so2.layers import Treatment, select
 from hf_so2.layers.selection import Extent
@@ -51,7 +52,7 @@ def build_optimizer(
     Args:
         name: one of `hf_so2.OPTIMIZERS`.
         model: any module; the parameters that require a gradient are optimized. Build before `torch.compile`, DDP or
-            `accelerator.prepare`.
+            `accelerator.prepare`, but after `fully_shard`.
         base_config: for `_mup` names: the config (or, for other than Hugging Face models, a module) of the width at
             which the settings were tuned. May be left out when the model carries a μP record.
         decay_parameters: names of the parameters that `weight_decay` applies to; by default those that the Trainer
@@ -61,7 +62,7 @@ def build_optimizer(
 
     Raises:
         ConfigurationError: an unknown name or setting, a value out of range, a setting that the method or the model
-            would ignore, a `_mup` name without a base, or a model that μP cannot be applied to.
+            would ignore, a `_mup` name without a base, a model that μP cannot be applied to, or tensor parallelism.
     """
     method, _ = parse_name(name)
     resolved = method.settings(settings, learning_rate="lr")
@@ -77,6 +78,7 @@ def build_from_settings(
 ) -> SecondOrderOptimizer:
     """`build_optimizer` for settings that have been checked already."""
     method, is_mup = parse_name(name)
+    refuse_other_sharding(model)
     extent = Extent(
         resolved.precondition_embeddings,
         resolved.precondition_head,

@@ -1,6 +1,7 @@
 """First-order updates for everything that is not preconditioned, by torch's own functional AdamW and SGD.
 
-One call per parameter group, so that the update is that of `torch.optim` bit for bit.
+One call per parameter group, so that the update is that of `torch.optim` bit for bit. Of sharded parameters each rank
+updates its part, and keeps the state of that part alone.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
+
+from hf_so2.distributed import local
 
 
 def first_order_step(group: Mapping[str, Any], parameters: Sequence[Tensor], states: Sequence[dict[str, Any]]) -> None:
@@ -54,10 +57,10 @@ def adamw_step(
             state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
     adamw(
-        list(parameters),
+        [local(parameter) for parameter in parameters],
         _gradients(parameters),
-        [state["exp_avg"] for state in states],
-        [state["exp_avg_sq"] for state in states],
+        [local(state["exp_avg"]) for state in states],
+        [local(state["exp_avg_sq"]) for state in states],
         [],
         [state["step"] for state in states],
         amsgrad=False,
@@ -79,11 +82,15 @@ def sgd_step(
     weight_decay: float,
 ) -> None:
     """One step of `torch.optim.SGD` (weight decay in the gradient, as there) on the parameters' `grad`."""
-    buffers = [state.get("momentum_buffer") for state in states]
+    if momentum:
+        for parameter, state in zip(parameters, states, strict=True):
+            if "momentum_buffer" not in state:
+                # torch starts with a copy of the first gradient, which is what comes of zeros.
+                state["momentum_buffer"] = torch.zeros_like(parameter)
     sgd(
-        list(parameters),
+        [local(parameter) for parameter in parameters],
         _gradients(parameters),
-        buffers,
+        [local(state["momentum_buffer"]) if momentum else None for state in states],
         lr=lr,
         momentum=momentum,
         weight_decay=weight_decay,
@@ -91,10 +98,7 @@ def sgd_step(
         nesterov=False,
         maximize=False,
     )
-    if momentum:
-        for state, buffer in zip(states, buffers, strict=True):
-            state["momentum_buffer"] = buffer
 
 
 def _gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
-    return [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return [local(parameter.grad) for parameter in parameters if parameter.grad is not None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -70,6 +71,11 @@ class Layer:
     def building(self) -> bool:
         """Whether the block still builds what its first update needs (SOAP's first basis): nothing moves until then."""
         return self.updates <= self.block.building_steps
+
+    @property
+    def nbytes(self) -> int:
+        """Of its gradient, in the dtype of the statistics."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def blank_state(self) -> State:
         """The block's tensors before the first update, as far as this rank has them."""

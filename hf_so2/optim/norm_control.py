@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_so2.linalg import spectral_norm
-from hf_so2.optim.preconditioned import LayerUpdate, NormControl, momentum_weight
+from hf_so2.optim.preconditioned import LayerUpdate, NormControl, momentum_weight, over_parts
 
 if TYPE_CHECKING:  # the settings name the norm controls of the table, and so come after it
     from hf_so2.optim.settings import Settings
@@ -31,7 +31,8 @@ def kl_clip(updates: Sequence[LayerUpdate], settings: Settings) -> None:
     arXiv 2002.06015, after Ba et al. 2017).
     """
     if updates:
-        divergence = torch.stack([u.group["lr"] ** 2 * (u.update * u.moment).sum() for u in updates]).sum()
+        products = torch.stack([u.group["lr"] ** 2 * (u.update * u.moment).sum() for u in updates])
+        divergence = over_parts(updates, products).sum()
         # `clamp` guards against a tiny negative sum of round-off; an infinite ratio means ν = 1.
         factor = torch.sqrt(settings.kl_clip / divergence.clamp(min=0)).clamp(max=1.0)
         # A divergence out of range, inf - inf at worst, is surely too large: no step.
@@ -153,6 +154,9 @@ def _ratio(target: Tensor | float, norm: Tensor) -> Tensor:
 
 # The others look at one layer at a time, and so where the layer is held, before its update is sent to other ranks.
 OF_THE_WHOLE_MODEL = frozenset({"kl_clip"})
+
+# The others look at what was preconditioned and what became of it.
+OF_RAW_GRADIENTS = frozenset({"graft_adam"})
 
 NORM_CONTROLS: dict[str, NormControl] = {
     "none": unchanged,

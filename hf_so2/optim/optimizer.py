@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_so2.distributed import is_sharded, world
+from hf_so2.distributed import world
 from hf_so2.errors import ConfigurationError
 from hf_so2.layers import SampledCapture
 from hf_so2.optim.adaptive import AdaptiveDamping, Loss
@@ -19,7 +19,7 @@ from hf_so2.optim.coverage import CoverageReport
 from hf_so2.optim.fallback import first_order_step
 from hf_so2.optim.sampled_labels import generator_for, sampled_loss
 from hf_so2.optim.schedule import due
-from hf_so2.optim.second_order import matrix_gradients, second_order_updates
+from hf_so2.optim.second_order import second_order_updates, with_gradients
 from hf_so2.optim.settings import Settings
 from hf_so2.optim.skipping import SkippedSteps, are_finite
 from hf_so2.optim.statistics import Curvature
@@ -38,9 +38,6 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         settings: the hyperparameters.
         curvature: statistics and preconditioners, or None for a first-order method.
         report: what was decided for every parameter.
-
-    Raises:
-        ConfigurationError: a parameter is a DTensor.
 
     Attributes:
         steps: how many updates have been made.
@@ -61,9 +58,6 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         self._generator: torch.Generator | None = None
         self._record = StepRecord()
         self._adaptive = AdaptiveDamping(curvature) if curvature is not None and settings.adaptive_damping else None
-        groups = list(groups)
-        if any(is_sharded(parameter) for group in groups for _, parameter in group["params"]):
-            raise ConfigurationError("model", "DTensor parameters", "are not supported yet; use DDP")
         super().__init__(groups, {"lr": settings.lr, "weight_decay": settings.weight_decay})
         self._schedule_capture()
 
@@ -222,7 +216,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         if self.curvature is None:
             return
         if due(self.steps, self.settings.factor_update_steps):
-            self.curvature.update(matrix_gradients(self.param_groups, self.curvature.layers))
+            self.curvature.update(with_gradients(self.param_groups, self.curvature.layers))
         self.curvature.refresh(self.steps)
 
     def _schedule_capture(self) -> None:

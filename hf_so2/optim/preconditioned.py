@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hf_so2.distributed import local, sum_over_ranks, world
 from hf_so2.linalg import matmul_precision
 from hf_so2.optim.layer import Layer
 
@@ -16,99 +17,128 @@ if TYPE_CHECKING:  # the settings name the norm controls of the table, and so co
     from hf_so2.optim.settings import Settings
 
 
+Member = tuple[dict[str, Any], Tensor]
+NormControl = Callable[[Sequence["LayerUpdate"], "Settings"], None]
+
+
 @dataclass
 class LayerUpdate:
-    """One layer's step in the making.
+    """One layer's step in the making, or this rank's part of it where the weight is sharded.
 
     Args:
         layer: shape, block and state; norm control keeps its own tensors in the state, beside the block's.
-        weight: (fan_out, fan_in) view of the parameter.
         gradient: G, the raw gradient of this step, (fan_out, fan_in), in the dtype of the statistics.
         moment: its moving average (with `momentum_order` "after", G itself): what was preconditioned.
         update: the step's direction, (fan_out, fan_in); scaled in place by norm control. Where another rank holds the
             layer, room for what it will send.
-        group: the parameter group: `lr` and `weight_decay` with width multipliers and schedule, Adam's constants.
-        bias: group and parameter of the bias that is the matrices' last column, if one is.
+        group: the weight's parameter group: `lr` and `weight_decay` with width multipliers and schedule, Adam's
+            constants.
+        pieces: what is going to move: of the weight, and of the bias if the last column is one, a view that writes
+            through, the view of `update` that belongs to it, and its group.
+        copies: 0 for a whole update. Of a part, all three tensors are vectors, the bias's part at the end, and this is
+            how many ranks have the same part.
     """
 
     layer: Layer
-    weight: Tensor
     gradient: Tensor
     moment: Tensor
     update: Tensor
     group: dict[str, Any]
-    bias: Column | None = None
+    pieces: Sequence[tuple[Tensor, Tensor, dict[str, Any]]] = ()
+    copies: int = 0
 
     def change(self) -> Tensor:
-        """What `apply` is going to add, of the update's shape and dtype."""
+        """What `apply` is going to add, of the update's shape and dtype; of a whole update."""
         columns = [
             -group["lr"] * (update + group["weight_decay"] * parameter.to(update.dtype))
-            for parameter, update, group in self._parts()
+            for parameter, update, group in self.pieces
         ]
         return torch.cat(columns, dim=1)
 
     def apply(self) -> None:
         """Decoupled weight decay, then the step."""
-        for parameter, update, group in self._parts():
-            _descend(parameter, update, group)
-
-    def _parts(self) -> list[tuple[Tensor, Tensor, dict[str, Any]]]:
-        """The weight with its update and group, and its bias as a column with those of its own."""
-        if self.bias is None:
-            return [(self.weight, self.update, self.group)]
-        group, bias = self.bias
-        return [(self.weight, self.update[:, :-1], self.group), (bias.unsqueeze(1), self.update[:, -1:], group)]
-
-
-def _descend(parameter: Tensor, update: Tensor, group: dict[str, Any]) -> None:
-    parameter.mul_(1 - group["lr"] * group["weight_decay"])
-    parameter.sub_(update.to(parameter.dtype), alpha=group["lr"])
-
-
-Column = tuple[dict[str, Any], Tensor]
-NormControl = Callable[[Sequence[LayerUpdate], "Settings"], None]
+        for parameter, update, group in self.pieces:
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            parameter.sub_(update.to(parameter.dtype), alpha=group["lr"])
 
 
 def layer_update(
-    layer: Layer,
-    group: dict[str, Any],
-    parameter: Tensor,
-    bias: Column | None,
-    states: Mapping[Tensor, dict[str, Any]],
-    settings: Settings,
+    layer: Layer, members: Sequence[Member], states: Mapping[Tensor, dict[str, Any]], settings: Settings
 ) -> LayerUpdate:
-    """The update of one weight, before norm control.
+    """The update of one weight that every rank has all of, before norm control.
 
     Args:
         layer: its statistics, refreshed at least once.
-        group: its parameter group.
-        parameter: with a gradient.
-        bias: group and parameter of the bias that goes with it.
-        states: the optimizer's state by parameter. An average of gradients is kept there as `momentum_buffer`, on
-            every rank, (fan_out, fan_in) with the bias's column where there is one. One of preconditioned gradients is
-            in the layer's state, under the same name, on the ranks that make them.
+        members: group and parameter of the weight, with a gradient, and of the bias that goes with it.
+        states: as of `moments`.
         settings: momentum, its order and Nesterov's variant.
     """
-    assert parameter.grad is not None
-    matrix, dtype, state = layer.adapter.matrix, layer.dtype, states[parameter]
-    gradient = matrix(parameter.grad).to(dtype)
-    if bias is not None:
-        assert bias[1].grad is not None
-        gradient = torch.cat([gradient, bias[1].grad.to(dtype).unsqueeze(1)], dim=1)
+    gradients, averages = moments(layer, members, states, settings)
+    gradient = matrix_of(layer, gradients)
+    moment = gradient if averages is gradients else matrix_of(layer, averages)
+    update = direction(layer, moment, settings) if layer.held else torch.zeros_like(moment)
+    (group, weight), *bias = members
+    pieces = [(layer.adapter.matrix(weight), update[:, : update.shape[1] - len(bias)], group)]
+    pieces += [(vector.unsqueeze(1), update[:, -1:], its_group) for its_group, vector in bias]
+    return LayerUpdate(layer, gradient, moment, update, group, pieces)
+
+
+def moments(
+    layer: Layer, members: Sequence[Member], states: Mapping[Tensor, dict[str, Any]], settings: Settings
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The gradient, and what of it is to be preconditioned, of weight and bias, as far as this rank has them.
+
+    Counts a step of the layer.
+
+    Args:
+        states: the optimizer's state by parameter. Averages of gradients are kept there as `momentum_buffer`, spread
+            over ranks as the parameter is.
+    """
     layer.steps += 1
-    moment = gradient
-    if settings.momentum_order == "before":
+    gradients = [local(parameter.grad).to(layer.dtype) for _, parameter in members if parameter.grad is not None]
+    if settings.momentum_order == "after":
+        return gradients, gradients
+    averages = []
+    for (_, parameter), gradient in zip(members, gradients, strict=True):
+        state = states[parameter]
         if "momentum_buffer" not in state:
-            state["momentum_buffer"] = parameter.new_zeros(parameter.shape if bias is None else gradient.shape)
-        buffer = matrix(state["momentum_buffer"]) if bias is None else state["momentum_buffer"]
-        moment = _averaged(gradient, buffer, layer, settings)
-    update = _preconditioned(layer, moment, settings) if layer.held else torch.zeros_like(moment)
-    if settings.momentum_order == "after" and layer.held:
-        if "momentum_buffer" not in layer.state:
-            layer.state["momentum_buffer"] = torch.zeros_like(update)
-        # A copy, since norm control works in place and the average may be the buffer itself.
-        update = _averaged(update, layer.state["momentum_buffer"], layer, settings).clone()
-    return LayerUpdate(layer, matrix(parameter), gradient, moment, update, group, bias)
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        averages.append(_averaged(gradient, local(state["momentum_buffer"]), layer, settings))
+    return gradients, averages
+
+
+def matrix_of(layer: Layer, tensors: Sequence[Tensor]) -> Tensor:
+    """(fan_out, fan_in) of the weight's tensor and, as the last column, its bias's."""
+    weight, *bias = tensors
+    matrix = layer.adapter.matrix(weight)
+    return torch.cat([matrix, *(vector.unsqueeze(1) for vector in bias)], dim=1) if bias else matrix
+
+
+def direction(layer: Layer, moment: Tensor, settings: Settings) -> Tensor:
+    """The preconditioned gradient, (fan_out, fan_in), or an average of it, kept in the state of the layer.
+
+    That average is on the ranks that hold the layer, and named `momentum_buffer` too.
+    """
+    update = _preconditioned(layer, moment, settings)
+    if settings.momentum_order == "before":
+        return update
+    if "momentum_buffer" not in layer.state:
+        layer.state["momentum_buffer"] = torch.zeros_like(update)
+    # A copy, since norm control works in place and the average may be the buffer itself.
+    return _averaged(update, layer.state["momentum_buffer"], layer, settings).clone()
+
+
+def over_parts(updates: Sequence[LayerUpdate], sums: Tensor) -> Tensor:
+    """(updates,) sums over the entries of whole updates, out of those over the parts that this rank has of them.
+
+    Where nothing is sharded they are whole, and returned as they are; else a collective.
+    """
+    if not any(update.copies for update in updates):
+        return sums
+    copies = torch.tensor([update.copies or world()[1] for update in updates], dtype=sums.dtype, device=sums.device)
+    total = sums / copies
+    sum_over_ranks([total])
+    return total
 
 
 def _preconditioned(layer: Layer, gradient: Tensor, settings: Settings) -> Tensor:

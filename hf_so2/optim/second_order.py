@@ -9,26 +9,27 @@ from torch import Tensor
 
 from hf_so2.optim.layer import Layer
 from hf_so2.optim.norm_control import NORM_CONTROLS, OF_THE_WHOLE_MODEL
-from hf_so2.optim.preconditioned import Column, LayerUpdate, layer_update
+from hf_so2.optim.preconditioned import LayerUpdate, Member, layer_update
 from hf_so2.optim.settings import Settings
+from hf_so2.optim.sharded import any_sharded, sharded_updates
 from hf_so2.optim.statistics import Curvature
 from hf_so2.optim.telemetry import StepRecord
 
 
-def matrix_gradients(groups: Iterable[dict[str, Any]], layers: Mapping[str, Layer]) -> dict[str, Tensor]:
-    """The gradients of these layers, (fan_out, fan_in), of those that have one; a layer follows a weight that moved."""
-    gradients = {}
+def with_gradients(groups: Iterable[dict[str, Any]], layers: Mapping[str, Layer]) -> dict[str, Tensor]:
+    """The weights of these layers that have a gradient; a layer follows a weight that moved."""
+    weights = {}
     for group in groups:
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
             if name in layers:
                 layers[name].move_to(parameter.device)
                 if parameter.grad is not None:
-                    gradients[name] = layers[name].adapter.matrix(parameter.grad)
-    return gradients
+                    weights[name] = parameter
+    return weights
 
 
 def second_order_updates(
-    parameters: Mapping[str, Column],
+    parameters: Mapping[str, Member],
     states: Mapping[Tensor, dict[str, Any]],
     curvature: Curvature,
     settings: Settings,
@@ -39,21 +40,24 @@ def second_order_updates(
 
     Args:
         parameters: group and parameter by name, biases that go with a weight among them.
-        states: the optimizer's state by parameter, see `layer_update`.
+        states: the optimizer's state by parameter, see `moments`.
         curvature: the layers.
         settings: momentum and norm control.
         record: of what telemetry wants to know of this step.
         step: its number.
     """
-    updates = [
-        layer_update(layer, *parameters[name], parameters.get(layer.bias or ""), states, settings)
+    entries = [
+        (layer, [parameters[name], *([parameters[layer.bias]] if layer.bias in parameters else [])])
         for name in parameters
         if (layer := curvature.layers.get(name)) and not layer.building
     ]
     control = settings.norm_control
+    whole = [entry for entry in entries if not any_sharded(entry)]
+    updates = [layer_update(layer, members, states, settings) for layer, members in whole]
     if control not in OF_THE_WHOLE_MODEL:
         NORM_CONTROLS[control]([update for update in updates if update.layer.held], settings)
     curvature.sharing.send_updates((update.layer, update.update) for update in updates)
+    updates += sharded_updates(curvature.sharing, filter(any_sharded, entries), states, settings)
     record.before_norm_control(updates)
     if control in OF_THE_WHOLE_MODEL:
         NORM_CONTROLS[control](updates, settings)

@@ -5,13 +5,17 @@
 | statistics, preconditioner, norm control's state, momentum of preconditioned gradients | the ranks of one column |
 | the bases that EKFAC's tokens are seen in, momentum of gradients, counters | every rank |
 
+Of a weight that is sharded, momentum of gradients is sharded too, and the gradient whole on the ranks of the column
+alone, and of a few layers at a time.
+
 A layer's column is that of its owner, the rank that refreshes it; see `hf_so2.distributed.Grid`. With every rank in one
 column all hold everything.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import zip_longest
 from typing import TypeVar
 
 import torch
@@ -19,11 +23,15 @@ from torch import Tensor
 
 from hf_so2.curvature import State, Statistic
 from hf_so2.distributed import (
+    BUCKET_BYTES,
     Cost,
     Grid,
     GridCommunicator,
     Parcel,
+    Part,
     gather_objects,
+    is_sharded,
+    local,
     place,
     send_from_owners,
     sum_over_ranks,
@@ -112,6 +120,54 @@ class Sharing:
                 (everywhere if to_all else down).append(parcel)
         self._communicator.send_to_holders(down)
         send_from_owners(everywhere)
+
+    def rounds(self, layers: Iterable[Layer]) -> Iterator[list[Layer]]:
+        """Sharded layers whose whole gradients are there at the same time: few enough to be small on any rank.
+
+        Of one dtype, and of each column one layer or a bucket full, so that the columns work side by side.
+        """
+        waiting: dict[torch.dtype, dict[int, list[list[Layer]]]] = {}
+        for layer in layers:
+            buckets = waiting.setdefault(layer.dtype, {}).setdefault(self._grid.column_of(layer.owner), [[]])
+            if buckets[-1] and sum(x.nbytes for x in [*buckets[-1], layer]) > BUCKET_BYTES:
+                buckets.append([])
+            buckets[-1].append(layer)
+        for columns in waiting.values():
+            for together in zip_longest(*columns.values(), fillvalue=()):
+                yield [layer for bucket in together for layer in bucket]
+
+    def whole_gradients(
+        self, layers: Sequence[Layer], weights: Mapping[str, Tensor]
+    ) -> Iterator[tuple[Layer, Tensor | None]]:
+        """Each layer's gradient, (fan_out, fan_in), in the dtype of its statistics; None where it is not held.
+
+        A collective where weights are sharded: every rank has to go through all of it.
+
+        Args:
+            layers: the same ones in the same order on every rank.
+            weights: by name, with gradients.
+        """
+        parts = {}
+        for layer in layers:
+            weight = weights[layer.name]
+            assert weight.grad is not None
+            gradient = local(weight.grad).to(layer.dtype)
+            if is_sharded(weight):
+                parts[layer.name] = Part(gradient, weight, layer.owner)
+            else:
+                yield layer, layer.adapter.matrix(gradient) if layer.held else None
+        for together in self.rounds(layer for layer in layers if layer.name in parts):
+            gathered = self.gather_to_holders([parts[layer.name] for layer in together])
+            for layer, whole in zip(together, gathered, strict=True):
+                yield layer, layer.adapter.matrix(whole) if whole is not None else None
+
+    def gather_to_holders(self, parts: Sequence[Part]) -> list[Tensor | None]:
+        """The wholes of parts, where their layer is held; None elsewhere. Of one dtype."""
+        return self._communicator.gather_to_holders(parts)
+
+    def scatter_from_holders(self, wholes: Sequence[Tensor | None], parts: Sequence[Part]) -> list[Tensor]:
+        """This rank's parts of wholes, which are there where their layer is held. Of one dtype."""
+        return self._communicator.scatter_from_holders(wholes, parts)
 
     def send_updates(self, updates: Iterable[tuple[Layer, Tensor]]) -> None:
         """Overwrite each layer's update, (fan_out, fan_in), with that of the ranks that hold the layer."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_so2.distributed import is_sharded, local, true_on_all_ranks
 from hf_so2.errors import TrainingDivergedError
 
 logger = logging.getLogger(__name__)
@@ -41,9 +42,12 @@ class SkippedSteps:
 
 
 def are_finite(gradients: Sequence[Tensor]) -> bool:
-    """Whether every entry of every gradient is finite; one transfer to the host."""
+    """Whether every entry of every gradient is finite, on all ranks where they are sharded; one transfer to the host."""
     # An empty tensor has no maximum.
-    gradients = [gradient for gradient in gradients if gradient.numel()]
+    parts = [part for part in map(local, gradients) if part.numel()]
     # Extremes pass on a NaN and cannot overflow where the gradients themselves have not.
-    extremes = [x.to(gradients[0].device, torch.float64) for g in gradients for x in torch.aminmax(g)]
-    return not extremes or bool(torch.isfinite(torch.stack(extremes)).all())
+    extremes = [x.to(gradients[0].device, torch.float64) for part in parts for x in torch.aminmax(part)]
+    finite = torch.isfinite(torch.stack(extremes)).all() if extremes else torch.tensor(True)
+    if any(map(is_sharded, gradients)):
+        return true_on_all_ranks(finite.to(gradients[0].device))
+    return bool(finite)

@@ -110,21 +110,19 @@ class Curvature:
 
         return observe
 
-    def update(self, gradients: Mapping[str, Tensor]) -> None:
+    def update(self, weights: Mapping[str, Tensor]) -> None:
         """Move the running averages by what was captured since the last step, on all ranks, and by its gradients.
 
         Args:
-            gradients: by name of the parameter, (fan_out, fan_in), the same on all ranks; of those that have one.
+            weights: the parameters by name; of those that have a gradient, averaged over ranks.
         """
         self.sharing.settle()
         observations = self._means(*self.capture.take())
-        for name, block in self._of_gradients.items():
-            if name in gradients:
-                layer = self.layers[name]
-                with matmul_precision(self._precision):
-                    observations[name] = (
-                        block.observe_gradient(layer.state, gradients[name].to(layer.dtype)) if layer.held else {}
-                    )
+        of_gradients = [self.layers[name] for name in self._of_gradients if name in weights]
+        for layer, gradient in self.sharing.whole_gradients(of_gradients, weights):
+            with matmul_precision(self._precision):
+                block = self._of_gradients[layer.name]
+                observations[layer.name] = block.observe_gradient(layer.state, gradient) if gradient is not None else {}
         dropped = self._not_finite(observations)
         for name, observation in observations.items():
             layer = self.layers[name]

@@ -22,7 +22,7 @@ from hf_so2.damping import Damping
 from hf_so2.linalg import DecompositionError, spectral_norm
 from hf_so2.linalg.eigen import RESOLUTION
 from hf_so2.optim.layer import Layer
-from hf_so2.optim.preconditioned import LayerUpdate
+from hf_so2.optim.preconditioned import LayerUpdate, over_parts
 from hf_so2.optim.statistics import Curvature
 
 # The cost of these products grows with the square of a factor, of an eigendecomposition with the cube; 1 % off at most.
@@ -66,17 +66,24 @@ class StepRecord:
             return
         self.enabled, self.step = False, step
         self.update_rms = {
-            u.layer.name: u.group["lr"] * torch.linalg.vector_norm(u.update) / math.sqrt(u.update.numel())
-            for u in updates
+            u.layer.name: u.group["lr"] * norm / math.sqrt(math.prod(u.layer.shape))
+            for u, norm in zip(updates, _lengths(updates), strict=True)
         }
         self.norm_factor = _total_length(updates) / self._length if self._length is not None else None
         self._length = None
 
 
-def _total_length(updates: Sequence[LayerUpdate]) -> Tensor:
+def _lengths(updates: Sequence[LayerUpdate]) -> Tensor:
+    """The Frobenius norm of every update; a collective where there are parts of them."""
+    if not updates:
+        return torch.zeros(0)
     device = updates[0].update.device
-    norms = torch.stack([torch.linalg.vector_norm(u.update).to(device) for u in updates])
-    return torch.linalg.vector_norm(norms)
+    lengths = torch.stack([torch.linalg.vector_norm(u.update).to(device, torch.float64) for u in updates])
+    return over_parts(updates, lengths.square()).sqrt()
+
+
+def _total_length(updates: Sequence[LayerUpdate]) -> Tensor:
+    return torch.linalg.vector_norm(_lengths(updates))
 
 
 @singledispatch

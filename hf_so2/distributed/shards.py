@@ -1,0 +1,131 @@
+"""Tensors of which every rank has a part: FSDP2's parameters, their gradients and what has their shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from hf_so2.errors import ConfigurationError
+
+SUPPORTED = "is not supported; of several processes only DDP and FSDP2 over all ranks are (no tensor parallelism)"
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this process holds only its part of the tensor, as under FSDP2 and tensor parallelism."""
+    if not dist.is_available():
+        return False
+    from torch.distributed.tensor import DTensor  # not there in a torch that was built without torch.distributed
+
+    return isinstance(tensor, DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part, which may be empty and is written through; the tensor itself where it is not sharded."""
+    part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return part
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which rank has which part: along one dimension of length n, chunks of ⌈n/parts⌉, as `torch.chunk` makes them.
+
+    The last chunk that has anything may be shorter, those behind it are empty.
+
+    Args:
+        shape: of the whole.
+        dim: the dimension.
+        copies: of the whole, each the ranks of its parts in order. FSDP2 has one, HSDP as many as replicas.
+    """
+
+    shape: tuple[int, ...]
+    dim: int
+    copies: tuple[tuple[int, ...], ...]
+
+    def copy_of(self, rank: int) -> tuple[int, ...]:
+        """The ranks that have the whole together with this one."""
+        return next(copy for copy in self.copies if rank in copy)
+
+    def part(self, whole: Tensor, rank: int) -> Tensor:
+        """What the rank has of the whole: a view."""
+        copy, length = self.copy_of(rank), self.shape[self.dim]
+        chunk = -(-length // len(copy))
+        start = min(copy.index(rank) * chunk, length)
+        return whole.narrow(self.dim, start, min(chunk, length - start))
+
+    def part_shape(self, rank: int) -> torch.Size:
+        return self.part(torch.empty(self.shape, device="meta"), rank).shape
+
+
+def split_of(tensor: Tensor) -> Split:
+    """How a tensor is spread over the ranks; one that is not sharded has a copy on each.
+
+    Raises:
+        ConfigurationError: it is spread by others than FSDP2, or not over all ranks.
+    """
+    if not is_sharded(tensor):
+        ranks = dist.get_world_size() if dist.is_initialized() else 1
+        return Split(tuple(tensor.shape), 0, tuple((rank,) for rank in range(ranks)))
+    return _split(tensor)
+
+
+def _split(tensor: Any) -> Split:
+    mesh, (*others, last) = tensor.device_mesh, tensor.placements
+    # FSDP2 shards along the last dimension of its mesh and, as HSDP, copies along the one before.
+    by_fsdp = last.is_shard() and all(placement.is_replicate() for placement in others)
+    if not by_fsdp or mesh.size() != dist.get_world_size() or "tp" in (mesh.mesh_dim_names or ()):
+        raise ConfigurationError("model", f"a parameter with {tensor.placements} on {mesh}", SUPPORTED)
+    if tensor.to_local().device.type != mesh.device_type:
+        raise ConfigurationError("model", "parameters offloaded to the host", "are not supported; keep them on the GPU")
+    return Split(tuple(tensor.shape), last.dim, _copies(mesh))
+
+
+@lru_cache
+def _copies(mesh: Any) -> tuple[tuple[int, ...], ...]:
+    ranks = mesh.mesh
+    return tuple(tuple(copy) for copy in ranks.reshape(-1, ranks.shape[-1]).tolist())
+
+
+def refuse_other_sharding(model: nn.Module) -> None:
+    """Raise where parameters are DTensors that FSDP2 has not made.
+
+    Raises:
+        ConfigurationError: one line that says what is supported.
+    """
+    sharded = [(name, parameter) for name, parameter in model.named_parameters() if is_sharded(parameter)]
+    if not sharded:
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    if not any(isinstance(module, FSDPModule) for module in model.modules()):
+        raise ConfigurationError("model", f"{sharded[0][0]}, a DTensor without fully_shard", SUPPORTED)
+    for _, parameter in sharded:
+        split_of(parameter)
+
+
+def whole(part: Tensor, like: Tensor) -> Tensor:
+    """The whole, on every rank, of a tensor that is spread as another one is; where that is sharded, a collective.
+
+    Args:
+        part: this rank's, of any dtype.
+        like: spread the same way.
+    """
+    if not is_sharded(like):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    spread: Any = like
+    joined = DTensor.from_local(
+        part, spread.device_mesh, spread.placements, run_check=False, shape=like.shape, stride=_contiguous(like.shape)
+    )
+    full: Tensor = joined.full_tensor()
+    return full
+
+
+def _contiguous(shape: Iterable[int]) -> tuple[int, ...]:
+    return torch.empty(tuple(shape), device="meta").stride()
