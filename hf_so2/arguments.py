@@ -61,7 +61,7 @@ class SecondOrderTrainingArguments(_OwnFields):
 
     Raises:
         ConfigurationError: an unknown optimizer, a value out of range, a setting that the optimizer would ignore, or a
-            launcher that is not supported (DeepSpeed, FSDP).
+            launcher that is not supported (DeepSpeed).
     """
 
     optim: OptimizerName = field(
@@ -209,8 +209,6 @@ def _known_optimizer(name: Any) -> str:
 def _refuse_unsupported_launchers(name: str, args: SecondOrderTrainingArguments) -> None:
     if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("1", "true"):
         raise ConfigurationError("deepspeed", args.deepspeed or True, f"is not supported with optim={name}; use DDP")
-    if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true"):
-        raise ConfigurationError("fsdp", args.fsdp or True, f"is not supported with optim={name} yet; use DDP")
 
 
 def _parsed_optim_args(text: str | None) -> dict[str, Any]:

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 STATE = "trainer_state.json"
 CURVATURE_FILES = "curvature-*-of-*.pt"
+OPTIMIZER_FILES = "optimizer-*-of-*.pt"  # of sharded parameters
 
 
 def to_resume(wanted: str | os.PathLike[str] | bool | None, output_dir: str | os.PathLike[str]) -> str | None:
@@ -127,7 +128,7 @@ def seal(folder: Path, ranks: int, parts: int) -> None:
         ConfigurationError: files of other processes are not in this folder.
     """
     for rank in range(parts):
-        if not (folder / curvature_file(rank, parts)).is_file():
+        if not (folder / part_file(CURVATURE_FILES, rank, parts)).is_file():
             raise ConfigurationError(
                 "output_dir", str(folder), f"must be one folder for all {ranks} processes, or set save_on_each_node"
             )
@@ -146,8 +147,9 @@ def world_size_of(folder: Path) -> int | None:
     return int(_read_json(path)["world_size"]) if path.is_file() else None
 
 
-def curvature_file(part: int, parts: int) -> str:
-    return CURVATURE_FILES.replace("*", "{}").format(part, parts)
+def part_file(pattern: str, part: int, parts: int) -> str:
+    """The name of one of several files."""
+    return pattern.replace("*", "{}").format(part, parts)
 
 
 def write_curvature(folder: Path, state: Mapping[str, Any], part: int, parts: int) -> None:
@@ -159,12 +161,16 @@ def write_curvature(folder: Path, state: Mapping[str, Any], part: int, parts: in
         part: which one to write.
         parts: how many there are.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     layers = state["curvature"].get("layers", {})
     taken_by = assign({name: _bytes(layer["state"]) for name, layer in layers.items()}, parts)
     mine = {name: layer for name, layer in layers.items() if taken_by[name] == part}
-    written = {**state, "curvature": state["curvature"] | {"layers": mine}}
-    _write_whole(folder / curvature_file(part, parts), lambda file: torch.save(written, file))
+    write_part(folder, CURVATURE_FILES, {**state, "curvature": state["curvature"] | {"layers": mine}}, part, parts)
+
+
+def write_part(folder: Path, pattern: str, content: Mapping[str, Any], part: int, parts: int) -> None:
+    """Write one of several files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_whole(folder / part_file(pattern, part, parts), lambda file: torch.save(content, file))
 
 
 def _bytes(tensors: Mapping[str, Tensor]) -> int:
@@ -173,17 +179,28 @@ def _bytes(tensors: Mapping[str, Tensor]) -> int:
 
 def read_curvature(folder: Path) -> dict[str, Any] | None:
     """What `curvature_state_dict` returned, put together again; None where the folder holds no curvature."""
-    found = next(folder.glob(CURVATURE_FILES), None)
-    if found is None:
-        return None
-    parts = int(found.stem.rpartition("-")[2])
-    paths = [folder / curvature_file(part, parts) for part in range(parts)]
-    # Mapped, not read: every rank opens all of them, and copies what it keeps.
-    read = [torch.load(path, map_location="cpu", weights_only=True, mmap=True) for path in paths]
-    whole: dict[str, Any] = read[0]
+    read = _read_parts(folder, CURVATURE_FILES)
     for other in read[1:]:
-        whole["curvature"]["layers"] |= other["curvature"]["layers"]
-    return whole
+        read[0]["curvature"]["layers"] |= other["curvature"]["layers"]
+    return read[0] if read else None
+
+
+def read_sharded_optimizer(folder: Path) -> dict[str, Any] | None:
+    """What all shares of `hf_so2.optim.sharded_state` hold together; None where the folder has none."""
+    read = _read_parts(folder, OPTIMIZER_FILES)
+    for other in read[1:]:
+        read[0]["state"] |= other["state"]
+    return read[0] if read else None
+
+
+def _read_parts(folder: Path, pattern: str) -> list[dict[str, Any]]:
+    found = next(folder.glob(pattern), None)
+    if found is None:
+        return []
+    parts = int(found.stem.rpartition("-")[2])
+    paths = [folder / part_file(pattern, part, parts) for part in range(parts)]
+    # Mapped, not read: every rank opens all of them, and copies what it keeps.
+    return [torch.load(path, map_location="cpu", weights_only=True, mmap=True) for path in paths]
 
 
 def _write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:

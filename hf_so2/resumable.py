@@ -6,6 +6,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate.utils import save_fsdp_model
 from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
@@ -14,8 +16,11 @@ from hf_so2 import checkpoints
 from hf_so2.callbacks import second_order_optimizer
 from hf_so2.errors import ConfigurationError
 from hf_so2.optim import SecondOrderOptimizer
+from hf_so2.optim.sharded_state import is_of_parts, load_state, share_of_state
 
 logger = logging.getLogger(__name__)
+
+SCHEDULER = "scheduler.pt"  # as transformers' Trainer names it
 
 
 class ResumableTrainer(Trainer):
@@ -46,15 +51,30 @@ class ResumableTrainer(Trainer):
         super()._save_checkpoint(model, trial)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
         optimizer = self._second_order_optimizer()
         if optimizer is None:
+            super()._save_optimizer_and_scheduler(output_dir)
             return
-        # On every process, whether it writes or not: a state that is spread over ranks is put together by all.
+        folder, (part, parts) = Path(output_dir), self._share()
+        # On every process, whether it writes or not: what is spread over ranks is put together by all.
+        if is_of_parts(optimizer):
+            self._save_sharded(optimizer, folder)
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
         state = optimizer.curvature_state_dict()
-        part, parts = self._share()
         if part < parts:
-            checkpoints.write_curvature(Path(output_dir), state, part, parts)
+            checkpoints.write_curvature(folder, state, part, parts)
+
+    def _save_sharded(self, optimizer: SecondOrderOptimizer, folder: Path) -> None:
+        """What transformers' Trainer saves under FSDP2, but for the optimizer, whose momentum its way loses."""
+        part, parts = self._share()
+        plugin = self.accelerator.state.fsdp_plugin
+        save_fsdp_model(plugin, self.accelerator, self.model, str(folder), adapter_only=True)
+        share = share_of_state(optimizer, part, parts)
+        if part < parts:
+            checkpoints.write_part(folder, checkpoints.OPTIMIZER_FILES, share, part, parts)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -87,7 +107,15 @@ class ResumableTrainer(Trainer):
             raise ConfigurationError(
                 "resume_from_checkpoint", checkpoint, "holds an optimizer but no curvature beside it"
             )
-        super()._load_optimizer_and_scheduler(checkpoint)
+        saved_parts = checkpoints.read_sharded_optimizer(folder)
+        if (saved_parts is not None) != is_of_parts(optimizer):
+            way = "with" if saved_parts is not None else "without"
+            raise ConfigurationError("resume_from_checkpoint", checkpoint, f"was saved {way} FSDP2; go on {way} it")
+        if saved_parts is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        else:
+            load_state(optimizer, saved_parts)
+            self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER, weights_only=True))
         optimizer.load_curvature_state_dict(curvature)
         saved = checkpoints.world_size_of(folder)
         if saved not in (None, ranks):

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import PreTrainedModel
 
 from hf_so2.arguments import SecondOrderTrainingArguments
@@ -17,6 +18,7 @@ from hf_so2.mup import apply_mup, read_mup
 from hf_so2.optim import CoverageReport, SecondOrderOptimizer
 from hf_so2.optim.build import build_from_settings
 from hf_so2.optim.methods import MUP_SUFFIX
+from hf_so2.optim.sharded import NO_ADAPTIVE_DAMPING
 from hf_so2.resumable import ResumableTrainer
 
 IGNORED_LABEL = -100
@@ -51,6 +53,11 @@ class SecondOrderTrainer(ResumableTrainer):
         self.add_callback(DiscardStaleCaptures())
         if args.curvature_log != "none":
             self.add_callback(ObserveLoggedSteps())
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.is_fsdp_enabled and self.args.is_ours(self.args.optim):
+            _check_fsdp(self.accelerator.state.fsdp_plugin, self.args)
 
     def call_model_init(self, trial: Any = None) -> PreTrainedModel:
         model = super().call_model_init(trial)
@@ -175,6 +182,16 @@ def _counted_positions(inputs: Mapping[str, Any]) -> Tensor | None:
 def _padding_mask(inputs: Mapping[str, Any]) -> Tensor | None:
     mask = inputs.get("attention_mask")
     return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+
+def _check_fsdp(plugin: Any, args: SecondOrderTrainingArguments) -> None:
+    """Raise where FSDP is set up in a way that the optimizers do not support."""
+    if plugin.fsdp_version != 2:
+        raise ConfigurationError("fsdp_version", plugin.fsdp_version, "must be 2: parameters of FSDP1 have no shape")
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        raise ConfigurationError("fsdp_config", "cpu_offload", "is not supported; keep parameters on the GPU")
+    if args.optimizer_settings().adaptive_damping:
+        raise ConfigurationError("adaptive_damping", True, NO_ADAPTIVE_DAMPING)
 
 
 def _apply_mup(model: nn.Module, args: SecondOrderTrainingArguments) -> None:

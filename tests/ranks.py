@@ -39,8 +39,8 @@ class Case:
         dtype: of model and statistics.
         settings: the others.
         tied: whether embedding and head are one weight.
-        family: `llama`; the same with `odd` sizes, which no number of ranks divides; or `gpt2`, whose weights are stored
-            transposed and have biases.
+        family: `llama`; the same with `odd` sizes, which no number of ranks divides; or `gpt2`, whose weights are
+            stored transposed and have biases.
     """
 
     name: str
@@ -70,6 +70,7 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("shampoo", {"block_size": 10, "norm_control": "kl_clip"}),
     ("soap", {"max_preconditioner_dim": 16, "precondition_head": True}),
 ]
+
 
 def sharded_cases(*, all_of_them: bool) -> list[Case]:
     """Every optimizer on sharded parameters, with its curvature on one rank and, of some, on every rank.

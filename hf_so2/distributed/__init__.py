@@ -12,7 +12,7 @@ from hf_so2.distributed.communicator import (
     world,
 )
 from hf_so2.distributed.packing import Parcel
-from hf_so2.distributed.shards import Split, is_sharded, local, refuse_other_sharding, split_of
+from hf_so2.distributed.shards import Split, is_sharded, local, refuse_other_sharding, split_of, whole
 
 __all__ = [
     "BUCKET_BYTES",
@@ -32,5 +32,6 @@ __all__ = [
     "split_of",
     "sum_over_ranks",
     "true_on_all_ranks",
+    "whole",
     "world",
 ]

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from hf_so2.optim.settings import Settings
 
 
+NO_ADAPTIVE_DAMPING = "is not supported with FSDP2, which would take the loss with parameters of before the step"
+
 Entry = tuple[Layer, Sequence[Member]]
 
 
@@ -48,7 +50,7 @@ def sharded_updates(
         ConfigurationError: damping is to be adaptive, which takes the loss in the middle of a step.
     """
     if settings.adaptive_damping:
-        raise ConfigurationError("adaptive_damping", True, "is not supported with FSDP2")
+        raise ConfigurationError("adaptive_damping", True, NO_ADAPTIVE_DAMPING)
     members = {layer.name: (layer, its_members) for layer, its_members in entries}
     updates: list[LayerUpdate] = []
     for together in sharing.rounds(layer for layer, _ in members.values()):

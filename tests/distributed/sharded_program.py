@@ -28,7 +28,7 @@ def main(output: Path) -> None:
 
     ends = {}
     for case in sharded_cases(all_of_them=ranks > 2):
-        model, optimizer = train(case, rank, ranks, shard=shard)
+        model, _ = train(case, rank, ranks, shard=shard)
         ends[str(case)] = parameters(model)
     torch.save({"ends": ends}, output / f"rank-{rank}.pt")
     dist.barrier()

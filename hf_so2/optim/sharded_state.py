@@ -1,0 +1,74 @@
+"""The optimizer's state of sharded parameters, as wholes by name: what any number of ranks can go on from.
+
+torch's own way (`torch.distributed.checkpoint.state_dict`) takes the state's names from an optimizer that has just made
+a step with gradients of zero. Here that is a step of the fallback, and the momentum of preconditioned weights would be
+lost without a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_so2.distributed import assign, is_sharded, local, split_of, whole, world
+
+
+def is_of_parts(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether this rank has parts of the parameters, and so of their state."""
+    return any(is_sharded(parameter) for group in optimizer.param_groups for parameter in group["params"])
+
+
+def share_of_state(optimizer: torch.optim.Optimizer, part: int, parts: int) -> dict[str, Any]:
+    """One of several shares of the state, about as large as the others; a collective.
+
+    Args:
+        optimizer: its groups have `param_names`.
+        part: which share, or a number that is none's for a rank that only takes part.
+        parts: how many there are.
+
+    Returns:
+        `groups`, which is in every share, and `state` by name of the parameter, with whole tensors in host memory.
+    """
+    named = [
+        pair for group in optimizer.param_groups for pair in zip(group["param_names"], group["params"], strict=True)
+    ]
+    taken_by = assign({name: float(parameter.numel()) for name, parameter in named}, parts)
+    share: dict[str, Any] = {}
+    for name, parameter in named:
+        # One tensor at a time: no rank has to hold more of them.
+        for key, value in optimizer.state.get(parameter, {}).items():
+            full = whole(local(value), value)
+            if taken_by[name] == part:
+                share.setdefault(name, {})[key] = full.cpu()
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    return {"groups": groups, "state": share}
+
+
+def load_state(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+    """Take this rank's parts of what the shares hold together.
+
+    Raises:
+        ValueError: it is of other parameters than the optimizer's.
+    """
+    names = [group["param_names"] for group in optimizer.param_groups]
+    if names != [group["param_names"] for group in saved["groups"]]:
+        raise ValueError("the saved state is of other parameters, or of others together, than the optimizer's")
+    for group, values in zip(optimizer.param_groups, saved["groups"], strict=True):
+        group.update(values)
+        for name, parameter in zip(group["param_names"], group["params"], strict=True):
+            optimizer.state[parameter] = {
+                key: _as_the_parameter(value, parameter) for key, value in saved["state"].get(name, {}).items()
+            }
+
+
+def _as_the_parameter(value: Tensor, parameter: Tensor) -> Tensor:
+    """Spread over ranks as the parameter is; a tensor of another shape (a count of steps) stays as it is."""
+    if value.shape != parameter.shape:
+        return value.clone()
+    spread = torch.zeros_like(parameter, dtype=value.dtype)
+    part = split_of(parameter).part(value, world()[0])
+    local(spread).copy_(part)
+    return spread

@@ -1,0 +1,113 @@
+"""One rank of `test_fsdp.py`: trains under FSDP2 as the Trainer sets it up, saves and resumes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch.distributed.tensor import DTensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from helpers import arguments, in_float64, llama, token_rows
+
+import hf_so2
+
+GLOBAL_BATCH = 8
+STEPS = 10
+SAVES = {"save_strategy": "steps", "save_steps": 4}
+BOTH_ENDS = {"precondition_embeddings": True, "precondition_head": True}
+SCENARIOS: dict[str, dict[str, Any]] = {
+    "kfac": {"gradient_worker_fraction": 0.0, **SAVES},
+    "shampoo": {"optim": "shampoo", **SAVES},
+    "tied": {"tied": True, "gradient_worker_fraction": 0.0, **BOTH_ENDS},
+    "mup": {"optim": "kfac_mup", "mup_base_config": llama(16, num_hidden_layers=1).config.to_dict(), "width": 32},
+}
+STATE_DICT_TYPES = {"kfac": "FULL_STATE_DICT", "shampoo": "SHARDED_STATE_DICT"}
+
+
+def _distributed_type(state: AcceleratorState) -> DistributedType:
+    return DistributedType.FSDP if "fsdp_plugin" in vars(state) else vars(state)["distributed_type"]
+
+
+# The state takes its own from the processes' every time that somebody asks for it.
+AcceleratorState.distributed_type = property(
+    _distributed_type, lambda state, value: vars(state).update(distributed_type=value)
+)
+
+
+class OnCPU(hf_so2.SecondOrderTrainer):
+    """Accelerate drops FSDP on a machine without GPUs, without a word."""
+
+    state_dict_type = "FULL_STATE_DICT"
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if torch.distributed.is_initialized():
+            self.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+                fsdp_version=2,
+                auto_wrap_policy="transformer_based_wrap",
+                transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+                state_dict_type=self.state_dict_type,
+            )
+            self.is_fsdp_enabled = True
+
+
+def train(
+    output: Path, ranks: int, *, width: int = 16, tied: bool = False, resume: Any = None, **changes: Any
+) -> hf_so2.SecondOrderTrainer:
+    """Ten steps in float64 of two micro-batches."""
+    settings = {
+        "per_device_train_batch_size": GLOBAL_BATCH // ranks // 2,
+        "gradient_accumulation_steps": 2,
+        "max_steps": STEPS,
+        "learning_rate": 0.02,
+        "lr_scheduler_type": "linear",
+        "preconditioner_update_steps": 3,
+        "logging_strategy": "steps",
+        "logging_steps": 1,
+        "ddp_backend": "gloo" if ranks > 1 else None,
+    }
+    sizes = {"vocab_size": 97, "intermediate_size": 97, "num_hidden_layers": 1, "tie_word_embeddings": tied}
+    model = in_float64(llama(width, **sizes))
+    rows = token_rows(GLOBAL_BATCH * STEPS, padded=True)
+    trainer = OnCPU(model=model, args=arguments(output, **(settings | changes)), train_dataset=rows)
+    assert trainer.args.world_size == ranks
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def wholes(trainer: hf_so2.SecondOrderTrainer) -> dict[str, torch.Tensor]:
+    return {
+        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach()
+        for name, p in trainer.model.named_parameters()
+    }
+
+
+def losses_and_curvature(trainer: hf_so2.SecondOrderTrainer) -> list[dict[str, float]]:
+    """What was logged of every step, but for times."""
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return [{key: value for key, value in entry.items() if "seconds" not in key} for entry in steps]
+
+
+def main(output: Path) -> None:
+    torch.set_num_threads(1)
+    ends: dict[str, Any] = {}
+    for name, changes in SCENARIOS.items():
+        OnCPU.state_dict_type = STATE_DICT_TYPES.get(name, "FULL_STATE_DICT")
+        trainer = train(output / name, 2, **changes)
+        assert all(isinstance(parameter, DTensor) for parameter in trainer.model.parameters())
+        ends[name] = {"parameters": wholes(trainer), "log": losses_and_curvature(trainer)}
+        if "save_steps" in changes:
+            resumed = train(output / "resumed", 2, resume=str(output / name / "checkpoint-4"), **changes)
+            ends[name] |= {"resumed": wholes(resumed)}
+    torch.save(ends, output / f"rank-{trainer.args.process_index}.pt")
+    trainer.accelerator.wait_for_everyone()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
