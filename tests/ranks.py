@@ -72,30 +72,38 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+BOTH_ENDS = (("precondition_embeddings", True), ("precondition_head", True))
+BIASES_AND_CLIP = (("precondition_biases", True), ("norm_control", "kl_clip"))
+
+
 def sharded_cases(*, all_of_them: bool) -> list[Case]:
-    """Every optimizer on sharded parameters, with its curvature on one rank and, of some, on every rank.
+    """Runs with parameters of which every rank has a part.
 
     Args:
-        all_of_them: also half-way, and on every rank of all.
+        all_of_them: every optimizer, with its curvature on one rank, half of them and all, and other settings besides.
     """
-    both_ends = (("precondition_embeddings", True), ("precondition_head", True))
-    found = [Case(name, 0.0, family="odd") for name in hf_so2.OPTIMIZERS]
-    everywhere = ("kfac", "soap", "muon") if not all_of_them else [n for n in hf_so2.OPTIMIZERS if n[-4:] != "_mup"]
-    for name in everywhere:
-        if not Case(name).is_first_order():
-            found += [Case(name, f, family="odd") for f in ((1.0, 0.5) if all_of_them else (1.0,))]
-    found += [
+    few = [
+        Case("kfac", 0.0, settings=BOTH_ENDS, tied=True, family="odd"),
+        Case("kfac", 1.0, settings=BIASES_AND_CLIP, family="gpt2"),
+        Case("shampoo", 1.0, family="odd"),
+        Case("muon", 0.0, family="odd"),
+        Case("adamw", family="odd"),
+        Case("sgd", family="odd"),
+    ]
+    if not all_of_them:
+        return few
+    several = [Case(name, fraction, family="odd") for name in hf_so2.OPTIMIZERS for fraction in (0.0, 0.5, 1.0)]
+    others = [
         Case(name, 0.0, settings=tuple(settings.items()), family="odd")
         for name, settings in SETTINGS
         if not settings.get("adaptive_damping")
     ]
-    return [
-        *found,
+    others += [
+        Case("kfac", 0.0, settings=BIASES_AND_CLIP, family="gpt2"),
         Case("kfac", 0.0, torch.float32, family="odd"),
-        Case("kfac", 0.0, settings=both_ends, tied=True, family="odd"),
-        Case("kfac", 1.0, settings=(("norm_control", "kl_clip"), ("precondition_biases", True)), family="gpt2"),
-        Case("kfac", 0.0, settings=(("precondition_biases", True),), family="gpt2"),
     ]
+    once = [case for case in several if case.fraction == 1.0 or not case.is_first_order()]
+    return list(dict.fromkeys([*few, *once, *others]))
 
 
 INTERRUPTED = Case("kfac", 0.0, settings=tuple(SETTINGS[0][1].items()))

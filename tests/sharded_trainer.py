@@ -1,32 +1,27 @@
-"""One rank of `test_fsdp.py`: trains under FSDP2 as the Trainer sets it up, saves and resumes."""
+"""Runs of the Trainer under FSDP2, on ranks without GPUs, and in one process."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from torch.distributed.tensor import DTensor
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from helpers import arguments, in_float64, llama, token_rows
+from torch.distributed.tensor import DTensor
 
 import hf_so2
 
 GLOBAL_BATCH = 8
 STEPS = 10
-SAVES = {"save_strategy": "steps", "save_steps": 4}
 BOTH_ENDS = {"precondition_embeddings": True, "precondition_head": True}
 SCENARIOS: dict[str, dict[str, Any]] = {
-    "kfac": {"gradient_worker_fraction": 0.0, **SAVES},
-    "shampoo": {"optim": "shampoo", **SAVES},
-    "tied": {"tied": True, "gradient_worker_fraction": 0.0, **BOTH_ENDS},
+    "tied, saved whole": {"tied": True, "gradient_worker_fraction": 0.0, **BOTH_ENDS},
+    "saved as shards": {"optim": "shampoo", "state_dict_type": "SHARDED_STATE_DICT"},
     "mup": {"optim": "kfac_mup", "mup_base_config": llama(16, num_hidden_layers=1).config.to_dict(), "width": 32},
 }
-STATE_DICT_TYPES = {"kfac": "FULL_STATE_DICT", "shampoo": "SHARDED_STATE_DICT"}
+"""The first of them in the default suite."""
 
 
 def _distributed_type(state: AcceleratorState) -> DistributedType:
@@ -42,7 +37,7 @@ AcceleratorState.distributed_type = property(
 class OnCPU(hf_so2.SecondOrderTrainer):
     """Accelerate drops FSDP on a machine without GPUs, without a word."""
 
-    state_dict_type = "FULL_STATE_DICT"
+    state_dict_type: str
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -57,9 +52,16 @@ class OnCPU(hf_so2.SecondOrderTrainer):
 
 
 def train(
-    output: Path, ranks: int, *, width: int = 16, tied: bool = False, resume: Any = None, **changes: Any
+    output: Path,
+    ranks: int,
+    *,
+    width: int = 16,
+    tied: bool = False,
+    state_dict_type: str = "FULL_STATE_DICT",
+    resume: Any = None,
+    **changes: Any,
 ) -> hf_so2.SecondOrderTrainer:
-    """Ten steps in float64 of two micro-batches."""
+    """Ten steps in float64 of two micro-batches, saved after the eighth."""
     settings = {
         "per_device_train_batch_size": GLOBAL_BATCH // ranks // 2,
         "gradient_accumulation_steps": 2,
@@ -67,6 +69,8 @@ def train(
         "learning_rate": 0.02,
         "lr_scheduler_type": "linear",
         "preconditioner_update_steps": 3,
+        "save_strategy": "steps",
+        "save_steps": 8,
         "logging_strategy": "steps",
         "logging_steps": 1,
         "ddp_backend": "gloo" if ranks > 1 else None,
@@ -74,9 +78,11 @@ def train(
     sizes = {"vocab_size": 97, "intermediate_size": 97, "num_hidden_layers": 1, "tie_word_embeddings": tied}
     model = in_float64(llama(width, **sizes))
     rows = token_rows(GLOBAL_BATCH * STEPS, padded=True)
+    OnCPU.state_dict_type = state_dict_type
     trainer = OnCPU(model=model, args=arguments(output, **(settings | changes)), train_dataset=rows)
     assert trainer.args.world_size == ranks
     trainer.train(resume_from_checkpoint=resume)
+    assert ranks == 1 or all(isinstance(parameter, DTensor) for parameter in trainer.model.parameters())
     return trainer
 
 
@@ -91,23 +97,3 @@ def losses_and_curvature(trainer: hf_so2.SecondOrderTrainer) -> list[dict[str, f
     """What was logged of every step, but for times."""
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     return [{key: value for key, value in entry.items() if "seconds" not in key} for entry in steps]
-
-
-def main(output: Path) -> None:
-    torch.set_num_threads(1)
-    ends: dict[str, Any] = {}
-    for name, changes in SCENARIOS.items():
-        OnCPU.state_dict_type = STATE_DICT_TYPES.get(name, "FULL_STATE_DICT")
-        trainer = train(output / name, 2, **changes)
-        assert all(isinstance(parameter, DTensor) for parameter in trainer.model.parameters())
-        ends[name] = {"parameters": wholes(trainer), "log": losses_and_curvature(trainer)}
-        if "save_steps" in changes:
-            resumed = train(output / "resumed", 2, resume=str(output / name / "checkpoint-4"), **changes)
-            ends[name] |= {"resumed": wholes(resumed)}
-    torch.save(ends, output / f"rank-{trainer.args.process_index}.pt")
-    trainer.accelerator.wait_for_everyone()
-    torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

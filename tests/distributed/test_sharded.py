@@ -1,0 +1,127 @@
+"""FSDP2: ranks with parts of the parameters train as one process does, by themselves and through the Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import sharded_trainer
+import torch
+import torch.distributed as dist
+from helpers import relative_error
+from hypothesis import given
+from hypothesis import strategies as st
+from launching import TORCHRUN, launch
+from ranks import Case, parameters, sharded_cases, train
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+import hf_so2
+from hf_so2.distributed import Split
+
+PROGRAM = Path(__file__).with_name("sharded_program.py")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "extent"),
+    [
+        (2, "few"),
+        pytest.param(2, "all", marks=pytest.mark.slow),
+        pytest.param(4, "all", marks=pytest.mark.slow, id="4-as-HSDP"),
+    ],
+)
+def test_ranks_train_as_one_process_does(ranks: int, extent: str, tmp_path: Path) -> None:
+    """Ten steps with accumulation, uneven batches and token counts, and dimensions of 97.
+
+    The program itself looks at empty shards, at a NaN on one rank and at what every rank holds.
+    """
+    code, log = launch(TORCHRUN, ranks, PROGRAM, tmp_path, extent, timeout=900)
+    assert code == 0, log[-3000:]
+    results = [torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True) for rank in range(ranks)]
+    alone: dict[Case, torch.Tensor] = {}
+    for case in sharded_cases(all_of_them=extent == "all"):
+        reference = replace(case, fraction=1.0)
+        if reference not in alone:
+            alone[reference] = parameters(train(reference)[0])
+        ends = [result["ends"][str(case)] for result in results]
+        assert all(torch.equal(end, ends[0]) for end in ends), case
+        assert relative_error(ends[0], alone[reference]) < case.tolerance, case
+    for name, run in results[0]["runs"].items():
+        check_run_of_the_trainer([result["runs"][name] for result in results], run, name, tmp_path / "alone")
+
+
+def check_run_of_the_trainer(runs: list[dict], first: dict, name: str, output: Path) -> None:
+    """It trains and logs as one process does, with clipped gradients, and goes on from a checkpoint bit for bit."""
+    alone = sharded_trainer.train(output, 1, **sharded_trainer.SCENARIOS[name])
+    for parameter, expected in sharded_trainer.wholes(alone).items():
+        assert all(torch.equal(run["parameters"][parameter], first["parameters"][parameter]) for run in runs), parameter
+        assert all(torch.equal(run["resumed"][parameter], first["parameters"][parameter]) for run in runs), parameter
+        assert relative_error(first["parameters"][parameter], expected) < 1e-10, parameter
+    for logged, expected in zip(first["log"], sharded_trainer.losses_and_curvature(alone), strict=True):
+        # The Trainer keeps its losses in float32.
+        assert logged == pytest.approx(expected, rel=1e-6)
+
+
+@given(rows=st.integers(0, 100), parts=st.integers(1, 9), dim=st.integers(0, 1))
+def test_parts_are_those_of_torch(rows: int, parts: int, dim: int) -> None:
+    """`torch.chunk`, which leaves empty chunks out, in as many copies as there are replicas."""
+    shape = (rows, 3) if dim == 0 else (3, rows)
+    whole = torch.arange(3 * rows).view(shape)
+    copies = tuple(tuple(range(start, start + parts)) for start in (0, parts))
+    split = Split(shape, dim, copies)
+    chunks = [*whole.chunk(parts, dim), *[whole.narrow(dim, 0, 0)] * parts][:parts] if rows else [whole] * parts
+    for rank in range(2 * parts):
+        part = split.part(whole, rank)
+        assert torch.equal(part, chunks[rank % parts])
+        assert split.part_shape(rank) == part.shape
+
+
+@pytest.fixture
+def _eight_ranks() -> Iterator[None]:
+    """Ranks that do not exist, of which this is the first."""
+    dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
+    yield
+    dist.destroy_process_group()
+
+
+def by_columns(model: nn.Module) -> None:
+    parallelize_module(model, init_device_mesh("cpu", (8,)), {"0": ColwiseParallel(), "2": RowwiseParallel()})
+
+
+def by_columns_and_fsdp(model: nn.Module) -> None:
+    mesh = init_device_mesh("cpu", (4, 2), mesh_dim_names=("dp", "tp"))
+    parallelize_module(model, mesh["tp"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    fully_shard(model, mesh=mesh["dp"])
+
+
+def over_some_ranks(model: nn.Module) -> None:
+    fully_shard(model, mesh=init_device_mesh("cpu", (4, 2), mesh_dim_names=("dp", "pp"))["dp"])
+
+
+def over_a_mesh_of_tensors(model: nn.Module) -> None:
+    fully_shard(model, mesh=init_device_mesh("cpu", (8,), mesh_dim_names=("tp",)))
+
+
+@pytest.mark.usefixtures("_eight_ranks")
+@pytest.mark.parametrize("shard", [by_columns, by_columns_and_fsdp, over_some_ranks, over_a_mesh_of_tensors])
+def test_other_ways_to_shard_are_refused(shard: Callable[[nn.Module], None]) -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8))
+    shard(model)
+    with pytest.raises(hf_so2.ConfigurationError, match="FSDP2 over all ranks") as refusal:
+        hf_so2.build_optimizer("kfac", model)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.usefixtures("_eight_ranks")
+def test_adaptive_damping_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8))
+    fully_shard(model, mesh=init_device_mesh("cpu", (8,)))
+    optimizer = hf_so2.build_optimizer("kfac", model, adaptive_damping=True, norm_control="none")
+    model(torch.randn(4, 8)).sum().backward()
+    with pytest.raises(hf_so2.ConfigurationError, match="adaptive_damping"):
+        optimizer.step()
