@@ -147,6 +147,11 @@ def world_size_of(folder: Path) -> int | None:
     return int(_read_json(path)["world_size"]) if path.is_file() else None
 
 
+def is_sharded(folder: Path) -> bool:
+    """Whether it was saved under FSDP, and so can be gone on from with FSDP alone: the Trainer's own rule."""
+    return any(folder.glob("pytorch_model_fsdp*"))
+
+
 def part_file(pattern: str, part: int, parts: int) -> str:
     """The name of one of several files."""
     return pattern.replace("*", "{}").format(part, parts)

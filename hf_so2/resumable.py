@@ -38,9 +38,13 @@ class ResumableTrainer(Trainer):
                 in `output_dir`.
 
         Raises:
-            ConfigurationError: the checkpoint is torn, or there is none.
+            ConfigurationError: the checkpoint is torn, or there is none, or FSDP was in use when it was saved and is
+                not now, or the other way round.
         """
         checkpoint = checkpoints.to_resume(resume_from_checkpoint, self.args.output_dir)
+        if checkpoint is not None and checkpoints.is_sharded(Path(checkpoint)) != self.is_fsdp_enabled:
+            how = "without" if self.is_fsdp_enabled else "with"
+            raise ConfigurationError("resume_from_checkpoint", checkpoint, f"was saved {how} FSDP; go on {how} it")
         return super().train(checkpoint, *positional, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -108,9 +112,6 @@ class ResumableTrainer(Trainer):
                 "resume_from_checkpoint", checkpoint, "holds an optimizer but no curvature beside it"
             )
         saved_parts = checkpoints.read_sharded_optimizer(folder)
-        if (saved_parts is not None) != is_of_parts(optimizer):
-            way = "with" if saved_parts is not None else "without"
-            raise ConfigurationError("resume_from_checkpoint", checkpoint, f"was saved {way} FSDP2; go on {way} it")
         if saved_parts is None:
             super()._load_optimizer_and_scheduler(checkpoint)
         else:

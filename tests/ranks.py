@@ -7,7 +7,7 @@ prompts of random length, and every third batch is short, so that no two ranks s
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -76,11 +76,12 @@ BOTH_ENDS = (("precondition_embeddings", True), ("precondition_head", True))
 BIASES_AND_CLIP = (("precondition_biases", True), ("norm_control", "kl_clip"))
 
 
-def sharded_cases(*, all_of_them: bool) -> list[Case]:
+def sharded_cases(fractions: Sequence[float] = ()) -> list[Case]:
     """Runs with parameters of which every rank has a part.
 
     Args:
-        all_of_them: every optimizer, with its curvature on one rank, half of them and all, and other settings besides.
+        fractions: besides a few, every optimizer with each of these fractions of ranks that hold its curvature, and
+            other settings.
     """
     few = [
         Case("kfac", 0.0, settings=BOTH_ENDS, tied=True, family="odd"),
@@ -90,19 +91,17 @@ def sharded_cases(*, all_of_them: bool) -> list[Case]:
         Case("adamw", family="odd"),
         Case("sgd", family="odd"),
     ]
-    if not all_of_them:
+    if not fractions:
         return few
-    several = [Case(name, fraction, family="odd") for name in hf_so2.OPTIMIZERS for fraction in (0.0, 0.5, 1.0)]
+    several = [Case(name, fraction, family="odd") for name in hf_so2.OPTIMIZERS for fraction in fractions]
     others = [
-        Case(name, 0.0, settings=tuple(settings.items()), family="odd")
+        Case(name, fractions[0], settings=tuple(settings.items()), family="odd")
         for name, settings in SETTINGS
         if not settings.get("adaptive_damping")
     ]
-    others += [
-        Case("kfac", 0.0, settings=BIASES_AND_CLIP, family="gpt2"),
-        Case("kfac", 0.0, torch.float32, family="odd"),
-    ]
-    once = [case for case in several if case.fraction == 1.0 or not case.is_first_order()]
+    others += [Case("kfac", fractions[0], settings=BIASES_AND_CLIP, family="gpt2")]
+    others += [Case("kfac", fractions[0], torch.float32, family="odd")]
+    once = [case for case in several if case.fraction == fractions[0] or not case.is_first_order()]
     return list(dict.fromkeys([*few, *once, *others]))
 
 

@@ -112,19 +112,16 @@ def check_what_ranks_hold(ranks: int) -> None:
     assert all(local(tensor.detach()).numel() == 144 // parts for tensor in state)
 
 
-def main(output: Path, *, all_of_them: bool) -> None:
+def main(output: Path, fractions: list[float]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    ends = {
-        str(case): parameters(train(case, rank, ranks, shard=shard)[0])
-        for case in sharded_cases(all_of_them=all_of_them)
-    }
+    ends = {str(case): parameters(train(case, rank, ranks, shard=shard)[0]) for case in sharded_cases(fractions)}
     check_empty_shards(rank)
     check_that_all_skip_what_one_finds_not_finite(rank)
     check_what_ranks_hold(ranks)
     runs = {}
-    for name, changes in list(sharded_trainer.SCENARIOS.items())[: None if all_of_them else 1]:
+    for name, changes in list(sharded_trainer.SCENARIOS.items())[: None if fractions else 1]:
         trainer = sharded_trainer.train(output / name, ranks, **changes)
         resumed = sharded_trainer.train(
             output / "resumed", ranks, resume=str(output / name / "checkpoint-8"), **changes
@@ -140,4 +137,4 @@ def main(output: Path, *, all_of_them: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), all_of_them=sys.argv[2] == "all")
+    main(Path(sys.argv[1]), [float(fraction) for fraction in sys.argv[2:]])

@@ -10,7 +10,9 @@ import pytest
 import sharded_trainer
 import torch
 import torch.distributed as dist
-from helpers import relative_error
+import transformers
+from accelerate.utils import FullyShardedDataParallelPlugin
+from helpers import arguments, llama, relative_error, token_rows, trained
 from hypothesis import given
 from hypothesis import strategies as st
 from launching import TORCHRUN, launch
@@ -28,23 +30,23 @@ PROGRAM = Path(__file__).with_name("sharded_program.py")
 
 
 @pytest.mark.parametrize(
-    ("ranks", "extent"),
+    ("ranks", "fractions"),
     [
-        (2, "few"),
-        pytest.param(2, "all", marks=pytest.mark.slow),
-        pytest.param(4, "all", marks=pytest.mark.slow, id="4-as-HSDP"),
+        (2, ()),
+        pytest.param(2, (0.0, 1.0), marks=pytest.mark.slow),
+        pytest.param(4, (0.5,), marks=pytest.mark.slow, id="4-as-HSDP"),
     ],
 )
-def test_ranks_train_as_one_process_does(ranks: int, extent: str, tmp_path: Path) -> None:
+def test_ranks_train_as_one_process_does(ranks: int, fractions: tuple[float, ...], tmp_path: Path) -> None:
     """Ten steps with accumulation, uneven batches and token counts, and dimensions of 97.
 
     The program itself looks at empty shards, at a NaN on one rank and at what every rank holds.
     """
-    code, log = launch(TORCHRUN, ranks, PROGRAM, tmp_path, extent, timeout=900)
+    code, log = launch(TORCHRUN, ranks, PROGRAM, tmp_path, *fractions, timeout=900)
     assert code == 0, log[-3000:]
     results = [torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True) for rank in range(ranks)]
     alone: dict[Case, torch.Tensor] = {}
-    for case in sharded_cases(all_of_them=extent == "all"):
+    for case in sharded_cases(fractions):
         reference = replace(case, fraction=1.0)
         if reference not in alone:
             alone[reference] = parameters(train(reference)[0])
@@ -125,3 +127,47 @@ def test_adaptive_damping_is_refused() -> None:
     model(torch.randn(4, 8)).sum().backward()
     with pytest.raises(hf_so2.ConfigurationError, match="adaptive_damping"):
         optimizer.step()
+
+
+@pytest.fixture
+def _as_if_sharded(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """The Trainer finds FSDP switched on, as it does on a machine with GPUs."""
+    create = transformers.Trainer.create_accelerator_and_postprocess
+
+    def with_plugin(trainer: transformers.Trainer) -> None:
+        create(trainer)
+        trainer.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(**request.param)
+        trainer.is_fsdp_enabled = True
+
+    monkeypatch.setattr(transformers.Trainer, "create_accelerator_and_postprocess", with_plugin)
+
+
+@pytest.mark.usefixtures("_as_if_sharded")
+@pytest.mark.parametrize(
+    ("_as_if_sharded", "changes", "message"),
+    [
+        ({"fsdp_version": 1}, {}, "fsdp_version=1: must be 2"),
+        ({"fsdp_version": 2, "cpu_offload": True}, {}, "fsdp_config='cpu_offload': is not supported"),
+        ({"fsdp_version": 2}, {"adaptive_damping": True, "max_grad_norm": 0.0}, "adaptive_damping=True: .* FSDP2"),
+    ],
+    indirect=["_as_if_sharded"],
+)
+def test_the_trainer_refuses_what_is_not_supported(changes: dict[str, object], message: str, tmp_path: Path) -> None:
+    changes = {"norm_control": "none", **changes}
+    with pytest.raises(hf_so2.ConfigurationError, match=f"^{message}") as refusal:
+        hf_so2.SecondOrderTrainer(model=llama(), args=arguments(tmp_path, **changes), train_dataset=token_rows(4))
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_checkpoint_goes_on_with_or_without_fsdp_as_it_was_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trained(llama(num_hidden_layers=1), token_rows(16), tmp_path, max_steps=1, save_strategy="steps")
+    folder = tmp_path / "checkpoint-1"
+    monkeypatch.setattr(trainer, "is_fsdp_enabled", True)
+    with pytest.raises(hf_so2.ConfigurationError, match=r"was saved without FSDP; go on without it$"):
+        trainer.train(resume_from_checkpoint=str(folder))
+    (folder / "pytorch_model_fsdp.bin").touch()
+    monkeypatch.setattr(trainer, "is_fsdp_enabled", False)
+    with pytest.raises(hf_so2.ConfigurationError, match=r"was saved with FSDP; go on with it$"):
+        trainer.train(resume_from_checkpoint=str(folder))

@@ -15,7 +15,6 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.fsdp as fsdp
 from helpers import llama
 from torch import Tensor, nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -280,12 +279,3 @@ def test_the_cost_model_is_right_about_a_model_that_runs_here(name: str, fractio
     assert max(kept) == expected.state_bytes
     assert max(refreshed) / 10 == pytest.approx(expected.refresh_flops)
     assert max(given) / 10 == pytest.approx(expected.sent_bytes)
-
-
-def test_sharded_parameters_are_refused() -> None:
-    with pretending(0, 2):
-        model = chain()
-        mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
-        fsdp.fully_shard(model[0], mesh=mesh)
-        with pytest.raises(hf_so2.ConfigurationError, match="DTensor"):
-            hf_so2.build_optimizer("kfac", model)

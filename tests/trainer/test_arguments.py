@@ -149,7 +149,6 @@ def test_bad_optim_args_are_refused(text: str, message: str, tmp_path: Path) -> 
         ),
         ({"optim": "kfac_mup", "mup_base_width": 8, "mup_base_config": "x.json"}, r"mup_base_config=.*excludes"),
         ({"deepspeed": {"train_batch_size": 1}}, r"deepspeed="),
-        ({"fsdp": "full_shard"}, r"fsdp="),
     ],
     ids=str,
 )
