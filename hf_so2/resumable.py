@@ -70,7 +70,7 @@ class ResumableTrainer(Trainer):
             checkpoints.write_curvature(folder, state, part, parts)
 
     def _save_sharded(self, optimizer: SecondOrderOptimizer, folder: Path) -> None:
-        """What transformers' Trainer saves under FSDP2, but for the optimizer, whose momentum its way loses."""
+        """What transformers' Trainer saves under FSDP2, but for the optimizer, which its way could not load again."""
         part, parts = self._share()
         plugin = self.accelerator.state.fsdp_plugin
         save_fsdp_model(plugin, self.accelerator, self.model, str(folder), adapter_only=True)

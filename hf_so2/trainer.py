@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -56,8 +57,8 @@ class SecondOrderTrainer(ResumableTrainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
-        if self.is_fsdp_enabled and self.args.is_ours(self.args.optim):
-            _check_fsdp(self.accelerator.state.fsdp_plugin, self.args)
+        if self.args.is_ours(self.args.optim):
+            _check_fsdp(self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None, self.args)
 
     def call_model_init(self, trial: Any = None) -> PreTrainedModel:
         model = super().call_model_init(trial)
@@ -185,7 +186,11 @@ def _padding_mask(inputs: Mapping[str, Any]) -> Tensor | None:
 
 
 def _check_fsdp(plugin: Any, args: SecondOrderTrainingArguments) -> None:
-    """Raise where FSDP is set up in a way that the optimizers do not support."""
+    """Raise where FSDP is set up in a way that the optimizers do not support, or was asked for in vain."""
+    if plugin is None:
+        if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+            raise ConfigurationError("fsdp", True, "is left out by accelerate on a machine without GPUs; use DDP there")
+        return
     if plugin.fsdp_version != 2:
         raise ConfigurationError("fsdp_version", plugin.fsdp_version, "must be 2: parameters of FSDP1 have no shape")
     if isinstance(plugin.cpu_offload, CPUOffloadPolicy):

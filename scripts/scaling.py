@@ -56,8 +56,36 @@ where it does not fit; it also shares the work of preconditioning, which is all 
 price of as many bytes as the gradients have at every step. Every rank still makes each layer's sums over its own
 tokens in full, at the steps that update statistics, before they are reduced.
 
+## FSDP2
+
+With sharded parameters (`fully_shard` of your own before `build_optimizer`, `configs/accelerate/fsdp.yaml`, or the
+Trainer's `--fsdp`) each rank has one of w parts of parameters, gradients, AdamW's moments and the momentum of
+gradients, uneven or empty ones included. What is to be preconditioned is gathered where the layer is held, one layer
+of each column or 64 MiB of them at a time, and of the update every rank gets its part; weight decay and the step are
+made part by part. Curvature is shared as above.
+
+| what | f = 1 (default) | f = 0 |
+|---|---|---|
+| whole gradients at a time | a bucket of layers on every rank | the same, of its own layers alone |
+| is sent at every step | mn: all-gather | mn/w to the owner from each rank, and as much back |
+| besides, at an update of the Shampoo family's statistics | mn: all-gather | mn/w to the owner from each rank |
+| besides, at every step with `graft_adam` on momentum | the same | the same |
+
+HSDP (a mesh of replicas and shards) is supported: parts are gathered among the ranks of one replica. A non-finite
+gradient in any rank's part skips the step on all. Parameters that FSDP2 does not shard (`ignored_params`) are updated
+as under DDP, by gradients that are yours to average. Refused with one line: tensor parallelism and meshes of some
+ranks only, FSDP1, parameters offloaded to the host, and `adaptive_damping`, which takes the loss in the middle of a
+step. Accelerate leaves FSDP out on machines without GPUs, which is refused as well. `observe_next_step` makes the step
+that follows a collective of its own: call it on all ranks. All of this was run on CPUs with gloo, on 2 and 4 ranks, and
+on no GPU.
+
+## State dicts
+
 With f < 1, `state_dict()` and `telemetry()` are collectives (the Trainer calls them on every rank): all ranks must
-call them. A checkpoint is the same for every f and w, and loads at any other.
+call them. A checkpoint is the same for every f and w, and loads at any other. With FSDP2 the `state` of a `state_dict()`
+is of this rank's parts, as with any optimizer: save it per rank, and load it on as many ranks. What the functions of
+`torch.distributed.checkpoint.state_dict` save has no curvature, and loading it ends with an error; the Trainer's
+checkpoints are complete, and for any number of ranks.
 
 ## The cost model
 

@@ -20,7 +20,7 @@ def launch(launcher: list[str], ranks: int, program: Path, *arguments: object, t
     Raises:
         subprocess.TimeoutExpired: the job was still running; it is not any more.
     """
-    number = f"--num_processes={ranks}" if launcher is ACCELERATE else f"--nproc_per_node={ranks}"
+    number = f"--num_processes={ranks}" if launcher[0] == ACCELERATE[0] else f"--nproc_per_node={ranks}"
     process = subprocess.Popen(
         [sys.executable, "-m", *launcher, number, str(program), *map(str, arguments)],
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},

@@ -1,8 +1,8 @@
 """The optimizer's state of sharded parameters, as wholes by name: what any number of ranks can go on from.
 
-torch's own way (`torch.distributed.checkpoint.state_dict`) takes the state's names from an optimizer that has just made
-a step with gradients of zero. Here that is a step of the fallback, and the momentum of preconditioned weights would be
-lost without a word.
+torch's own way (`torch.distributed.checkpoint.state_dict`) takes the names of what it loads from an optimizer that has
+just made a step with gradients of zero. Here that is a step of the fallback: it looks for the moments of AdamW where
+momentum was saved, and finds no curvature.
 """
 
 from __future__ import annotations

@@ -84,7 +84,18 @@ def check_that_all_skip_what_one_finds_not_finite(rank: int) -> None:
 
 
 def check_what_ranks_hold(ranks: int) -> None:
-    """Whole gradients of one layer at a time and where it is held; of all else, state included, this rank's part."""
+    """Whole gradients of one layer at a time and where it is held; of all else, state included, this rank's part.
+
+    What is sent: parts of the gradient to whom has the statistics, of its average to who preconditions, and of what
+    comes of that to everybody.
+    """
+    sent: list[int] = []
+    exchange = dist.all_to_all_single
+
+    def counted(incoming: Tensor, outgoing: Tensor, *sizes: list[int]) -> None:
+        sent.append(outgoing.numel())
+        exchange(incoming, outgoing, *sizes)
+
     sizes: list[list[int]] = []
     gather = GridCommunicator.gather_to_holders
 
@@ -101,11 +112,14 @@ def check_what_ranks_hold(ranks: int) -> None:
     with (
         mock.patch.object(GridCommunicator, "gather_to_holders", watched),
         mock.patch.object(sharing, "BUCKET_BYTES", 1),
+        mock.patch.object(dist, "all_to_all_single", counted),
     ):
         for _ in range(2):
             model(torch.randn(4, 12)).square().sum().backward()
             optimizer.step()
     assert {tuple(found) for found in sizes} == {(144,)}
+    # A replica that the owner is not in sends nothing, and gets its parts.
+    assert ranks > 2 or sum(sent) == 2 * 3 * 8 * 144 / ranks
     parts = 2 if ranks >= 4 else ranks
     state = [tensor for held in optimizer.state.values() for tensor in held.values() if tensor.ndim]
     assert state
