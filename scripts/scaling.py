@@ -82,10 +82,10 @@ on no GPU.
 ## State dicts
 
 With f < 1, `state_dict()` and `telemetry()` are collectives (the Trainer calls them on every rank): all ranks must
-call them. A checkpoint is the same for every f and w, and loads at any other. With FSDP2 the `state` of a `state_dict()`
-is of this rank's parts, as with any optimizer: save it per rank, and load it on as many ranks. What the functions of
-`torch.distributed.checkpoint.state_dict` save has no curvature, and loading it ends with an error; the Trainer's
-checkpoints are complete, and for any number of ranks.
+call them. A checkpoint is the same for every f and w, and loads at any other. With FSDP2 the `state` of a
+`state_dict()` is of this rank's parts, as with any optimizer: save it per rank, and load it on as many ranks. What the
+functions of `torch.distributed.checkpoint.state_dict` save has no curvature, and loading it ends with an error; the
+Trainer's checkpoints are complete, and for any number of ranks.
 
 ## The cost model
 

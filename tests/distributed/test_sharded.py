@@ -163,7 +163,7 @@ def test_fsdp_that_accelerate_leaves_out_is_refused(tmp_path: Path, monkeypatch:
     """As `accelerate launch` asks for it, on this machine without GPUs."""
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
-    with pytest.raises(hf_so2.ConfigurationError, match="^fsdp=True: is left out"):
+    with pytest.raises(hf_so2.ConfigurationError, match=r"^fsdp=True: is left out"):
         hf_so2.SecondOrderTrainer(model=llama(), args=arguments(tmp_path), train_dataset=token_rows(4))
 
 
