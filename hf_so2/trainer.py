@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import PreTrainedModel
 
 from hf_so2.arguments import SecondOrderTrainingArguments
 from hf_so2.callbacks import DiscardStaleCaptures, ObserveLoggedSteps
+from hf_so2.distributed import is_offloading
 from hf_so2.errors import ConfigurationError
 from hf_so2.mup import apply_mup, read_mup
 from hf_so2.optim import CoverageReport, SecondOrderOptimizer
@@ -193,7 +193,7 @@ def _check_fsdp(plugin: Any, args: SecondOrderTrainingArguments) -> None:
         return
     if plugin.fsdp_version != 2:
         raise ConfigurationError("fsdp_version", plugin.fsdp_version, "must be 2: parameters of FSDP1 have no shape")
-    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+    if is_offloading(plugin.cpu_offload):
         raise ConfigurationError("fsdp_config", "cpu_offload", "is not supported; keep parameters on the GPU")
     if args.optimizer_settings().adaptive_damping:
         raise ConfigurationError("adaptive_damping", True, NO_ADAPTIVE_DAMPING)

@@ -180,7 +180,9 @@ def train(
     for step in steps:
         rows = batch(step)
         mine = rows[rank::ranks]
-        half = (len(mine) + 1) // 2
+        # Under FSDP2 every rank has to run the model as often as the others.
+        together = shard is not None and len(rows) // ranks < 2
+        half = len(mine) if together else (len(mine) + 1) // 2
         micro_batches = [part for part in (mine[:half], mine[half:]) if part]
         scale = ranks / counted(rows)
         for index, part in enumerate(micro_batches):

@@ -9,10 +9,11 @@ from hf_so2.distributed.communicator import (
     send_from_owners,
     sum_over_ranks,
     true_on_all_ranks,
+    whole,
     world,
 )
 from hf_so2.distributed.packing import Parcel
-from hf_so2.distributed.shards import Split, is_sharded, local, refuse_other_sharding, split_of, whole
+from hf_so2.distributed.shards import Split, is_offloading, is_sharded, local, refuse_other_sharding, split_of
 
 __all__ = [
     "BUCKET_BYTES",
@@ -24,6 +25,7 @@ __all__ = [
     "Split",
     "assign",
     "gather_objects",
+    "is_offloading",
     "is_sharded",
     "local",
     "place",

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hf_so2.distributed.assignment import Grid
 from hf_so2.distributed.packing import Parcel
-from hf_so2.distributed.shards import split_of, whole
+from hf_so2.distributed.shards import is_sharded, split_of
 
 T = TypeVar("T")
 
@@ -59,6 +59,30 @@ def gather_objects(mine: T) -> list[T]:
     found: list[Any] = [None] * world()[1]
     dist.all_gather_object(found, mine)
     return found
+
+
+def whole(part: Tensor, like: Tensor) -> Tensor:
+    """The whole, on every rank, of a tensor that is spread as another one is; where that is sharded, a collective.
+
+    Args:
+        part: this rank's, of any dtype.
+        like: spread the same way.
+    """
+    if not is_sharded(like):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    spread: Any = like
+    joined = DTensor.from_local(
+        part,
+        spread.device_mesh,
+        spread.placements,
+        run_check=False,
+        shape=like.shape,
+        stride=torch.empty(like.shape, device="meta").stride(),
+    )
+    full: Tensor = joined.full_tensor()
+    return full
 
 
 @dataclass(frozen=True)

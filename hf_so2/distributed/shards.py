@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -108,24 +107,8 @@ def refuse_other_sharding(model: nn.Module) -> None:
         split_of(parameter)
 
 
-def whole(part: Tensor, like: Tensor) -> Tensor:
-    """The whole, on every rank, of a tensor that is spread as another one is; where that is sharded, a collective.
+def is_offloading(policy: object) -> bool:
+    """Whether this is the policy of FSDP2 that keeps parameters in host memory."""
+    from torch.distributed.fsdp import CPUOffloadPolicy
 
-    Args:
-        part: this rank's, of any dtype.
-        like: spread the same way.
-    """
-    if not is_sharded(like):
-        return part
-    from torch.distributed.tensor import DTensor
-
-    spread: Any = like
-    joined = DTensor.from_local(
-        part, spread.device_mesh, spread.placements, run_check=False, shape=like.shape, stride=_contiguous(like.shape)
-    )
-    full: Tensor = joined.full_tensor()
-    return full
-
-
-def _contiguous(shape: Iterable[int]) -> tuple[int, ...]:
-    return torch.empty(tuple(shape), device="meta").stride()
+    return isinstance(policy, CPUOffloadPolicy)

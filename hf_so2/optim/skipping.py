@@ -42,7 +42,7 @@ class SkippedSteps:
 
 
 def are_finite(gradients: Sequence[Tensor]) -> bool:
-    """Whether every entry of every gradient is finite, on all ranks where they are sharded; one transfer to the host."""
+    """Whether every entry of every gradient is finite; one transfer to the host. With sharded ones a collective."""
     # An empty tensor has no maximum.
     parts = [part for part in map(local, gradients) if part.numel()]
     # Extremes pass on a NaN and cannot overflow where the gradients themselves have not.

@@ -110,7 +110,7 @@ def test_curvature_knows_nothing_of_processes_trainer_or_models(part: str) -> No
 
 
 def test_collectives_are_in_one_file() -> None:
-    """Only the communicator imports torch.distributed."""
+    """Only the communicator imports torch.distributed, beside what asks how tensors are sharded."""
     users = {
         str(path.relative_to(PACKAGE))
         for path in modules()
@@ -118,4 +118,4 @@ def test_collectives_are_in_one_file() -> None:
         if (isinstance(node, ast.Import) and any(a.name.startswith("torch.distributed") for a in node.names))
         or (isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch.distributed"))
     }
-    assert users <= {"distributed/communicator.py", "cli.py"}
+    assert users <= {"distributed/communicator.py", "distributed/shards.py", "cli.py"}
