@@ -47,7 +47,7 @@ def second_order_updates(
         step: its number.
     """
     entries = [
-        (layer, [parameters[name], *([parameters[layer.bias]] if layer.bias in parameters else [])])
+        (layer, [parameters[member] for member in (name, layer.bias or "") if member in parameters])
         for name in parameters
         if (layer := curvature.layers.get(name)) and not layer.building
     ]
