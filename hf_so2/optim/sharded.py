@@ -49,9 +49,9 @@ def sharded_updates(
     Raises:
         ConfigurationError: damping is to be adaptive, which takes the loss in the middle of a step.
     """
-    if settings.adaptive_damping:
-        raise ConfigurationError("adaptive_damping", True, NO_ADAPTIVE_DAMPING)
     members = {layer.name: (layer, its_members) for layer, its_members in entries}
+    if members and settings.adaptive_damping:
+        raise ConfigurationError("adaptive_damping", True, NO_ADAPTIVE_DAMPING)
     updates: list[LayerUpdate] = []
     for together in sharing.rounds(layer for layer, _ in members.values()):
         of_round = [members[layer.name] for layer in together]
