@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # not pyplot: no window, no global state, whatever the user's backend is
 
 from hf_so2.transfer.optimum import Optimum
-from hf_so2.transfer.verdict import RATE, Verdict, predicted_loss
+from hf_so2.transfer.verdict import RATE, Verdict, predicted_loss, predicted_rate
 
 Color: TypeAlias = tuple[float, float, float, float]
 LOSS = "validation loss (nats per token)"
@@ -152,8 +152,18 @@ def plot_widths(verdicts: Mapping[str, Verdict], path: str | Path) -> None:
             above = [max(0.0, optimum.high - optimum.value) for optimum in optima.values()]
             right.errorbar(list(optima), values, [below, above], fmt="o-", color=color, capsize=4, label=optim)
             widths |= set(optima)
+            last = max(optima)
+            rates = predicted_rate(optima, 4 * last)
+            if rates is not None:
+                right.fill_between([last, 4 * last], [rates[0]] * 2, rates, color=color, alpha=0.15)
+                widths.add(4 * last)
     left.set(ylabel=LOSS, title="Loss at the setting found, and its range beyond")
-    right.set(ylabel="learning rate", yscale="log", title="Optimal learning rate, 90 % interval")
+    right.set(ylabel="learning rate", title="Optimal learning rate, 90 % interval, and its range beyond")
+    right.set_yscale("log", base=2)
+    # Room for steps of a usual grid, beside which a small drift looks small.
+    bottom, top = right.get_ylim()
+    right.set_ylim(bottom / 2, top * 2)
+    right.yaxis.set_major_formatter(lambda rate, _: f"{rate:.2g}")
     for axes in (left, right):
         axes.set_xscale("log", base=2)
         axes.set_xticks(sorted(widths), [str(width) for width in sorted(widths)])

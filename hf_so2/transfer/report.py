@@ -89,15 +89,7 @@ def _draw(results: Mapping[str, SweepResult], folder: Path) -> list[dict[str, st
     for name in names:
         panels, optima = {}, {}
         for optim, result in results.items():
-            widths = sorted({trial.width for trial in result.trials})
-            step = BINS_PER_OCTAVE if result.sampled else None
-            panels[optim] = {
-                (f"{value:g}", str(width)): loss
-                for width in widths
-                for value, loss in profile(
-                    (t for t in result.trials if t.width == width), name, per_octave=step
-                ).items()
-            }
+            panels[optim] = _points(result, name)
             optima[optim] = {str(width): optimum for width, optimum in result.verdict.optima.get(name, {}).items()}
         file = "sweep.png" if name == RATE else f"sweep_{name}.png"
         plot_losses(panels, folder / file, name, "width", optima)
@@ -109,15 +101,22 @@ def _draw(results: Mapping[str, SweepResult], folder: Path) -> list[dict[str, st
         figures.append(_figure(f"Loss against {name.replace('_', ' ')}", folder / file, note))
     plot_widths({optim: result.verdict for optim, result in results.items()}, folder / "widths.png")
     note = (
-        "Shaded: losses between no further gain and the last gain per doubling of the width kept up. That is a range,"
-        " not a forecast: two or three proxies do not fix a scaling law."
+        "Shaded: between no further gain, or drift, and the last one per doubling of the width kept up. That is a"
+        " range, not a forecast: two or three proxies do not fix a scaling law."
     )
     figures.append(_figure("Loss and optimum against the width", folder / "widths.png", note))
     return figures
 
 
-def _at(trials: Sequence[Trial], width: int) -> list[Trial]:
-    return without_seed_effects(trial for trial in trials if trial.width == width)
+def _points(result: SweepResult, name: str) -> dict[tuple[str, str], float]:
+    """Losses by value of a hyperparameter and width, at the level of the first seed as the fits are."""
+    step = BINS_PER_OCTAVE if result.sampled else None
+    points = {}
+    for width in sorted({trial.width for trial in result.trials}):
+        trials = without_seed_effects(trial for trial in result.trials if trial.width == width)
+        for value, loss in profile(trials, name, per_octave=step).items():
+            points[f"{value:g}", str(width)] = loss
+    return points
 
 
 def _figure(title: str, path: Path, note: str) -> dict[str, str]:

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_so2.transfer.optimum import find_optimum
+from hf_so2.transfer.report import SweepResult, _points
 from hf_so2.transfer.trials import Trial, best_setting, finalists, profile, seed_noise, without_seed_effects
 from hf_so2.transfer.verdict import Verdict, judge, predicted_loss, predicted_rate
 
@@ -253,3 +254,10 @@ def test_a_sure_drift_is_named_in_the_advice(drift: float, advised: bool) -> Non
     found = verdict({64: 0.06, 128: 0.06 * drift}, seeds=(0, 1))
     assert found.transfers
     assert ("best rate at width 512 is 0.13," in found.advice) is advised
+
+
+def test_the_report_draws_losses_at_the_level_of_the_first_seed_as_it_fits_them() -> None:
+    # The second seed is better by 0.3 everywhere, but was run at the best value only.
+    made = [*trials({64: parabola(0.06)}), Trial("kfac_mup", 64, {"learning_rate": 0.06}, 1, 2.7)]
+    drawn = _points(SweepResult(made, judge(made, [64]), sampled=False), "learning_rate")
+    assert drawn == pytest.approx({(f"{value:g}", "64"): parabola(0.06)(value) for value in GRID})
