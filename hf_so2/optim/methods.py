@@ -25,6 +25,7 @@ from hf_so2.curvature import (
 from hf_so2.damping import RULES
 from hf_so2.errors import ConfigurationError
 from hf_so2.mup import ParameterWidth, rules
+from hf_so2.optim.defaults import CLIPPED, SPECTRAL, untuned
 from hf_so2.optim.settings import Settings, resolve
 from hf_so2.optim.width_damping import (
     Multipliers,
@@ -168,21 +169,6 @@ INPUT_SIDE = CURVATURE | {"statistics", "damping", "tokens"}
 K_FAC = INPUT_SIDE | {"output factors"}
 SHAMPOO = CURVATURE | {"statistics", "gradients"}
 
-# Tuned for K-FAC on configs/quickstart.yaml, and the best of the rates tried there for the others, Muon excepted: all
-# singular values of its updates have that size (docs/results.md).
-SPECTRAL = {"lr": 0.06, "fallback_learning_rate": 0.08, "hidden_fallback_learning_rate": 0.002}
-
-
-def untuned(plain: float, **others: float) -> Mapping[str, Mapping[str, Any]]:
-    """Rates where another norm control gives them another unit: safe to start from on small Llamas, not tuned.
-
-    Args:
-        plain: the learning rate where nothing but the method fixes the size of a step.
-        others: settings that go with it.
-    """
-    alone = {"lr": plain, **others}
-    return {"none": alone, "kl_clip": alone, "graft_adam": {"lr": 0.002}, "graft_sgd": {"lr": 0.1}}
-
 
 def _shampoo(settings: Settings, site: Site) -> GradientBlock:
     exponent, sides = settings.shampoo_exponent, site.sides(settings)
@@ -205,7 +191,7 @@ _TABLE = (
         block=lambda s, site: KFAC(s.beta2, s.exponent_a, s.exponent_b, diagonal=site.diagonal),
         uses=K_FAC | {"exponents"},
         defaults=SPECTRAL,
-        defaults_under=untuned(0.01, damping=1e-2),
+        defaults_under=untuned(0.01, CLIPPED, damping=1e-2),
     ),
     Method(
         "ekfac",
@@ -214,7 +200,7 @@ _TABLE = (
         damping=single_damping,
         uses=K_FAC,
         defaults={**SPECTRAL, "damping": 1e-5},
-        defaults_under=untuned(0.01, damping=1e-4),
+        defaults_under=untuned(0.01, CLIPPED, damping=1e-4),
     ),
     Method(
         "tkfac",
@@ -223,7 +209,7 @@ _TABLE = (
         damping=trace_restricted_damping,
         uses=K_FAC | {"exponents"},
         defaults=SPECTRAL,
-        defaults_under=untuned(0.01, damping=1e-2),
+        defaults_under=untuned(0.01, CLIPPED, damping=1e-2),
     ),
     Method(
         "tekfac",
@@ -232,7 +218,7 @@ _TABLE = (
         damping=single_damping,
         uses=K_FAC,
         defaults={**SPECTRAL, "damping": 1e-5},
-        defaults_under=untuned(0.01, damping=1e-4),
+        defaults_under=untuned(0.01, CLIPPED, damping=1e-4),
     ),
     Method(
         "foof",
@@ -240,7 +226,7 @@ _TABLE = (
         block=lambda s, site: FOOF(s.beta2, diagonal=site.diagonal),
         uses=INPUT_SIDE,
         defaults=SPECTRAL,
-        defaults_under=untuned(0.01, damping=1e-2),
+        defaults_under=untuned(0.01, CLIPPED, damping=1e-2),
     ),
     Method(
         "shampoo",
