@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from helpers import gpt2, in_float64, llama, token_rows
+from helpers import gpt2, in_float64, llama, relative_error, token_rows
 from torch import Tensor, nn
 
 import hf_so2
@@ -225,3 +225,21 @@ def cases(*, all_of_them: bool) -> list[Case]:
     both_ends = (("precondition_embeddings", True), ("precondition_head", True))
     found.append(Case("kfac", 0.0, settings=both_ends, tied=True))
     return found + [Case(name, 0.0, settings=tuple(settings.items())) for name, settings in SETTINGS]
+
+
+def check_ends(of: Sequence[Case], ends: Sequence[Mapping[str, Tensor]]) -> None:
+    """Ranks end bit-equal to each other, and one process ends there too.
+
+    Args:
+        of: the runs.
+        ends: for every rank its parameters in the end, by `str` of the case.
+    """
+    alone: dict[Case, Tensor] = {}
+    for case in of:
+        # In one process there is nothing to be spread.
+        reference = replace(case, fraction=1.0)
+        if reference not in alone:
+            alone[reference] = parameters(train(reference)[0])
+        first, *others = (end[str(case)] for end in ends)
+        assert all(torch.equal(other, first) for other in others), case
+        assert relative_error(first, alone[reference]) < case.tolerance, case

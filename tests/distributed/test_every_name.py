@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import relative_error
 from launching import ACCELERATE, launch
-from ranks import INTERRUPTED, STEPS, Case, cases, parameters, train
+from ranks import INTERRUPTED, STEPS, cases, check_ends, parameters, train
 
 PROGRAM = Path(__file__).with_name("every_name_program.py")
 
@@ -20,15 +19,7 @@ def test_ranks_train_as_one_process_does(ranks: int, tmp_path: Path) -> None:
     code, log = launch(ACCELERATE, ranks, PROGRAM, tmp_path, timeout=900)
     assert code == 0, log[-3000:]
     results = [torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True) for rank in range(ranks)]
-    alone: dict[Case, torch.Tensor] = {}
-    for case in cases(all_of_them=ranks > 2):
-        # In one process there is nothing to be spread.
-        reference = replace(case, fraction=1.0)
-        if reference not in alone:
-            alone[reference] = parameters(train(reference)[0])
-        ends = [result["ends"][str(case)] for result in results]
-        assert all(torch.equal(end, ends[0]) for end in ends), case
-        assert relative_error(ends[0], alone[reference]) < case.tolerance, case
+    check_ends(cases(all_of_them=ranks > 2), [result["ends"] for result in results])
 
     straight = results[0]["ends"][str(INTERRUPTED)]
     assert all(torch.equal(result["resumed"], straight) for result in results)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from helpers import arguments, llama, relative_error, token_rows, trained
 from hypothesis import given
 from hypothesis import strategies as st
 from launching import ROOT, TORCHRUN, launch
-from ranks import Case, parameters, sharded_cases, train
+from ranks import check_ends, sharded_cases
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -45,14 +44,7 @@ def test_ranks_train_as_one_process_does(ranks: int, fractions: tuple[float, ...
     code, log = launch(TORCHRUN, ranks, PROGRAM, tmp_path, *fractions, timeout=900)
     assert code == 0, log[-3000:]
     results = [torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True) for rank in range(ranks)]
-    alone: dict[Case, torch.Tensor] = {}
-    for case in sharded_cases(fractions):
-        reference = replace(case, fraction=1.0)
-        if reference not in alone:
-            alone[reference] = parameters(train(reference)[0])
-        ends = [result["ends"][str(case)] for result in results]
-        assert all(torch.equal(end, ends[0]) for end in ends), case
-        assert relative_error(ends[0], alone[reference]) < case.tolerance, case
+    check_ends(sharded_cases(fractions), [result["ends"] for result in results])
     for name, run in results[0]["runs"].items():
         check_run_of_the_trainer([result["runs"][name] for result in results], run, name, tmp_path / "alone")
 
