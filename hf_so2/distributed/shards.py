@@ -17,11 +17,16 @@ SUPPORTED = "is not supported; of several processes only DDP and FSDP2 over all 
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether this process holds only its part of the tensor, as under FSDP2 and tensor parallelism."""
+    return isinstance(tensor, _sharded_types())
+
+
+@lru_cache  # asked for every parameter of every step
+def _sharded_types() -> tuple[type, ...]:
     if not dist.is_available():
-        return False
+        return ()
     from torch.distributed.tensor import DTensor  # not there in a torch that was built without torch.distributed
 
-    return isinstance(tensor, DTensor)
+    return (DTensor,)
 
 
 def local(tensor: Tensor) -> Tensor:

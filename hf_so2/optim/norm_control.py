@@ -155,7 +155,7 @@ def _ratio(target: Tensor | float, norm: Tensor) -> Tensor:
 # The others look at one layer at a time, and so where the layer is held, before its update is sent to other ranks.
 OF_THE_WHOLE_MODEL = frozenset({"kl_clip"})
 
-# The others look at what was preconditioned and what became of it.
+# These look at the gradient of the step; the others at what was preconditioned and what became of it.
 OF_RAW_GRADIENTS = frozenset({"graft_adam"})
 
 NORM_CONTROLS: dict[str, NormControl] = {

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # not pyplot: no window, no global state, whatever the user's backend is
 
 from hf_so2.transfer.optimum import Optimum
-from hf_so2.transfer.verdict import RATE, Verdict, predicted_loss, predicted_rate
+from hf_so2.transfer.verdict import RATE, WIDER, Verdict, predicted_loss, predicted_rate
 
 Color: TypeAlias = tuple[float, float, float, float]
 LOSS = "validation loss (nats per token)"
@@ -137,14 +137,13 @@ def plot_widths(verdicts: Mapping[str, Verdict], path: str | Path) -> None:
         color = f"C{index}"
         widths |= set(verdict.losses)
         left.plot(*_columns(verdict.losses), "o-", color=color, label=optim)
-        reached = [4 * max(verdict.losses)] if len(verdict.losses) > 1 else []
-        for target in reached:
-            bounds = predicted_loss(verdict.losses, target)
-            if bounds is not None:
-                last = max(verdict.losses)
-                ends = [verdict.losses[last]] * 2
-                left.fill_between([last, target], [ends[0], bounds[0]], [ends[1], bounds[1]], color=color, alpha=0.15)
-                widths.add(target)
+        last = max(verdict.losses, default=0)
+        target = WIDER * last
+        bounds = predicted_loss(verdict.losses, target)
+        if bounds is not None:
+            lowest, highest = bounds
+            left.fill_between([last, target], [highest, lowest], [highest] * 2, color=color, alpha=0.15)
+            widths.add(target)
         optima = verdict.optima.get(RATE, {})
         if optima:
             values = [optimum.value for optimum in optima.values()]
@@ -153,10 +152,11 @@ def plot_widths(verdicts: Mapping[str, Verdict], path: str | Path) -> None:
             right.errorbar(list(optima), values, [below, above], fmt="o-", color=color, capsize=4, label=optim)
             widths |= set(optima)
             last = max(optima)
-            rates = predicted_rate(optima, 4 * last)
+            target = WIDER * last
+            rates = predicted_rate(optima, target)
             if rates is not None:
-                right.fill_between([last, 4 * last], [rates[0]] * 2, rates, color=color, alpha=0.15)
-                widths.add(4 * last)
+                right.fill_between([last, target], [rates[0]] * 2, rates, color=color, alpha=0.15)
+                widths.add(target)
     left.set(ylabel=LOSS, title="Loss at the setting found, and its range beyond")
     right.set(ylabel="learning rate", title="Optimal learning rate, 90 % interval, and its range beyond")
     right.set_yscale("log", base=2)

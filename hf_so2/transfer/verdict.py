@@ -15,7 +15,7 @@ LARGEST_DRIFT = 2.0
 FEWEST_VALUES = 4
 """Different learning rates that must have finished at a width before anything is said about its optimum."""
 BINS_PER_OCTAVE = 2  # of sampled values, for curves
-WIDER = 4  # times the widest proxy: the width that advice on a drift is given for
+WIDER = 4  # times the widest proxy: the width that figures reach to and that advice on a drift is given for
 
 
 @dataclass(frozen=True)
