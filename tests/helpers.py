@@ -33,6 +33,9 @@ SMALL: dict[str, Any] = {
     "pad_token_id": 0,
 }
 
+# What it takes to precondition a weight that is tied between embedding and head.
+BOTH_ENDS: dict[str, Any] = {"precondition_embeddings": True, "precondition_head": True}
+
 
 @dataclass
 class DenseFactors:
@@ -160,6 +163,11 @@ def llama(width: int = 16, **changes: Any) -> LlamaForCausalLM:
         "tie_word_embeddings": False,
     }
     return LlamaForCausalLM(LlamaConfig(**(SMALL | fields | changes)))
+
+
+def tied_llama(width: int = 16, **changes: Any) -> LlamaForCausalLM:
+    """Its embedding is its head."""
+    return llama(width, tie_word_embeddings=True, **changes).train()
 
 
 def gpt2(width: int = 16, **changes: Any) -> GPT2LMHeadModel:

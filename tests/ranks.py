@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from helpers import gpt2, in_float64, llama, relative_error, token_rows
+from helpers import BOTH_ENDS, gpt2, in_float64, llama, relative_error, token_rows
 from torch import Tensor, nn
 
 import hf_so2
@@ -65,7 +65,7 @@ class Case:
 SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("kfac", {"momentum_order": "after", "norm_control": "graft_adam", "nesterov": True}),
     ("kfac", {"norm_control": "kl_clip", "adaptive_damping": True}),
-    ("ekfac", {"precondition_embeddings": True, "precondition_head": True, "head_output_factor": "diagonal"}),
+    ("ekfac", {**BOTH_ENDS, "head_output_factor": "diagonal"}),
     ("tekfac", {"factor_update_steps": 2, "norm_control": "graft_sgd"}),
     ("shampoo", {"block_size": 10, "norm_control": "kl_clip"}),
     ("soap", {"max_preconditioner_dim": 16, "precondition_head": True}),

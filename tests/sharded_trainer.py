@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from helpers import arguments, in_float64, llama, token_rows
+from helpers import BOTH_ENDS, arguments, in_float64, llama, token_rows
 from torch.distributed.tensor import DTensor
 
 import hf_so2
 
 GLOBAL_BATCH = 8
 STEPS = 10
-BOTH_ENDS = {"precondition_embeddings": True, "precondition_head": True}
 SCENARIOS: dict[str, dict[str, Any]] = {
     "tied, saved whole": {"tied": True, "gradient_worker_fraction": 0.0, **BOTH_ENDS},
     "saved as shards": {"optim": "shampoo", "state_dict_type": "SHARDED_STATE_DICT"},

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import VOCABULARY, assert_same_parameters, llama, relative_error
+from helpers import BOTH_ENDS, VOCABULARY, assert_same_parameters, llama, relative_error
 from torch import Tensor, nn
 
 import hf_so2
@@ -225,7 +225,7 @@ def test_a_vocabulary_within_the_limit_costs_two_matrices_of_its_size(name: str,
 @pytest.mark.parametrize("name", ["shampoo", "soap", "kl_shampoo"])
 def test_a_vocabulary_above_the_limit_leaves_embedding_and_head_with_one_side(name: str) -> None:
     model, mup = llama(), llama()
-    settings = {"precondition_embeddings": True, "precondition_head": True, "max_preconditioner_dim": 24}
+    settings = {**BOTH_ENDS, "max_preconditioner_dim": 24}
     optimizer = trained(name, model, 4, **settings)
     assert optimizer.curvature is not None
     states = {key: layer.state.keys() for key, layer in optimizer.curvature.layers.items()}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from curvature.dense_fisher import dense_preconditioner, eye, relative, stand_still
-from helpers import VOCABULARY, dense_factors, gpt2, in_float64, llama, numpy_damping, token_loss_sum
+from helpers import BOTH_ENDS, VOCABULARY, dense_factors, in_float64, llama, numpy_damping, tied_llama, token_loss_sum
 from torch import Tensor, nn
 
 import hf_so2
@@ -18,15 +18,10 @@ from hf_so2.optim.adaptive import curvature_along
 from hf_so2.optim.sampled_labels import generator_for
 
 METHODS = ("kfac", "ekfac", "tkfac", "tekfac")
-BOTH: dict[str, Any] = {"precondition_embeddings": True, "precondition_head": True}
-DIAGONAL = {**BOTH, "head_output_factor": "diagonal"}
+DIAGONAL = {**BOTH_ENDS, "head_output_factor": "diagonal"}
 NAME = "model.embed_tokens.weight"
 
 Rows = dict[str, tuple[np.ndarray, np.ndarray]]
-
-
-def tied_llama(width: int = 16, **changes: Any) -> nn.Module:
-    return llama(width, tie_word_embeddings=True, **changes).train()
 
 
 def unpadded() -> nn.Module:
@@ -110,7 +105,7 @@ def test_the_operator_is_the_inverse_of_the_dense_sum(rule: str, uniform: bool) 
 @pytest.mark.parametrize("uniform", [False, True])
 @pytest.mark.parametrize("name", METHODS)
 def test_factors_and_operator_of_a_tied_llama(name: str, uniform: bool) -> None:
-    data, settings = batch(), BOTH if uniform else DIAGONAL
+    data, settings = batch(), BOTH_ENDS if uniform else DIAGONAL
     optimizer = stand_still(name, unpadded(), data, damping=0.02, embedding_damping=0.3, **settings)
     ends = rows_of(unpadded(), data)
     (tokens, deltas), (h, logits) = ends["embedding"], ends["head"]
@@ -241,7 +236,7 @@ def test_an_end_that_says_nothing_leaves_the_block_of_the_other(silent: str) -> 
 
 def test_a_model_fed_with_embeddings_is_preconditioned_by_its_head() -> None:
     model = tied_llama()
-    optimizer = hf_so2.build_optimizer("kfac", model, **BOTH)
+    optimizer = hf_so2.build_optimizer("kfac", model, **BOTH_ENDS)
     for seed in range(3):
         generator = torch.Generator().manual_seed(seed)
         embedded, labels = torch.randn(2, 6, 16, generator=generator), torch.ones(2, 6, dtype=torch.long)
@@ -259,7 +254,7 @@ def test_spectral_control_bounds_what_comes_out_at_either_end() -> None:
     """The larger of the root mean square changes of vectors looked up and of logits is the learning rate."""
     data, model = batch(), in_float64(tied_llama())
     before = model.lm_head.weight.detach().clone()
-    optimizer = hf_so2.build_optimizer("kfac", model, lr=0.02, **BOTH)
+    optimizer = hf_so2.build_optimizer("kfac", model, lr=0.02, **BOTH_ENDS)
     (token_loss_sum(model(data[0]).logits, data[1]) / 24).backward()
     optimizer.step()
     moved = (model.lm_head.weight.detach() - before).numpy()
@@ -298,7 +293,7 @@ def test_curvature_along_a_change_is_that_of_the_undamped_sum() -> None:
 
 
 def layer_of(name: str = "kfac", model: nn.Module | None = None, **settings: Any) -> Any:
-    optimizer = hf_so2.build_optimizer(name, tied_llama() if model is None else model, **BOTH | settings)
+    optimizer = hf_so2.build_optimizer(name, tied_llama() if model is None else model, **BOTH_ENDS | settings)
     return optimizer.curvature.layers[NAME]
 
 
@@ -316,7 +311,7 @@ def test_by_default_neither_end_is_damped_beyond_the_other(name: str) -> None:
     """An embedding of its own has a damping of 1, which in the sum would be all that there is."""
     damping = layer_of(name).damping
     assert damping.epsilon == damping.head.epsilon
-    untied = hf_so2.build_optimizer(name, llama(), **BOTH).curvature.layers
+    untied = hf_so2.build_optimizer(name, llama(), **BOTH_ENDS).curvature.layers
     assert untied[NAME].damping.epsilon == 1.0
     assert damping.head.epsilon == untied["lm_head.weight"].damping.epsilon
 
@@ -328,7 +323,7 @@ def test_by_default_the_head_is_heard_in_the_sum() -> None:
     a_h, b_h = (moment(rows, 24) for rows in ends["head"])
     for given, epsilon in ((None, 1e-3), (1.0, 1.0)):
         settings = {"damping_rule": "trace", "damping": 1e-3, "embedding_damping": given}
-        share = stand_still("kfac", unpadded(), data, **settings, **BOTH).curvature.layers[NAME].state["share"]
+        share = stand_still("kfac", unpadded(), data, **settings, **BOTH_ENDS).curvature.layers[NAME].state["share"]
         embedding = np.trace(a_e) * (1 + epsilon) * (b_e + epsilon * np.trace(b_e) * eye(b_e))
         head = np.trace(b_h) * (1 + 1e-3) * (a_h + 1e-3 * np.trace(a_h) * eye(a_h))
         expected = np.linalg.eigvals(np.linalg.solve(embedding + head, head)).real
@@ -361,41 +356,9 @@ def test_damping_follows_both_ends_over_the_width() -> None:
     assert traces[1] / traces[0] == pytest.approx(1 / 4, rel=1e-3)
 
 
-def reasons(model: nn.Module, name: str = "kfac", weight: str = NAME, **settings: Any) -> tuple[str, str]:
-    report = hf_so2.build_optimizer(name, model, **settings).coverage()
-    return next((entry.algorithm, entry.reason) for entry in report.parameters if entry.name == weight)
-
-
-@pytest.mark.parametrize("setting", BOTH)
-def test_one_setting_alone_leaves_it_in_the_fallback(setting: str) -> None:
-    why = "tied to the embedding: needs both precondition_embeddings and precondition_head"
-    assert reasons(tied_llama(), **{setting: True}) == ("adamw", why)
-    assert reasons(tied_llama()) == ("adamw", "tied to the embedding")
-
-
-@pytest.mark.parametrize("name", ["kfac", "shampoo"])
-def test_with_both_it_is_preconditioned(name: str) -> None:
-    assert reasons(tied_llama(), name, **BOTH) == (name, "weight of Embedding and Linear")
-    assert reasons(gpt2(), name, "transformer.wte.weight", **BOTH) == (name, "weight of Embedding and Linear")
-
-
-def test_what_has_no_sum_to_invert_falls_back() -> None:
-    common = "tied to the embedding: "
-    expected = "without output factors, as in foof, its two ends have no common unit"
-    assert reasons(tied_llama(), "foof", **BOTH) == ("adamw", common + expected)
-    expected = "its block is a sum, of which no power but the inverse is known"
-    assert reasons(tied_llama(), exponent_a=0.5, **BOTH) == ("adamw", common + expected)
-    shared = tied_llama()
-    shared.auxiliary = nn.Linear(16, VOCABULARY, bias=False)
-    shared.auxiliary.weight = shared.lm_head.weight
-    expected = "its modules are more than one token embedding and the Linear that is the output head"
-    assert reasons(shared, **BOTH) == ("adamw", common + expected)
-    assert reasons(tied_llama(), skip_modules=["lm_head"], **BOTH) == ("adamw", "skip_modules 'lm_head'")
-
-
 def test_the_shampoo_family_sees_the_sum_of_both_gradients() -> None:
     model, data = in_float64(tied_llama()), batch()
-    optimizer = hf_so2.build_optimizer("shampoo", model, beta2=0.0, **BOTH)
+    optimizer = hf_so2.build_optimizer("shampoo", model, beta2=0.0, **BOTH_ENDS)
     (token_loss_sum(model(data[0]).logits, data[1]) / 24).backward()
     gradient = model.lm_head.weight.grad.clone()
     optimizer.step()

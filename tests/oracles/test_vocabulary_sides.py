@@ -9,7 +9,7 @@ import pytest
 import torch
 from curvature.dense_fisher import METHODS, dense_preconditioner, eye, relative, stand_still
 from curvature.reference import BLOCKS, fresh_state
-from helpers import SMALL, dense_factors, gpt2, llama, numpy_damping, token_loss_sum, trained
+from helpers import BOTH_ENDS, SMALL, dense_factors, gpt2, llama, numpy_damping, token_loss_sum, trained
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ import hf_so2
 from hf_so2.damping import RULES, Damping
 
 VOCABULARY, WIDTH, RHO = 6, 3, 0.02
-BOTH = {"precondition_embeddings": True, "precondition_head": True, "head_output_factor": "diagonal"}
+BOTH = {**BOTH_ENDS, "head_output_factor": "diagonal"}
 
 
 class Bigram(nn.Module):
