@@ -6,8 +6,8 @@
 
 A Llama of the given size trains on random tokens. In every round each optimizer makes a few steps, in turn and in
 shuffled order, and its time is divided by AdamW's of the same round. Prints a table (milliseconds; medians over
-rounds) and leaves benchmark.json and benchmark.png in --output_dir. Peers: heavyball and pytorch-optimizer, where
-they are installed.
+rounds) and leaves benchmark.json and benchmark.png in --output_dir. Peers: heavyball, pytorch-optimizer and
+asdfghjkl, where they are installed.
 """
 
 from __future__ import annotations

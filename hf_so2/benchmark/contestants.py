@@ -12,7 +12,7 @@ import yaml
 from torch import Tensor, nn
 
 from hf_so2.benchmark.memory import tensor_bytes
-from hf_so2.benchmark.peers import Peer
+from hf_so2.benchmark.peers import Gradients, Peer
 from hf_so2.benchmark.phases import APPLY, FORWARD_BACKWARD, phases_timed
 from hf_so2.benchmark.stopwatch import Stopwatch
 from hf_so2.errors import ConfigurationError
@@ -26,6 +26,13 @@ LEARNING_RATE = 1e-4
 BASELINE = "torch.AdamW"
 
 
+def plain_gradients(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Forward and backward pass; the loss."""
+    loss: Tensor = model(input_ids=tokens, labels=tokens).loss
+    loss.backward()
+    return loss
+
+
 @dataclass
 class Contestant:
     """A model in training.
@@ -34,11 +41,13 @@ class Contestant:
         name: of the optimizer, for the table.
         model: a causal language model, in training mode.
         optimizers: all of them are stepped; between them they hold every parameter once.
+        gradients: given the model and tokens, leaves gradients in the parameters and returns the loss.
     """
 
     name: str
     model: nn.Module
     optimizers: Sequence[torch.optim.Optimizer]
+    gradients: Gradients = plain_gradients
 
     def step(self, tokens: Tensor, stopwatch: Stopwatch) -> None:
         """One step of training on `tokens`, (batch, sequence), with its phases timed.
@@ -48,8 +57,7 @@ class Contestant:
         """
         with self._phases(stopwatch):
             with stopwatch.span(FORWARD_BACKWARD):
-                loss = self.model(input_ids=tokens, labels=tokens).loss
-                loss.backward()
+                loss = self.gradients(self.model, tokens)
             with stopwatch.span(APPLY):
                 for optimizer in self.optimizers:
                     optimizer.step()
@@ -115,4 +123,5 @@ def theirs(peer: Peer, build_model: Callable[[], nn.Module], interval: int) -> C
     hidden = [parameter for name, parameter in model.named_parameters() if name in chosen]
     rest = [parameter for name, parameter in model.named_parameters() if name not in chosen]
     optimizers = [peer.build(hidden, LEARNING_RATE, interval), torch.optim.AdamW(rest, lr=LEARNING_RATE)]
-    return Contestant(peer.name, model, optimizers)
+    gradients = peer.gradients(model, chosen, interval) if peer.gradients else plain_gradients
+    return Contestant(peer.name, model, optimizers, gradients)
