@@ -5,9 +5,9 @@
     python scripts/benchmark.py --optim kfac --scaling 128 256 512 1024          # how the cost grows with the width
 
 A Llama of the given size trains on random tokens. In every round each optimizer makes a few steps, in turn and in
-shuffled order, and its time is divided by AdamW's of the same round. Prints a table (milliseconds; medians over
-rounds) and leaves benchmark.json and benchmark.png in --output_dir. Peers: heavyball, pytorch-optimizer and
-asdfghjkl, where they are installed.
+shuffled order, and its time is divided by AdamW's of the same round. Prints tables (milliseconds, medians over rounds;
+operations, and the share of the machine's rate that they run at) and leaves benchmark.json and benchmark.png in
+--output_dir. Peers: heavyball, pytorch-optimizer and asdfghjkl, where they are installed.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from hf_so2.benchmark.contestants import BASELINE, Contestant, baseline, ours, parse_variant, theirs
+from hf_so2.benchmark.flops import product_rate
 from hf_so2.benchmark.peers import PEERS
 from hf_so2.benchmark.phases import PHASES
 from hf_so2.benchmark.plots import plot_benchmark, plot_growth
 from hf_so2.benchmark.ratios import fitted_exponent
-from hf_so2.benchmark.report import against_peers, growth_table, peer_table, table, to_dict
+from hf_so2.benchmark.report import against_peers, growth_table, peer_table, table, to_dict, work_table
 from hf_so2.benchmark.rounds import Measurement, measure
 from hf_so2.cli import main, parse
 from hf_so2.errors import ConfigurationError
@@ -113,12 +114,17 @@ def run() -> None:
     (arguments,) = parse((BenchmarkArguments,))
     output = Path(arguments.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    report: dict[str, Any] = {"settings": vars(arguments), "machine": _machine(arguments.device), "widths": {}}
+    rate = product_rate(torch.device(arguments.device))
+    machine = f"{_machine(arguments.device)}, products at {rate / 1e9:.0f} GFLOP/s"
+    report: dict[str, Any] = {"settings": vars(arguments), "machine": machine, "product_rate": rate, "widths": {}}
     results: dict[int, list[Measurement]] = {}
     for width in arguments.widths:
         results[width] = benchmark(arguments, width)
         title = f"Llama, hidden {width}, {arguments.num_hidden_layers} layers, {arguments.tokens} tokens a step"
-        print(f"\n{title}; {report['machine']}\n\n{table(results[width], BASELINE)}\n", flush=True)
+        print(f"\n{title}; {machine}\n\n{table(results[width], BASELINE)}\n", flush=True)
+        print(
+            f"GFLOP a step, and the share of the rate of products\n\n{work_table(results[width], rate)}\n", flush=True
+        )
         pairs = against_peers(results[width], {peer.name: peer.method for peer in PEERS})
         if rows := peer_table(pairs):
             print(f"against peers of the same method\n\n{rows}\n", flush=True)
@@ -129,8 +135,11 @@ def run() -> None:
         (output / "benchmark.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         plot_benchmark(results[width], BASELINE, output / _figure(width, arguments), title)
     if arguments.scaling:
-        report["exponents"] = exponents = _exponents(results)
-        print(f"exponents of the hidden size\n\n{growth_table(exponents)}")
+        report["exponents"] = exponents = _exponents(results, lambda m: m.percentile(50), Measurement.phase)
+        report["flop_exponents"] = counted = _exponents(
+            results, lambda m: sum(m.flops.values()), lambda m, phase: m.flops.get(phase, 0.0)
+        )
+        print(f"exponents of the hidden size (those of the operations)\n\n{growth_table(exponents, counted)}")
         (output / "benchmark.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         seconds = {name: {width: _of(name, ms).percentile(50) for width, ms in results.items()} for name in exponents}
         plot_growth(seconds, {name: row["whole step"] for name, row in exponents.items()}, output / "growth.png")
@@ -174,16 +183,17 @@ def benchmark(arguments: BenchmarkArguments, width: int) -> list[Measurement]:
     )
 
 
-def _exponents(results: dict[int, list[Measurement]]) -> dict[str, dict[str, float]]:
-    names = [m.name for m in next(iter(results.values()))]
+def _exponents(
+    results: dict[int, list[Measurement]],
+    whole: Callable[[Measurement], float],
+    part: Callable[[Measurement, str], float],
+) -> dict[str, dict[str, float]]:
+    """Of the hidden size, in a whole step and in each phase, by optimizer."""
     exponents = {}
-    for name in names:
+    for name in [m.name for m in next(iter(results.values()))]:
         by_width = {width: _of(name, measurements) for width, measurements in results.items()}
-        row = {phase: fitted_exponent({width: m.phase(phase) for width, m in by_width.items()}) for phase in PHASES}
-        exponents[name] = {
-            "whole step": fitted_exponent({width: m.percentile(50) for width, m in by_width.items()}),
-            **row,
-        }
+        row = {phase: fitted_exponent({width: part(m, phase) for width, m in by_width.items()}) for phase in PHASES}
+        exponents[name] = {"whole step": fitted_exponent({width: whole(m) for width, m in by_width.items()}), **row}
     return exponents
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ def to_dict(measurements: Sequence[Measurement], baseline: str) -> dict[str, Any
             "ratio": vars(spreads[m.name]),
             "step_seconds": {"p50": m.percentile(50), "p99": m.percentile(99), "rounds": m.rounds},
             "phase_seconds": {phase: m.phase(phase) for phase in PHASES},
+            "phase_flops": {phase: m.flops.get(phase, 0.0) for phase in PHASES},
             "peak_bytes": m.peak_bytes,
             "state_bytes_per_parameter": m.state_bytes_per_parameter,
         }
@@ -85,11 +87,35 @@ def peer_table(against: Mapping[str, Mapping[str, Spread]]) -> str:
     return markdown([header, ["---"] * len(header), *rows]) if rows else ""
 
 
-def growth_table(exponents: Mapping[str, Mapping[str, float]]) -> str:
-    """Exponents of the hidden size, by optimizer and phase, as Markdown."""
-    header = ["optimizer", "whole step", *PHASES]
-    rows = [[name, *(f"{row[column]:.2f}" for column in header[1:])] for name, row in exponents.items()]
+def work_table(measurements: Sequence[Measurement], rate: float) -> str:
+    """GFLOP of each phase, and the share of the machine's rate of products that it runs at, as Markdown.
+
+    Args:
+        measurements: of all optimizers; a phase without matrix algebra is left out.
+        rate: operations per second.
+    """
+    phases = [phase for phase in PHASES if any(m.flops.get(phase) for m in measurements)]
+    header = ["optimizer", *phases]
+    rows = [[m.name, *(_work(m.flops.get(phase, 0.0), m.phase(phase), rate) for phase in phases)] for m in measurements]
     return markdown([header, ["---"] * len(header), *rows])
+
+
+def _work(flops: float, seconds: float, rate: float) -> str:
+    return f"{flops / 1e9:.3g} · {flops / seconds / rate:.0%}" if flops and seconds else ""
+
+
+def growth_table(exponents: Mapping[str, Mapping[str, float]], counted: Mapping[str, Mapping[str, float]]) -> str:
+    """Exponents of the hidden size, by optimizer and phase, and those of the operations in brackets, as Markdown."""
+    header = ["optimizer", "whole step", *PHASES]
+    rows = [
+        [name, *(_exponents(row[column], counted[name][column]) for column in header[1:])]
+        for name, row in exponents.items()
+    ]
+    return markdown([header, ["---"] * len(header), *rows])
+
+
+def _exponents(measured: float, counted: float) -> str:
+    return "" if math.isnan(measured) else f"{measured:.2f}" + ("" if math.isnan(counted) else f" ({counted:.2f})")
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_so2.benchmark.contestants import Contestant
+from hf_so2.benchmark.flops import FlopCounter
 from hf_so2.benchmark.memory import peak_bytes
 from hf_so2.benchmark.stopwatch import Stopwatch
 
@@ -27,6 +28,7 @@ class Measurement:
         state_bytes_per_parameter: of the optimizer's state, over all parameters of the model.
         rounds: for every round the seconds of each step.
         phases: for every round the mean seconds of each phase of a step.
+        flops: operations of matrix algebra in each phase of a step, mean over an interval between refreshes.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Measurement:
     state_bytes_per_parameter: float
     rounds: list[list[float]] = field(default_factory=list)
     phases: list[dict[str, float]] = field(default_factory=list)
+    flops: dict[str, float] = field(default_factory=dict)
 
     @property
     def mean_seconds(self) -> list[float]:
@@ -73,7 +76,9 @@ def measure(
     pairs = []
     for build in builders:
         contestant, peak = peak_bytes(lambda build=build: _warmed_up(build(), batch, steps, device), device)  # type: ignore[misc]
-        pairs.append((contestant, Measurement(contestant.name, peak, contestant.state_bytes_per_parameter())))
+        measurement = Measurement(contestant.name, peak, contestant.state_bytes_per_parameter())
+        measurement.flops = _counted(contestant, batch, steps)
+        pairs.append((contestant, measurement))
         report(f"{contestant.name}: warmed up")
     order, stopwatch = random.Random(seed), Stopwatch(device)
     for number in range(rounds):
@@ -93,6 +98,14 @@ def _warmed_up(contestant: Contestant, batch: Batch, steps: int, device: torch.d
     for _ in range(steps):
         contestant.step(batch(), Stopwatch(device))
     return contestant
+
+
+def _counted(contestant: Contestant, batch: Batch, steps: int) -> dict[str, float]:
+    def work(counter: Stopwatch) -> None:
+        for _ in range(steps):
+            contestant.step(batch(), counter)
+
+    return {phase: flops / steps for phase, flops in FlopCounter().count(work).items()}
 
 
 def _record(measurement: Measurement, steps: Sequence[dict[str, float]]) -> None:

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from hf_so2.benchmark import peers, stopwatch
 from hf_so2.benchmark.contestants import BASELINE, baseline, ours, theirs
+from hf_so2.benchmark.flops import FlopCounter, product_rate
 from hf_so2.benchmark.memory import peak_bytes, tensor_bytes
 from hf_so2.benchmark.phases import PHASES
 from hf_so2.benchmark.ratios import fitted_exponent, paired_ratios
@@ -26,6 +27,7 @@ from hf_so2.benchmark.report import against_peers, peer_table, table, to_dict
 from hf_so2.benchmark.rounds import Measurement
 from hf_so2.benchmark.stopwatch import Stopwatch
 from hf_so2.optim import OPTIMIZERS, SecondOrderOptimizer
+from hf_so2.optim.costs import precondition_flops, refresh_flops, statistics_flops
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark.py"
 CPU = torch.device("cpu")
@@ -100,6 +102,54 @@ def test_peak_of_allocations() -> None:
     result, peak = peak_bytes(work, CPU)
     assert result.sum() == 2 * 2**18
     assert 2 * 2**20 <= peak < 2 * 2**20 + 2**12
+
+
+def test_operations_of_matrix_algebra_by_phase() -> None:
+    """In closed form, on what torch counts itself and on what it does not."""
+    wide, tall = torch.randn(6, 9), torch.randn(9, 6)
+    square = tall.mT @ tall + torch.eye(6)
+    triangle = torch.linalg.cholesky(square)
+
+    def work(counter: Stopwatch) -> None:
+        with counter.span("products"):
+            wide @ tall
+            with counter.span("inverse"):
+                torch.cholesky_inverse(torch.linalg.cholesky_ex(square).L)
+            torch.addmm(square, wide, tall)
+        with counter.span("eigen"):
+            torch.linalg.eigh(square)
+        with counter.span("orthogonal"):
+            torch.linalg.qr(torch.stack([tall, tall]))
+        with counter.span("triangular"):
+            torch.linalg.solve_triangular(triangle, wide, upper=False)
+
+    assert FlopCounter().count(work) == {
+        "products": 2 * 2 * 6 * 9 * 6,
+        "inverse": 6**3,
+        "eigen": 9 * 6**3,
+        "orthogonal": 2 * 2 * (2 * 9 * 6**2 - 2 / 3 * 6**3),  # R, then as much again for Q
+        "triangular": 6 * 6 * 9,
+    }
+
+
+def test_a_step_of_kfac_does_what_the_cost_model_says() -> None:
+    """But for A of keys, values and `up`, which is summed for queries and `gate` already."""
+    contestant = ours("kfac:norm_control=none", lambda: llama().train(), interval=1)
+    (optimizer,) = contestant.optimizers
+    assert isinstance(optimizer, SecondOrderOptimizer)
+    contestant.step(torch.randint(0, 32, (2, 8)), Stopwatch(CPU))
+    counted = FlopCounter().count(lambda counter: contestant.step(torch.randint(0, 32, (2, 8)), counter))
+    layers = optimizer.curvature.layers.values() if optimizer.curvature else []
+    shared = [layer for layer in layers if layer.name.split(".")[-2] in ("k_proj", "v_proj", "up_proj")]
+    again = sum(2 * 16 * layer.shape[1] ** 2 for layer in shared)
+    assert counted["capture"] == sum(statistics_flops(x.block, x.shape, 16) for x in layers) - again
+    assert counted["refresh"] == pytest.approx(sum(refresh_flops(x.block, x.shape) for x in layers), rel=1e-4)
+    assert counted["precondition"] == sum(precondition_flops(x.block, x.shape) for x in layers)
+    assert counted["average"] == 0
+
+
+def test_the_rate_of_products_is_one() -> None:
+    assert 1e8 < product_rate(CPU) < 1e15
 
 
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if not name.endswith("_mup")])
@@ -195,11 +245,11 @@ def test_the_command_line(tmp_path: Path) -> None:
     for figures in report["widths"].values():
         assert figures.keys() == {BASELINE, "kfac", "torch.Muon"}
         assert figures[BASELINE]["ratio"] == {"median": 1.0, "lower": 1.0, "upper": 1.0}
-        assert figures["kfac"]["phase_seconds"].keys() == set(PHASES)
+        assert figures["kfac"]["phase_seconds"].keys() == figures["kfac"]["phase_flops"].keys() == set(PHASES)
         assert figures["kfac"]["ratio_to_peers"] == {}  # Muon's peer, not K-FAC's
-    assert report["exponents"].keys() == {BASELINE, "kfac", "torch.Muon"}
+    assert report["exponents"].keys() == report["flop_exponents"].keys() == {BASELINE, "kfac", "torch.Muon"}
     assert {path.name for path in tmp_path.glob("*.png")} == {"benchmark_8.png", "benchmark_16.png", "growth.png"}
-    assert done.stdout.count("| torch.Muon") == 3
+    assert done.stdout.count("| torch.Muon") == 5
 
 
 @pytest.mark.parametrize(
