@@ -67,6 +67,7 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("kfac", {"norm_control": "kl_clip", "adaptive_damping": True}),
     ("ekfac", {**BOTH_ENDS, "head_output_factor": "diagonal"}),
     ("tekfac", {"factor_update_steps": 2, "norm_control": "graft_sgd"}),
+    ("kfac", {"factor_update_steps": 2, "preconditioner_update_steps": 4}),
     ("shampoo", {"block_size": 10, "norm_control": "kl_clip"}),
     ("soap", {"max_preconditioner_dim": 16, "precondition_head": True}),
 ]

@@ -79,7 +79,7 @@ class Capture:
         stride: one of so many rows is taken, see `hf_so2.layers.rows.every`.
 
     Attributes:
-        enabled: whether the next forward pass is captured. Off, a layer pays one attribute look-up per call.
+        due: the names of the weights whose layers the next forward pass captures. Others pay a look-up per call.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Capture:
         weight_sharing: str = "expand",
         stride: int = 1,
     ) -> None:
-        self.enabled = False
+        self.due: Collection[str] = frozenset()
         self._observers, self._of_inputs, self._dtypes = observers, of_inputs, dtypes
         sharing = WEIGHT_SHARING[weight_sharing]
         self._weight_sharing = sharing if stride == 1 else every(stride, sharing)
@@ -131,7 +131,7 @@ class Capture:
 
     def _forward_hook(self, name: str, adapter: Adapter) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            if self.enabled and module.training and torch.is_grad_enabled() and output.requires_grad:
+            if name in self.due and module.training and torch.is_grad_enabled() and output.requires_grad:
                 self._watch(name, adapter, args[0].detach(), output)
 
         return hook

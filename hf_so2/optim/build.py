@@ -138,6 +138,7 @@ def build_from_settings(
             resolved.factor_token_stride,
             gradient_worker_fraction=resolved.gradient_worker_fraction,
             refresh_steps=resolved.preconditioner_update_steps,
+            statistics_steps=resolved.factor_update_steps,
         )
         if layers
         else None

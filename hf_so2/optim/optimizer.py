@@ -81,7 +81,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
     @property
     def capturing(self) -> bool:
         """Whether the coming step captures tokens for the curvature statistics; `announce` is of use only then."""
-        return self.curvature is not None and self.curvature.capture.enabled
+        return self.curvature is not None and bool(self.curvature.capture.due)
 
     def announce(self, tokens: int | Tensor, gradient_scale: float | Tensor, row_mask: Tensor | None = None) -> None:
         """Tell what a plain loop cannot know of the next micro-batch; call it before the forward pass, or never.
@@ -215,15 +215,12 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
     def _update_curvature(self) -> None:
         if self.curvature is None:
             return
-        if due(self.steps, self.settings.factor_update_steps):
-            self.curvature.update(with_gradients(self.param_groups, self.curvature.layers))
+        self.curvature.update(with_gradients(self.param_groups, self.curvature.layers), self.steps)
         self.curvature.refresh(self.steps)
 
     def _schedule_capture(self) -> None:
         if self.curvature is not None:
-            self.curvature.capture.enabled = self.curvature.sees_tokens and due(
-                self.steps + 1, self.settings.factor_update_steps
-            )
+            self.curvature.prepare(self.steps + 1)
 
     def _apply_second_order(self) -> None:
         if self.curvature is None:

@@ -119,7 +119,11 @@ class Settings:
         False, FLAG, "Levenberg-Marquardt: damping falls while the curvature predicts how the loss changes, and rises"
         " where it does not. Measured with two more forward passes every preconditioner_update_steps.", "damping"
     )  # fmt: skip
-    factor_update_steps: int = setting(1, COUNT, "Steps between updates of the curvature statistics.", "statistics")
+    factor_update_steps: int = setting(
+        1, COUNT, "Steps between updates of a layer's curvature statistics; layers take turns (all besides at steps 1,"
+        " 2, 4, 7), each at its own refreshes where this divides preconditioner_update_steps. With fisher mc, all at"
+        " once.", "statistics"
+    )  # fmt: skip
     preconditioner_update_steps: int = setting(
         10,
         COUNT,

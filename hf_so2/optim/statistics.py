@@ -12,15 +12,14 @@ from torch import Tensor
 
 from hf_so2.curvature import GradientBlock, State
 from hf_so2.damping import Damping
-from hf_so2.distributed import sum_over_ranks
 from hf_so2.errors import TrainingDivergedError
 from hf_so2.layers import Capture, SampledCapture
-from hf_so2.layers.capture import LayerSums
 from hf_so2.linalg import DecompositionError, matmul_precision
 from hf_so2.optim.costs import refresh_flops
 from hf_so2.optim.ends import End, ends_of
 from hf_so2.optim.layer import COUNTERS, Layer
-from hf_so2.optim.schedule import due, turns
+from hf_so2.optim.means import means
+from hf_so2.optim.schedule import due, statistics_turns, turns
 from hf_so2.optim.sharing import Sharing
 
 logger = logging.getLogger(__name__)
@@ -42,6 +41,8 @@ class Curvature:
         gradient_worker_fraction: of the ranks that hold a layer.
         refresh_steps: steps between refreshes of a layer, which are spread over these steps and balanced with the work
             of every one.
+        statistics_steps: steps between updates of a layer's statistics, which are spread likewise; but those of sampled
+            labels, whose one backward pass serves all layers, are updated at once.
 
     Attributes:
         sharing: who holds which layer.
@@ -63,6 +64,7 @@ class Curvature:
         *,
         gradient_worker_fraction: float = 1.0,
         refresh_steps: int = 1,
+        statistics_steps: int = 1,
     ) -> None:
         self.layers = {layer.name: layer for layer in layers}
         self._precision = precision
@@ -72,8 +74,12 @@ class Curvature:
         self.refresh_seconds = 0.0
         self.damping_factor, self.adapted_at = 1.0, 0
         self.sharing = Sharing(layers, gradient_worker_fraction, refresh_steps)
-        self._refresh_steps = refresh_steps
-        self._turns = turns({layer.name: refresh_flops(layer.block, layer.shape) for layer in layers}, refresh_steps)
+        self._refresh_steps, self._statistics_steps = refresh_steps, statistics_steps
+        costs = {layer.name: refresh_flops(layer.block, layer.shape) for layer in layers}
+        self._turns = turns(costs, refresh_steps)
+        self._statistics_turns = statistics_turns(costs, statistics_steps, refresh_steps)
+        if fisher == "mc":
+            self._statistics_turns = dict.fromkeys(costs, 0)
         self._ends: dict[str, End] = {}
         self._of_gradients: dict[str, GradientBlock] = {}
         self._outer: dict[str, set[str]] = {layer.name: set() for layer in layers}
@@ -93,11 +99,6 @@ class Curvature:
             token_stride,
         )
 
-    @property
-    def sees_tokens(self) -> bool:
-        """Whether any layer needs the inputs and output gradients of its tokens."""
-        return bool(self._ends)
-
     def preconditions(self, name: str) -> bool:
         """Whether there is a preconditioner by now for the weight of this name, or for the one that the bias is of."""
         layer = self.layers.get(self.weight_of_bias.get(name, name))
@@ -110,15 +111,31 @@ class Curvature:
 
         return observe
 
-    def update(self, weights: Mapping[str, Tensor]) -> None:
-        """Move the running averages by what was captured since the last step, on all ranks, and by its gradients.
+    def prepare(self, step: int) -> None:
+        """Have the coming forward passes captured as far as they are needed for the statistics of this step."""
+        self.capture.due = frozenset(
+            name for name, end in self._ends.items() if self._takes_statistics(end.layer, step)
+        )
+
+    def _takes_statistics(self, layer: Layer, step: int) -> bool:
+        return due(step, self._statistics_steps, self._statistics_turns[layer.name])
+
+    def update(self, weights: Mapping[str, Tensor], step: int) -> None:
+        """Move the running averages that are due by what was captured since the last step, on all ranks, and by its
+        gradients.
 
         Args:
             weights: the parameters by name; of those that have a gradient, averaged over ranks.
+            step: number of the step, counted from 1.
         """
+        chosen = {name for name, layer in self.layers.items() if self._takes_statistics(layer, step)}
+        if not chosen:
+            self.capture.discard()
+            return
         self.sharing.settle()
-        observations = self._means(*self.capture.take())
-        of_gradients = [self.layers[name] for name in self._of_gradients if name in weights]
+        ends = {name: end for name, end in self._ends.items() if end.layer.name in chosen}
+        observations = means(ends, *self.capture.take(), self.sharing)
+        of_gradients = [self.layers[name] for name in self._of_gradients if name in chosen and name in weights]
         for layer, gradient in self.sharing.whole_gradients(of_gradients, weights):
             with matmul_precision(self._precision):
                 block = self._of_gradients[layer.name]
@@ -186,51 +203,6 @@ class Curvature:
                 f"{layer.name}: its factors could not be decomposed {layer.failures} times in a row ({error});"
                 f" raise damping (now {self.damping_of(layer).epsilon}) or lower the learning rate"
             )
-
-    def _means(self, captured: Mapping[str, LayerSums], tokens: int | Tensor | None) -> dict[str, State]:
-        """Means over the global step, for every layer that saw a row on any rank; of a tied one, for each such end.
-
-        A loss that is a mean over N tokens hands out `δ/N`. Whoever announces tokens also announces that factor, and
-        the capture has undone it already; otherwise N is the number of positions that the layer saw.
-        """
-        taken = {name: captured.get(name) or LayerSums() for name in self._ends}
-        counts = self._counted(taken, tokens)
-        seen = {name: end for name, end in self._ends.items() if counts[name][0]}
-        sums = {name: self._shares(end, taken[name], tokens, *counts[name]) for name, end in seen.items()}
-        self.sharing.sum_statistics((end.layer, end.block.statistics, sums[name]) for name, end in seen.items())
-        means: dict[str, State] = {end.layer.name: {} for end in seen.values()}
-        for name, end in seen.items():
-            if end.layer.held:
-                means[end.layer.name].update({end.prefix + key: value for key, value in sums[name].items()})
-        return means
-
-    @staticmethod
-    def _shares(end: End, seen: LayerSums, tokens: int | Tensor | None, rows: int, count: int) -> State:
-        """What this rank adds to the means over all ranks, made of its sums in place; zeros where it has seen nothing.
-
-        Args:
-            rows: that the end has seen on all ranks.
-            count: of tokens that its loss was the mean of, on all ranks.
-        """
-        if not seen.sums:
-            return end.no_rows()
-        divisors = {"rows": rows, "tokens": max(count, 1)}
-        for key, statistic in end.block.statistics.items():
-            undone = seen.positions**statistic.gradient_degree if tokens is None else 1
-            undone = undone.double() if isinstance(undone, Tensor) else undone  # what are counts would become float32
-            seen.sums[key].mul_(undone / divisors[statistic.per])
-        return seen.sums
-
-    def _counted(self, taken: Mapping[str, LayerSums], tokens: int | Tensor | None) -> dict[str, tuple[int, int]]:
-        """Rows of each layer and tokens of its loss, over all ranks; one transfer to the host."""
-        if not taken:
-            return {}
-        device = self._ends[next(iter(taken))].layer.device
-        mine = [(seen.rows, seen.positions if tokens is None else tokens) for seen in taken.values()]
-        counts = torch.stack([torch.as_tensor(n, device=device, dtype=torch.int64) for pair in mine for n in pair])
-        sum_over_ranks([counts])
-        rows_and_tokens = counts.view(-1, 2).tolist()
-        return {name: (rows, count) for name, (rows, count) in zip(taken, rows_and_tokens, strict=True)}
 
     def _not_finite(self, observations: Mapping[str, State]) -> dict[str, bool]:
         """Which observations hold a number that is not finite, on a rank that holds the layer."""

@@ -163,7 +163,6 @@ def test_capture_is_off_outside_training_and_off_update_steps() -> None:
     optimizer = hf_so2.build_optimizer("kfac", model, factor_update_steps=5)
     seen = count_captures(optimizer)
     tokens = torch.stack([row["input_ids"] for row in token_rows(2)])
-    layers = len(optimizer.curvature.layers)
 
     model.eval()
     model(input_ids=tokens, labels=tokens).loss.backward()
@@ -173,12 +172,16 @@ def test_capture_is_off_outside_training_and_off_update_steps() -> None:
     assert not seen
     assert not optimizer.curvature.capture.take()[0]
 
-    updates = []
-    for step in range(1, 11):
+    captured: dict[int, set[str]] = {}
+    for step in range(1, 13):
         optimizer.zero_grad()
-        was = len(seen)
+        seen.clear()
         model(input_ids=tokens, labels=tokens).loss.backward()
-        updates += [step] if len(seen) - was == layers else []
-        assert len(seen) - was in (0, layers)
+        captured[step] = set(seen)
+        assert len(seen) == len(captured[step])
         optimizer.step()
-    assert updates == [1, 2, 4, 5, 7, 10]  # early ones, then every fifth
+    layers = set(optimizer.curvature.layers)
+    assert [step for step in range(1, 8) if captured[step] == layers] == [1, 2, 4, 7]
+    # Each has its turn within five steps, and no step is all of them.
+    assert sorted(name for step in range(8, 13) for name in captured[step]) == sorted(layers)
+    assert all(captured[step] != layers for step in range(8, 13))

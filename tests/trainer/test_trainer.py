@@ -30,7 +30,7 @@ def test_second_call_of_train_neither_doubles_hooks_nor_loses_state(tmp_path: Pa
     assert not optimizer.curvature.capture.take()[0]
     trainer.model.train()
     batch = torch.stack([row["input_ids"] for row in token_rows(16)])
-    optimizer.curvature.capture.enabled = True
+    optimizer.curvature.prepare(1)
     trainer.model(input_ids=batch, labels=batch).loss.backward()
     assert {int(sums.rows) for sums in optimizer.curvature.capture.take()[0].values()} == {rows}
 
