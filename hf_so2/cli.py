@@ -1,8 +1,8 @@
 """What the command-line scripts share: settings from a file and flags, one clear line for a user's mistake.
 
 A first argument that ends in ``.yaml``, ``.yml`` or ``.json`` is read as flags written down: every entry becomes the
-flag of that name (``null``: no flag, so the default holds), and flags on the command line follow and so override it.
-One parser therefore checks both.
+flag of that name (``null`` or an empty list: no flag, so the default holds), and flags on the command line follow and
+so override it. One parser therefore checks both.
 """
 
 from __future__ import annotations
@@ -88,6 +88,8 @@ def read_flags(
     if unknown:
         flag = unknown[0].partition("=")[0]
         hint = did_you_mean(flag.replace("-", "_").lstrip("_"), parser.flags)
+        if not flag.startswith("-") and flag.lower().endswith(SETTINGS_SUFFIXES):
+            hint = "; a settings file must be the first one"
         parser.error(f"unknown argument {unknown[0]!r}{hint}")
     return vars(namespace)
 
@@ -107,17 +109,21 @@ def build(dataclass_types: Iterable[type], flags: Mapping[str, Any]) -> tuple[An
     return tuple(built)
 
 
-class _Parser(HfArgumentParser):
-    """HfArgumentParser that answers a usage error in one line instead of pages of usage."""
+class OneLineParser(argparse.ArgumentParser):
+    """Answers a usage error in one line instead of pages of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        _print_error(message)
+        raise SystemExit(USAGE_ERROR)
+
+
+class _Parser(OneLineParser, HfArgumentParser):
+    """The flags of some dataclasses."""
 
     @property
     def flags(self) -> dict[str, argparse.Action]:
         """Every flag's action by the name of its field."""
         return {action.dest: action for action in self._actions if not isinstance(action, argparse._StoreFalseAction)}
-
-    def error(self, message: str) -> NoReturn:
-        _print_error(message)
-        raise SystemExit(USAGE_ERROR)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         # argparse lists all choices without a word on the closest one; there are some sixty optimizer names.
@@ -152,9 +158,11 @@ def _flags(settings: Mapping[str, Any], parser: _Parser) -> list[str]:
         if name not in actions:
             raise ConfigurationError("setting", name, f"must be a known setting{did_you_mean(str(name), actions)}")
         choices = actions[name].choices or ()
-        if value is None:
+        if value is None or value == []:
             continue
         if isinstance(value, list):
+            if actions[name].nargs not in ("+", "*"):
+                raise ConfigurationError(name, value, "must be one value, not a list")
             flags += [f"--{name}", *map(str, value)]
         elif isinstance(value, Mapping):
             flags.append(f"--{name}={json.dumps(value)}")

@@ -51,6 +51,7 @@ def test_flags_override_the_file_and_the_file_the_defaults(tmp_path: Path) -> No
 def test_json_settings_and_nulls(tmp_path: Path) -> None:
     text = json.dumps({"steps": 5, "learning_rate": None, "verbose": True})
     assert parsed(settings(tmp_path, text, "settings.json")) == Options(steps=5, verbose=True)
+    assert parsed(settings(tmp_path, "widths: []\nlearning_rate:\nsteps: 5")) == Options(steps=5)
 
 
 def test_no_file_is_needed() -> None:
@@ -65,6 +66,7 @@ def test_no_file_is_needed() -> None:
         (["--steps"], "expected one argument"),
         (["--steps=-1"], "steps is negative: that makes no sense"),
         (["stray"], "unknown argument 'stray'"),
+        (["--steps=3", "late.yaml"], "unknown argument 'late.yaml'; a settings file must be the first one"),
     ],
 )
 def test_a_usage_error_is_one_line_and_code_2(
@@ -88,6 +90,7 @@ def test_a_usage_error_is_one_line_and_code_2(
         ("a: b: c", "cannot be read"),
         ("strategy: stepz", r"strategy='stepz': must be one of no, steps, epoch \(did you mean 'steps'\?\)"),
         ("steps: 13", "steps=13: must not be unlucky"),
+        ("steps: [3, 4]", r"steps=\[3, 4\]: must be one value, not a list"),
     ],
 )
 def test_a_bad_settings_file_is_refused(text: str, message: str, tmp_path: Path) -> None:

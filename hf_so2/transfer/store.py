@@ -15,6 +15,7 @@ from typing import Any
 import optuna
 from filelock import FileLock, Timeout
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
 from hf_so2.errors import ConfigurationError
 from hf_so2.transfer.space import Params
@@ -35,7 +36,7 @@ class SweepStore:
         url: of the Optuna storage; SQLite in the folder by default.
 
     Raises:
-        ConfigurationError: another sweep is running there.
+        ConfigurationError: another sweep is running there, or the storage cannot be opened.
     """
 
     def __init__(self, folder: Path, url: str | None = None) -> None:
@@ -47,7 +48,12 @@ class SweepStore:
         except Timeout:
             raise ConfigurationError("output_dir", str(folder), "is in use by another sweep that is running") from None
         self.url = url or f"sqlite:///{(folder / 'sweep.db').resolve()}"
-        self._storage = optuna.storages.get_storage(self.url)
+        try:
+            self._storage = optuna.storages.get_storage(self.url)
+        except (SQLAlchemyError, ImportError) as error:
+            self._lock.release()
+            reason = str(error).splitlines()[0]
+            raise ConfigurationError("storage", self.url, f"cannot be opened as an Optuna storage: {reason}") from None
         self.studies: dict[tuple[str, int], optuna.Study] = {}
 
     def open(self, optim: str, width: int, settings: Mapping[str, Any]) -> None:
