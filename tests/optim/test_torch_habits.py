@@ -143,6 +143,35 @@ def test_parameters_are_no_model(not_a_model: object) -> None:
         hf_so2.build_optimizer("kfac", not_a_model)  # type: ignore[arg-type]
 
 
+class SavedWhole(nn.Module):
+    """What PEFT puts in the place of a module of `modules_to_save`: the frozen original beside a copy to be trained."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self.modules_to_save = nn.ModuleDict({"default": copy.deepcopy(original)})
+        self.original_module = original.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.modules_to_save["default"](x)
+
+
+@pytest.mark.parametrize("extent", [{}, {"precondition_embeddings": True, "precondition_head": True}])
+def test_a_head_and_an_embedding_that_peft_has_wrapped_are_still_those(extent: dict[str, bool]) -> None:
+    model = llama()
+    model.lm_head, model.model.embed_tokens = SavedWhole(model.lm_head), SavedWhole(model.model.embed_tokens)
+    optimizer = hf_so2.build_optimizer("kfac", model, **extent)
+    train(model, optimizer, steps=1)
+    rows = {entry.name: entry for entry in optimizer.coverage().parameters}
+    head, embedding = (rows[f"{name}.modules_to_save.default.weight"] for name in ("lm_head", "model.embed_tokens"))
+    assert {head.algorithm, embedding.algorithm} == {"kfac" if extent else "adamw"}
+    if not extent:
+        assert (head.reason, embedding.reason) == ("the output head", "an embedding")
+        return
+    assert optimizer.curvature is not None
+    assert "B" not in optimizer.curvature.layers[head.name].state  # nothing of the size of the vocabulary squared
+    assert optimizer.curvature.layers[embedding.name].state["A"].ndim == 1
+
+
 def test_compiled_after_the_optimizer_was_built_it_trains_as_before() -> None:
     torch._dynamo.reset()
     models = mlp(), mlp()
