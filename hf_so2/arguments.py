@@ -68,6 +68,8 @@ class SecondOrderTrainingArguments(_OwnFields):
             launcher that is not supported (DeepSpeed).
     """
 
+    _argument_group_name = "training, from transformers, and the optimizer's settings behind it"
+
     optim: OptimizerName = field(
         default="kfac_mup",
         metadata={"help": "The optimizer: a name of hf_so2.OPTIMIZERS or of transformers."},

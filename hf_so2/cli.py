@@ -78,7 +78,16 @@ def read_flags(
         settings: flags written down, which those of ``argv`` override.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = _Parser(dataclass_types, allow_abbrev=False)
+    parser = _Parser(
+        dataclass_types,
+        allow_abbrev=False,
+        usage="%(prog)s [SETTINGS.yaml] [--flag value ...]",
+        description=sys.modules["__main__"].__doc__,
+        formatter_class=_HelpFormatter,
+    )
+    if not {"-h", "--help"}.isdisjoint(arguments):  # while the parser knows the defaults
+        parser.print_help()
+        raise SystemExit(0)
     written = _flags(settings, parser) if settings else []
     if arguments and arguments[0].lower().endswith(SETTINGS_SUFFIXES):
         written += _flags(_read_settings(arguments.pop(0)), parser)
@@ -109,6 +118,10 @@ def build(dataclass_types: Iterable[type], flags: Mapping[str, Any]) -> tuple[An
     return tuple(built)
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The script's description as it was written, and the defaults of flags."""
+
+
 class OneLineParser(argparse.ArgumentParser):
     """Answers a usage error in one line instead of pages of usage."""
 
@@ -118,7 +131,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 class _Parser(OneLineParser, HfArgumentParser):
-    """The flags of some dataclasses."""
+    """The flags of some dataclasses; one with a `_argument_group_name` has a heading of its own in the help."""
 
     @property
     def flags(self) -> dict[str, argparse.Action]:

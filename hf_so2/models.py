@@ -34,6 +34,8 @@ IDENTITY_FIELDS = {"model_type", "architectures", "transformers_version", "_name
 class ModelArguments:
     """Which model to train: a new one of ``model_type``, or the checkpoint ``model_name_or_path``."""
 
+    _argument_group_name = "model"
+
     model_name_or_path: str | None = field(default=None, metadata={"help": "checkpoint to start from"})
     model_type: str | None = field(
         default=None, metadata={"help": "type of a model from scratch, such as llama or gpt2"}

@@ -36,6 +36,8 @@ from hf_so2.transfer.coordinates import informed
 class CoordinateArguments:
     """What to check; the model, the optimizer and its settings are the training flags."""
 
+    _argument_group_name = "coordinate check"
+
     widths: list[int] = field(
         default_factory=lambda: [64, 128, 256, 512], metadata={"help": "hidden sizes; the narrowest is the base"}
     )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from transformers import IntervalStrategy
@@ -101,6 +103,22 @@ def test_a_bad_settings_file_is_refused(text: str, message: str, tmp_path: Path)
 def test_a_missing_settings_file_is_refused() -> None:
     with pytest.raises(ConfigurationError, match=r"settings file='missing\.yaml': must be an existing"):
         parsed("missing.yaml")
+
+
+def test_help_says_what_the_script_does_and_what_holds_by_default(capsys: pytest.CaptureFixture[str]) -> None:
+    @dataclass
+    class More:
+        _argument_group_name = "more of them"
+        name: str = field(default="x", metadata={"help": "what it is called"})
+
+    described = mock.patch.object(sys.modules["__main__"], "__doc__", "Does it.\n\n    python it.py\n")
+    with described, pytest.raises(SystemExit) as stop:
+        cli.parse((Options, More), ["--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: ")
+    assert "[SETTINGS.yaml] [--flag value ...]\n\nDoes it.\n\n    python it.py\n" in shown
+    assert shown.index("--widths") < shown.index("more of them:") < shown.index("what it is called (default: x)")
 
 
 def test_main_turns_mistakes_into_a_line_and_a_code(capsys: pytest.CaptureFixture[str]) -> None:
