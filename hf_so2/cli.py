@@ -122,7 +122,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
     """The script's description as it was written, and the defaults of flags."""
 
 
-class OneLineParser(argparse.ArgumentParser):
+class _OneLineErrors:
     """Answers a usage error in one line instead of pages of usage."""
 
     def error(self, message: str) -> NoReturn:
@@ -130,7 +130,11 @@ class OneLineParser(argparse.ArgumentParser):
         raise SystemExit(USAGE_ERROR)
 
 
-class _Parser(OneLineParser, HfArgumentParser):
+class OneLineParser(_OneLineErrors, argparse.ArgumentParser):
+    """argparse's own parser with errors like those of the other scripts."""
+
+
+class _Parser(_OneLineErrors, HfArgumentParser):
     """The flags of some dataclasses; one with a `_argument_group_name` has a heading of its own in the help."""
 
     @property

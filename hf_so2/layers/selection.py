@@ -167,7 +167,7 @@ def _token_embeddings(model: nn.Module) -> set[nn.Module]:
 def _with_trained_copies(module: nn.Module | None) -> set[nn.Module]:
     """A module, and what PEFT's `modules_to_save` trains in its place where it has been wrapped for that."""
     copies = getattr(module, "modules_to_save", None)
-    return {module, *(copies.values() if isinstance(copies, nn.ModuleDict) else ())} - {None}  # type: ignore[arg-type]
+    return {module, *(copies.values() if isinstance(copies, nn.ModuleDict) else ())} - {None}
 
 
 def _why_not(modules: Sequence[nn.Module], tokens: set[nn.Module], heads: set[nn.Module], extent: Extent) -> str | None:

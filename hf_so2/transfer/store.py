@@ -40,6 +40,8 @@ class SweepStore:
     """
 
     def __init__(self, folder: Path, url: str | None = None) -> None:
+        if url is not None:  # before anything is made
+            self._storage = _opened(url)
         folder.mkdir(parents=True, exist_ok=True)
         # The system gives the lock back when its process dies, however it dies.
         self._lock = FileLock(folder / "sweep.lock")
@@ -48,12 +50,8 @@ class SweepStore:
         except Timeout:
             raise ConfigurationError("output_dir", str(folder), "is in use by another sweep that is running") from None
         self.url = url or f"sqlite:///{(folder / 'sweep.db').resolve()}"
-        try:
-            self._storage = optuna.storages.get_storage(self.url)
-        except (SQLAlchemyError, ImportError) as error:
-            self._lock.release()
-            reason = str(error).splitlines()[0]
-            raise ConfigurationError("storage", self.url, f"cannot be opened as an Optuna storage: {reason}") from None
+        if url is None:
+            self._storage = _opened(self.url)
         self.studies: dict[tuple[str, int], optuna.Study] = {}
 
     def open(self, optim: str, width: int, settings: Mapping[str, Any]) -> None:
@@ -110,6 +108,14 @@ class SweepStore:
     def close(self) -> None:
         """Lets another sweep in."""
         self._lock.release()
+
+
+def _opened(url: str) -> optuna.storages.BaseStorage:
+    try:
+        return optuna.storages.get_storage(url)
+    except (SQLAlchemyError, ImportError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigurationError("storage", url, f"cannot be opened as an Optuna storage: {reason}") from None
 
 
 def study_name(optim: str, width: int) -> str:
