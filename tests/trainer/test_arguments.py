@@ -150,7 +150,7 @@ def test_bad_optim_args_are_refused(text: str, message: str, tmp_path: Path) -> 
         ({"optim": "kfac_mup", "mup_base_width": 8, "mup_base_config": "x.json"}, r"mup_base_config=.*excludes"),
         ({"optim": "kfac_mup", "mup_base_config": "{bad"}, r"mup_base_config='\{bad': must be valid JSON"),
         (
-            {"lr_scheduler_kwargs": {"num_cycle": 1}},
+            {"lr_scheduler_type": "linear", "lr_scheduler_kwargs": {"num_cycle": 1}},
             r"lr_scheduler_kwargs=.*must suit lr_scheduler_type=linear: .*num_cycle",
         ),
         ({"lr_scheduler_type": "cosine_with_min_lr"}, r"lr_scheduler_kwargs=.*must suit .*min_lr"),
@@ -182,7 +182,8 @@ def test_a_base_that_is_no_config_is_refused(base: dict[str, Any], tmp_path: Pat
 def test_every_schedule_that_gets_what_it_needs_is_taken(schedule: str, tmp_path: Path) -> None:
     needed = {"cosine_with_min_lr": {"min_lr": 0.0}, "cosine_warmup_with_min_lr": {"min_lr": 0.0}}
     needed["warmup_stable_decay"] = {"num_decay_steps": 5}
-    args = arguments(tmp_path, lr_scheduler_type=schedule, lr_scheduler_kwargs=needed.get(schedule))
+    given = {"lr_scheduler_type": schedule, "lr_scheduler_kwargs": needed.get(schedule)}
+    args = arguments(tmp_path, **given, eval_strategy="steps", eval_steps=1)
     assert args.lr_scheduler_type.value == schedule
 
 

@@ -104,9 +104,9 @@ def test_missing_is_the_difference_of_multisets(wanted: list[Wanted], present: l
 
 
 def test_a_storage_that_cannot_be_opened_is_refused_and_nothing_is_made(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="^storage='nonsense': cannot be opened"):
+    with pytest.raises(ConfigurationError, match=r"^storage='nonsense': cannot be opened"):
         SweepStore(tmp_path / "sweep", "nonsense")
     assert not list(tmp_path.iterdir())
     (tmp_path / "sweep.db").write_text("no database" * 100)
-    with pytest.raises(ConfigurationError, match="^storage='sqlite:.*not a database"):
+    with pytest.raises(ConfigurationError, match=r"^storage='sqlite:.*not a database"):
         SweepStore(tmp_path)
