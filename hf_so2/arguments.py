@@ -6,10 +6,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any, get_type_hints
 
-from transformers import AutoConfig, PretrainedConfig, TrainingArguments
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, PretrainedConfig, TrainingArguments, get_scheduler
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.training_args import OptimizerNames
 from transformers.utils import ExplicitEnum, logging
 
@@ -64,6 +68,8 @@ class SecondOrderTrainingArguments(_OwnFields):
             launcher that is not supported (DeepSpeed).
     """
 
+    _argument_group_name = "training, from transformers, and the optimizer's settings behind it"
+
     optim: OptimizerName = field(
         default="kfac_mup",
         metadata={"help": "The optimizer: a name of hf_so2.OPTIMIZERS or of transformers."},
@@ -99,7 +105,7 @@ class SecondOrderTrainingArguments(_OwnFields):
         if isinstance(self.mup_base_config, PretrainedConfig):
             self.mup_base_config = self.mup_base_config.to_dict()
         if isinstance(self.mup_base_config, str) and self.mup_base_config.startswith("{"):
-            self.mup_base_config = json.loads(self.mup_base_config)  # a mapping in a settings file
+            self.mup_base_config = _parsed_config(self.mup_base_config)  # a mapping in a settings file
         name = _known_optimizer(self.optim)
         for count in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             if getattr(self, count) < 1:
@@ -113,6 +119,8 @@ class SecondOrderTrainingArguments(_OwnFields):
         self._with_transformers_optimizer(super().__post_init__)
         self.optim = OptimizerName(name)
         self._check_base(name)
+        _check_scheduler(self)
+        _check_integrations(self.report_to)
 
     @staticmethod
     def is_ours(name: str) -> bool:
@@ -146,17 +154,14 @@ class SecondOrderTrainingArguments(_OwnFields):
                 return scale_width(config, width=self.mup_base_width)
             except ConfigurationError as error:
                 raise ConfigurationError("mup_base_width", self.mup_base_width, error.allowed) from None
-        if isinstance(self.mup_base_config, dict):
-            return AutoConfig.for_model(**self.mup_base_config)
-        if self.mup_base_config is not None:
-            try:
-                return AutoConfig.from_pretrained(self.mup_base_config)
-            except (OSError, ValueError) as error:
-                reason = str(error).splitlines()[0]
-                raise ConfigurationError(
-                    "mup_base_config", self.mup_base_config, f"must be a readable model config ({reason})"
-                ) from None
-        return None
+        given = self.mup_base_config
+        if given is None:
+            return None
+        try:
+            return AutoConfig.for_model(**given) if isinstance(given, dict) else AutoConfig.from_pretrained(given)
+        except (OSError, ValueError, TypeError, StrictDataclassError) as error:
+            reason = " ".join(str(error).splitlines()[:2])
+            raise ConfigurationError("mup_base_config", given, f"must be a readable model config ({reason})") from None
 
     def set_optimizer(self, name: str = "kfac_mup", *args: Any, **kwargs: Any) -> SecondOrderTrainingArguments:
         """As in transformers, with our names besides."""
@@ -209,6 +214,34 @@ def _known_optimizer(name: Any) -> str:
 def _refuse_unsupported_launchers(name: str, args: SecondOrderTrainingArguments) -> None:
     if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("1", "true"):
         raise ConfigurationError("deepspeed", args.deepspeed or True, f"is not supported with optim={name}; use DDP")
+
+
+def _parsed_config(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigurationError("mup_base_config", text, f"must be valid JSON: {error}") from None
+
+
+def _check_scheduler(args: SecondOrderTrainingArguments) -> None:
+    """Make the schedule once, as the Trainer will when the model and the data are there."""
+    stand_in = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.learning_rate or 1.0)
+    try:
+        get_scheduler(
+            args.lr_scheduler_type, stand_in, 1, 2, scheduler_specific_kwargs=dict(args.lr_scheduler_kwargs or {})
+        )
+    except (TypeError, ValueError) as error:
+        name = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+        raise ConfigurationError(
+            "lr_scheduler_kwargs", args.lr_scheduler_kwargs, f"must suit lr_scheduler_type={name}: {error}"
+        ) from None
+
+
+def _check_integrations(names: Sequence[str]) -> None:
+    for name in names:
+        if name in INTEGRATION_TO_CALLBACK and name not in (installed := get_available_reporting_integrations()):
+            known = ", ".join(["none", *installed])
+            raise ConfigurationError("report_to", name, f"is not installed; must be one of {known}")
 
 
 def _parsed_optim_args(text: str | None) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """What the command-line scripts share: settings from a file and flags, one clear line for a user's mistake.
 
 A first argument that ends in ``.yaml``, ``.yml`` or ``.json`` is read as flags written down: every entry becomes the
-flag of that name (``null``: no flag, so the default holds), and flags on the command line follow and so override it.
-One parser therefore checks both.
+flag of that name (``null`` or an empty list: no flag, so the default holds), and flags on the command line follow and
+so override it. One parser therefore checks both.
 """
 
 from __future__ import annotations
@@ -78,7 +78,16 @@ def read_flags(
         settings: flags written down, which those of ``argv`` override.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = _Parser(dataclass_types, allow_abbrev=False)
+    parser = _Parser(
+        dataclass_types,
+        allow_abbrev=False,
+        usage="%(prog)s [SETTINGS.yaml] [--flag value ...]",
+        description=sys.modules["__main__"].__doc__,
+        formatter_class=_HelpFormatter,
+    )
+    if not {"-h", "--help"}.isdisjoint(arguments):  # while the parser knows the defaults
+        parser.print_help()
+        raise SystemExit(0)
     written = _flags(settings, parser) if settings else []
     if arguments and arguments[0].lower().endswith(SETTINGS_SUFFIXES):
         written += _flags(_read_settings(arguments.pop(0)), parser)
@@ -88,6 +97,8 @@ def read_flags(
     if unknown:
         flag = unknown[0].partition("=")[0]
         hint = did_you_mean(flag.replace("-", "_").lstrip("_"), parser.flags)
+        if not flag.startswith("-") and flag.lower().endswith(SETTINGS_SUFFIXES):
+            hint = "; a settings file must be the first one"
         parser.error(f"unknown argument {unknown[0]!r}{hint}")
     return vars(namespace)
 
@@ -107,17 +118,29 @@ def build(dataclass_types: Iterable[type], flags: Mapping[str, Any]) -> tuple[An
     return tuple(built)
 
 
-class _Parser(HfArgumentParser):
-    """HfArgumentParser that answers a usage error in one line instead of pages of usage."""
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The script's description as it was written, and the defaults of flags."""
+
+
+class _OneLineErrors:
+    """Answers a usage error in one line instead of pages of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        _print_error(message)
+        raise SystemExit(USAGE_ERROR)
+
+
+class OneLineParser(_OneLineErrors, argparse.ArgumentParser):
+    """argparse's own parser with errors like those of the other scripts."""
+
+
+class _Parser(_OneLineErrors, HfArgumentParser):
+    """The flags of some dataclasses; one with a `_argument_group_name` has a heading of its own in the help."""
 
     @property
     def flags(self) -> dict[str, argparse.Action]:
         """Every flag's action by the name of its field."""
         return {action.dest: action for action in self._actions if not isinstance(action, argparse._StoreFalseAction)}
-
-    def error(self, message: str) -> NoReturn:
-        _print_error(message)
-        raise SystemExit(USAGE_ERROR)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         # argparse lists all choices without a word on the closest one; there are some sixty optimizer names.
@@ -152,9 +175,11 @@ def _flags(settings: Mapping[str, Any], parser: _Parser) -> list[str]:
         if name not in actions:
             raise ConfigurationError("setting", name, f"must be a known setting{did_you_mean(str(name), actions)}")
         choices = actions[name].choices or ()
-        if value is None:
+        if value is None or value == []:
             continue
         if isinstance(value, list):
+            if actions[name].nargs not in ("+", "*"):
+                raise ConfigurationError(name, value, "must be one value, not a list")
             flags += [f"--{name}", *map(str, value)]
         elif isinstance(value, Mapping):
             flags.append(f"--{name}={json.dumps(value)}")

@@ -34,6 +34,8 @@ IDENTITY_FIELDS = {"model_type", "architectures", "transformers_version", "_name
 class ModelArguments:
     """Which model to train: a new one of ``model_type``, or the checkpoint ``model_name_or_path``."""
 
+    _argument_group_name = "model"
+
     model_name_or_path: str | None = field(default=None, metadata={"help": "checkpoint to start from"})
     model_type: str | None = field(
         default=None, metadata={"help": "type of a model from scratch, such as llama or gpt2"}
@@ -144,15 +146,15 @@ def parse_overrides(overrides: Mapping[str, Any] | str | None) -> dict[str, Any]
     return parsed
 
 
-def require_positions(config: PreTrainedConfig, max_seq_length: int) -> None:
-    """Refuses blocks longer than the model's positions: learned ones would fail in the middle of a run.
+def require_positions(config: PreTrainedConfig, length: int, name: str = "max_seq_length") -> None:
+    """Refuses sequences longer than the model's positions: learned ones would fail in the middle of a run.
 
     Raises:
-        ConfigurationError: ``max_seq_length`` exceeds ``max_position_embeddings``.
+        ConfigurationError: ``length``, given by the flag ``name``, exceeds ``max_position_embeddings``.
     """
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and max_seq_length > positions:
-        raise ConfigurationError("max_seq_length", max_seq_length, f"must be at most the model's {positions} positions")
+    if positions is not None and length > positions:
+        raise ConfigurationError(name, length, f"must be at most the model's {positions} positions")
 
 
 def _load_checkpoint(arguments: ModelArguments, cache_dir: str | None) -> PreTrainedModel:

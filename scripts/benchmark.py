@@ -34,6 +34,7 @@ from hf_so2.benchmark.report import against_peers, growth_table, peer_table, tab
 from hf_so2.benchmark.rounds import Measurement, measure
 from hf_so2.cli import main, parse
 from hf_so2.errors import ConfigurationError
+from hf_so2.folders import require_folder
 from hf_so2.optim import OPTIMIZERS
 from hf_so2.optim.methods import parse_name
 from hf_so2.spelling import did_you_mean
@@ -78,7 +79,7 @@ class BenchmarkArguments:
         for variant in self.optim:
             name, settings = parse_variant(variant)
             if name not in OPTIMIZERS or name.endswith("_mup"):
-                hint = did_you_mean(name, OPTIMIZERS)
+                hint = did_you_mean(name.removesuffix("_mup"), (known for known in OPTIMIZERS if "_mup" not in known))
                 raise ConfigurationError("optim", name, f"must be an optimizer of ours, without _mup{hint}")
             parse_name(name)[0].settings(settings)
         if self.peers == ["none"]:
@@ -113,6 +114,7 @@ def run() -> None:
     """Measures, prints the table, saves it."""
     (arguments,) = parse((BenchmarkArguments,))
     output = Path(arguments.output_dir)
+    require_folder("output_dir", output)
     output.mkdir(parents=True, exist_ok=True)
     rate = product_rate(torch.device(arguments.device))
     machine = f"{_machine(arguments.device)}, products at {rate / 1e9:.0f} GFLOP/s"

@@ -21,7 +21,8 @@ from hf_so2.arguments import SecondOrderTrainingArguments
 from hf_so2.cli import main, parse
 from hf_so2.data import DataArguments
 from hf_so2.errors import ConfigurationError
-from hf_so2.models import ModelArguments, build_config
+from hf_so2.folders import require_folder
+from hf_so2.models import ModelArguments, build_config, require_positions
 from hf_so2.mup.coord_check import CoordinateCheck, run_coordinate_check
 from hf_so2.mup.widths import HeadGrowth
 from hf_so2.optim import SecondOrderOptimizer
@@ -34,6 +35,8 @@ from hf_so2.transfer.coordinates import informed
 @dataclass
 class CoordinateArguments:
     """What to check; the model, the optimizer and its settings are the training flags."""
+
+    _argument_group_name = "coordinate check"
 
     widths: list[int] = field(
         default_factory=lambda: [64, 128, 256, 512], metadata={"help": "hidden sizes; the narrowest is the base"}
@@ -104,7 +107,9 @@ def run() -> int:
     name = str(training.optim.value)
     if not training.is_ours(name):
         raise ConfigurationError("optim", name, "must be an optimizer of hf_so2")
+    require_folder("output_dir", training.output_dir)
     settings, config = training.optimizer_settings(), _model_config(model, data)
+    require_positions(config, arguments.sequence_length, "sequence_length")
     result = check(name, settings, config, arguments, model.head, training.device)
     print(result)
     report, compared = result.to_dict(), None

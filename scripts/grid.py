@@ -24,6 +24,7 @@ from typing import Any
 
 from hf_so2 import cli
 from hf_so2.errors import ConfigurationError
+from hf_so2.folders import require_folder
 from hf_so2.transfer.descent import Position, descend, parse_ladder, values_at
 from hf_so2.transfer.grid import (
     GridStore,
@@ -41,7 +42,7 @@ TRAIN = Path(__file__).with_name("train.py")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("settings", help="YAML or JSON file, as for scripts/train.py")
     parser.add_argument("--optim", nargs="+", required=True, help="one table for each")
     parser.add_argument("--grid", action="append", default=[], help="name=value,value,... (any number of times)")
@@ -53,6 +54,11 @@ def main() -> None:
     args = parser.parse_args()
     if not Path(args.settings).is_file():
         raise ConfigurationError("settings", args.settings, "must be an existing YAML or JSON file")
+    if args.jobs < 1:
+        raise ConfigurationError("jobs", args.jobs, "must be at least 1")
+    for name, path in (("output", args.output), ("figure", args.figure)):
+        if path is not None:
+            require_folder(name, path.parent)
     axes = dict(parse_axis(text) for text in args.grid)
     if args.descend:
         walk(args, axes)

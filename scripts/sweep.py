@@ -24,6 +24,7 @@ from typing import Any
 
 from hf_so2 import cli
 from hf_so2.errors import ConfigurationError
+from hf_so2.folders import require_folder
 from hf_so2.mup import scale_width
 from hf_so2.mup.coord_check import CoordinateCheck
 from hf_so2.optim.methods import MUP_SUFFIX
@@ -48,6 +49,7 @@ def main() -> int:
     _, _, training = proxies[0].arguments()
     deadline = None if arguments.minutes is None else time.monotonic() + 60 * arguments.minutes
     folder = Path(training.output_dir)
+    require_folder("output_dir", folder)
     sweeps = [Sweep(arguments, proxies)]
     if arguments.compare:
         sweeps.append(Sweep(arguments, standard_parametrization(proxies, sweeps[0].optim)))

@@ -20,6 +20,7 @@ from transformers.utils import logging
 from hf_so2 import SecondOrderTrainer, SecondOrderTrainingArguments, checkpoints, cli
 from hf_so2.data import Corpus, DataArguments, collate_blocks, load_corpus
 from hf_so2.errors import ConfigurationError
+from hf_so2.folders import require_folder
 from hf_so2.metrics import causal_lm_metrics, summarize_logits
 from hf_so2.models import ModelArguments, build_model_and_config, require_positions
 from hf_so2.mup import read_mup
@@ -36,6 +37,7 @@ def main() -> None:
     model_args, data_args, args = cli.build(TYPES, flags)
     if recipe is not None:
         share_batch(args, recipe, messages)
+    require_folder("output_dir", args.output_dir)
     checkpoint = checkpoints.to_resume(args.resume_from_checkpoint, args.output_dir)
     if args.process_index != 0:
         datasets.disable_progress_bars()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from transformers import IntervalStrategy
@@ -51,6 +53,7 @@ def test_flags_override_the_file_and_the_file_the_defaults(tmp_path: Path) -> No
 def test_json_settings_and_nulls(tmp_path: Path) -> None:
     text = json.dumps({"steps": 5, "learning_rate": None, "verbose": True})
     assert parsed(settings(tmp_path, text, "settings.json")) == Options(steps=5, verbose=True)
+    assert parsed(settings(tmp_path, "widths: []\nlearning_rate:\nsteps: 5")) == Options(steps=5)
 
 
 def test_no_file_is_needed() -> None:
@@ -65,6 +68,7 @@ def test_no_file_is_needed() -> None:
         (["--steps"], "expected one argument"),
         (["--steps=-1"], "steps is negative: that makes no sense"),
         (["stray"], "unknown argument 'stray'"),
+        (["--steps=3", "late.yaml"], "unknown argument 'late.yaml'; a settings file must be the first one"),
     ],
 )
 def test_a_usage_error_is_one_line_and_code_2(
@@ -88,6 +92,7 @@ def test_a_usage_error_is_one_line_and_code_2(
         ("a: b: c", "cannot be read"),
         ("strategy: stepz", r"strategy='stepz': must be one of no, steps, epoch \(did you mean 'steps'\?\)"),
         ("steps: 13", "steps=13: must not be unlucky"),
+        ("steps: [3, 4]", r"steps=\[3, 4\]: must be one value, not a list"),
     ],
 )
 def test_a_bad_settings_file_is_refused(text: str, message: str, tmp_path: Path) -> None:
@@ -98,6 +103,22 @@ def test_a_bad_settings_file_is_refused(text: str, message: str, tmp_path: Path)
 def test_a_missing_settings_file_is_refused() -> None:
     with pytest.raises(ConfigurationError, match=r"settings file='missing\.yaml': must be an existing"):
         parsed("missing.yaml")
+
+
+def test_help_says_what_the_script_does_and_what_holds_by_default(capsys: pytest.CaptureFixture[str]) -> None:
+    @dataclass
+    class More:
+        _argument_group_name = "more of them"
+        name: str = field(default="x", metadata={"help": "what it is called"})
+
+    described = mock.patch.object(sys.modules["__main__"], "__doc__", "Does it.\n\n    python it.py\n")
+    with described, pytest.raises(SystemExit) as stop:
+        cli.parse((Options, More), ["--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: ")
+    assert "[SETTINGS.yaml] [--flag value ...]\n\nDoes it.\n\n    python it.py\n" in shown
+    assert shown.index("--widths") < shown.index("more of them:") < shown.index("what it is called (default: x)")
 
 
 def test_main_turns_mistakes_into_a_line_and_a_code(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from hf_so2.data.cache import cache_directory
 from hf_so2.data.corpora import DataArguments, load_documents
 from hf_so2.data.packing import collate_blocks, pack_documents
 from hf_so2.data.tokenizer import checkpoint_tokenizer, corpus_tokenizer
 from hf_so2.errors import ConfigurationError
+from hf_so2.folders import require_folder
 
 __all__ = ["Corpus", "DataArguments", "collate_blocks", "load_corpus"]
 
@@ -39,6 +41,7 @@ def load_corpus(arguments: DataArguments, model_name_or_path: str | None = None)
     Raises:
         ConfigurationError: anything that keeps the corpus from being loaded, or that leaves it empty.
     """
+    require_folder("cache_dir", cache_directory(arguments.cache_dir))
     documents, held_out = load_documents(arguments)
     if model_name_or_path is None:
         tokenizer: PreTrainedTokenizerBase = corpus_tokenizer(documents, arguments.vocab_size, arguments.cache_dir)

@@ -29,6 +29,8 @@ SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages
 class DataArguments:
     """What to train on. With no source given, the embedded corpus: Python's own standard library."""
 
+    _argument_group_name = "data"
+
     dataset_name: str | None = field(
         default=None, metadata={"help": "a data set of the Hub (or a folder that datasets can load)"}
     )

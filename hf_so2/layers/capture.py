@@ -10,6 +10,7 @@ other, so what depends on the inputs alone is summed for the first of them and c
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hf_so2.layers.adapters import Adapter
+from hf_so2.layers.hooks import ForwardHook
 from hf_so2.layers.rows import WEIGHT_SHARING, InputRows, every
 
 Sums = dict[str, Tensor]
@@ -99,7 +101,9 @@ class Capture:
         self._handles: list[RemovableHandle] = []
         for name, (modules, adapter) in layers.items():
             for module in modules:
-                self._handles.append(module.register_forward_hook(self._forward_hook(name, adapter)))
+                hook = ForwardHook(self, name, adapter)
+                self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        weakref.finalize(self, _remove, self._handles).atexit = False
         self._sums: dict[str, LayerSums]
         self._tokens: int | Tensor | None
         self._gradient_scale: float | Tensor | None
@@ -125,16 +129,12 @@ class Capture:
 
     def remove(self) -> None:
         """Detach from the model."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        _remove(self._handles)
 
-    def _forward_hook(self, name: str, adapter: Adapter) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            if name in self.due and module.training and torch.is_grad_enabled() and output.requires_grad:
-                self._watch(name, adapter, args[0].detach(), output)
-
-        return hook
+    def called(self, name: str, adapter: Adapter, inputs: Tensor, output: Tensor) -> None:
+        """Capture a call of a module that uses the weight `name`, as soon as the gradient of its output arrives."""
+        if name in self.due and torch.is_grad_enabled() and output.requires_grad:
+            self._watch(name, adapter, inputs.detach(), output)
 
     def _watch(self, name: str, adapter: Adapter, inputs: Tensor, output: Tensor) -> None:
         output.register_hook(lambda gradient: self._observe(name, adapter, inputs, gradient))
@@ -160,3 +160,9 @@ class Capture:
             rows = self._weight_sharing.inputs(adapter, inputs if adapter.one_hot else inputs.to(dtype), mask)
             self._last_inputs = _Inputs(inputs, inputs._version, mask, adapter, rows)
         return self._last_inputs
+
+
+def _remove(handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
+    handles.clear()

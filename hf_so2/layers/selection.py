@@ -81,7 +81,7 @@ def select(
             model has nothing of a kind that `extent` asks for.
     """
     users = _modules_by_weight(model)
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    heads = _with_trained_copies(getattr(model, "get_output_embeddings", lambda: None)())
     tokens = _token_embeddings(model)
     patterns = [_compiled(pattern) for pattern in skip_modules]
     candidates = [
@@ -104,8 +104,8 @@ def select(
         if parameter.ndim < 2:
             return Treatment(False, "a vector: norm gain or bias" if parameter.ndim else "a scalar")
         is_embedding = any(isinstance(module, nn.Embedding) for module in modules)
-        is_head = any(module is head for module in modules)
-        if is_embedding and (reason := _why_not(modules, tokens, head, extent)):
+        is_head = any(module in heads for module in modules)
+        if is_embedding and (reason := _why_not(modules, tokens, heads, extent)):
             return Treatment(False, reason)
         # Past that point, what is both an embedding and something else is the head as well.
         embeddings = tuple(module for module in modules if isinstance(module, nn.Embedding))
@@ -141,7 +141,7 @@ def select(
     trained = {module for p in model.parameters() if p.requires_grad and p.ndim > 1 for _, module in users[id(p)]}
     if extent.embeddings and not any(isinstance(module, nn.Embedding) for module in trained & tokens):
         raise _missing("precondition_embeddings", "a token embedding that is trained")
-    if extent.head and head not in trained:
+    if extent.head and not heads & trained:
         raise _missing("precondition_head", "an output head that get_output_embeddings() names and that is trained")
     treatments = {name: decide(p) for name, p in model.named_parameters() if p.requires_grad}
     return _with_biases(model, treatments) if extent.biases else treatments
@@ -161,14 +161,18 @@ def _token_embeddings(model: nn.Module) -> set[nn.Module]:
         named = model.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
         return {module for module in model.modules() if isinstance(module, nn.Embedding)}
-    return {named}
+    return _with_trained_copies(named)
 
 
-def _why_not(
-    modules: Sequence[nn.Module], tokens: set[nn.Module], head: nn.Module | None, extent: Extent
-) -> str | None:
+def _with_trained_copies(module: nn.Module | None) -> set[nn.Module]:
+    """A module, and what PEFT's `modules_to_save` trains in its place where it has been wrapped for that."""
+    copies = getattr(module, "modules_to_save", None)
+    return {module, *(copies.values() if isinstance(copies, nn.ModuleDict) else ())} - {None}
+
+
+def _why_not(modules: Sequence[nn.Module], tokens: set[nn.Module], heads: set[nn.Module], extent: Extent) -> str | None:
     """Why the weight of an embedding is not preconditioned, if it is not."""
-    if len(modules) > 1 and (reason := _why_not_tied(modules, head, extent)) is not None:
+    if len(modules) > 1 and (reason := _why_not_tied(modules, heads, extent)) is not None:
         return f"tied to the embedding{reason and ': '}{reason}"
     if not extent.embeddings:
         return "an embedding"
@@ -180,13 +184,14 @@ def _why_not(
     return None
 
 
-def _why_not_tied(modules: Sequence[nn.Module], head: nn.Module | None, extent: Extent) -> str | None:
+def _why_not_tied(modules: Sequence[nn.Module], heads: set[nn.Module], extent: Extent) -> str | None:
     """The same of one that other modules use too; empty where nobody has asked for it to be."""
     if not (extent.embeddings and extent.head):
         asked = extent.embeddings or extent.head
         return "needs both precondition_embeddings and precondition_head" if asked else ""
-    others = [module for module in modules if module is not head]
-    if len(others) > 1 or not isinstance(head, nn.Linear) or not isinstance(others[0], nn.Embedding):
+    ends, others = ([m for m in modules if (m in heads) == is_head] for is_head in (True, False))
+    are_two = len(ends) == len(others) == 1
+    if not are_two or not isinstance(ends[0], nn.Linear) or not isinstance(others[0], nn.Embedding):
         return "its modules are more than one token embedding and the Linear that is the output head"
     return extent.not_tied or None
 

@@ -186,12 +186,16 @@ def run_coordinate_check(
         device: where to train.
 
     Raises:
-        ConfigurationError: fewer than two widths, no seed or step, or a width that the family cannot have.
+        ConfigurationError: fewer than two widths, no seed, step, token or tolerance, or a width that the family cannot
+            have.
     """
     if len(set(widths)) < 2:
         raise ConfigurationError("widths", list(widths), "must be at least two different hidden sizes")
-    if seeds < 1:
-        raise ConfigurationError("seeds", seeds, "must be at least 1")
+    for name, count in (("seeds", seeds), ("batch_size", batch_size), ("sequence_length", sequence_length)):
+        if count < 1:
+            raise ConfigurationError(name, count, "must be at least 1")
+    if not tolerance > 0:
+        raise ConfigurationError("tolerance", tolerance, "must be above 0")
     if not steps or min(steps) < 1:
         raise ConfigurationError("steps", list(steps), "must be positive numbers of optimizer steps")
     ordered, measured_steps = sorted(set(widths)), sorted(set(steps))

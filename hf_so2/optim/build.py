@@ -65,6 +65,8 @@ def build_optimizer(
             would ignore, a `_mup` name without a base, a model that μP cannot be applied to, or tensor parallelism.
     """
     method, _ = parse_name(name)
+    if not isinstance(model, nn.Module):
+        raise ConfigurationError("model", type(model).__name__, "must be a torch.nn.Module, whose layers are looked at")
     resolved = method.settings(settings, learning_rate="lr")
     return build_from_settings(name, model, resolved, base_config, decay_parameters)
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import logging
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from hf_so2.damping import Damping
+from hf_so2.distributed import world
 from hf_so2.mup import ParameterWidth
 from hf_so2.mup.roles import pattern_of
 
-UNCAPTURED = "no input was captured: its module is not called in training mode"
+logger = logging.getLogger(__name__)
+
+UNCAPTURED = "no input was captured: its module is not called, or was compiled before the optimizer was built"
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,18 @@ class CoverageReport:
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.insert(1, "-" * max(len(line) for line in lines))
         return "\n".join([self.summary(), "", *lines])
+
+
+def warn_of_uncaptured(names: Iterable[str]) -> None:
+    """Say that weights which were chosen for preconditioning are in the fallback; the table names them all."""
+    found = list(names)
+    if found and world()[0] == 0:
+        logger.warning(
+            "%d weights chosen for preconditioning are left to AdamW, among them %s: %s",
+            len(found),
+            found[0],
+            UNCAPTURED,
+        )
 
 
 def _row(p: Coverage, count: int) -> list[str]:

@@ -6,16 +6,16 @@ statistics → reduce over ranks → refresh → momentum → precondition → n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from hf_so2.distributed import world
+from hf_so2.distributed import local, world
 from hf_so2.errors import ConfigurationError
 from hf_so2.layers import SampledCapture
 from hf_so2.optim.adaptive import AdaptiveDamping, Loss
-from hf_so2.optim.coverage import CoverageReport
+from hf_so2.optim.coverage import CoverageReport, warn_of_uncaptured
 from hf_so2.optim.fallback import first_order_step
 from hf_so2.optim.sampled_labels import generator_for, sampled_loss
 from hf_so2.optim.schedule import due
@@ -60,6 +60,26 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         self._adaptive = AdaptiveDamping(curvature) if curvature is not None and settings.adaptive_damping else None
         super().__init__(groups, {"lr": settings.lr, "weight_decay": settings.weight_decay})
         self._schedule_capture()
+
+    def __getstate__(self) -> NoReturn:
+        raise TypeError(
+            "a SecondOrderOptimizer cannot be copied or pickled, since it watches the modules of one model: save its"
+            " state_dict(), call build_optimizer for the other model and load it there"
+        )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch, for groups that `hf_so2.optim.build` makes.
+
+        Raises:
+            ConfigurationError: any other group: nobody has decided what updates it and at which rates.
+        """
+        if "algorithm" not in param_group:
+            entries = param_group["params"]
+            entries = [entries] if isinstance(entries, Tensor) else list(entries)
+            names = [entry[0] if isinstance(entry, tuple) else tuple(entry.shape) for entry in entries]
+            allowed = "cannot be added: call build_optimizer anew once all that is to be trained requires a gradient"
+            raise ConfigurationError("param_group", names, allowed)
+        super().add_param_group(param_group)
 
     def coverage(self) -> CoverageReport:
         """Which parameters get second-order updates, which the fallback, and why; `str()` of it is a table.
@@ -215,7 +235,13 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
     def _update_curvature(self) -> None:
         if self.curvature is None:
             return
-        self.curvature.update(with_gradients(self.param_groups, self.curvature.layers), self.steps)
+        weights = with_gradients(self.param_groups, self.curvature.layers)
+        self.curvature.update(weights, self.steps)
+        if self.steps == 1:
+            unseen = {name: weight for name, weight in weights.items() if not self.curvature.layers[name].updates}
+            warn_of_uncaptured(
+                name for name, weight in unseen.items() if weight.grad is not None and local(weight.grad).any()
+            )
         self.curvature.refresh(self.steps)
 
     def _schedule_capture(self) -> None:

@@ -45,6 +45,9 @@ class GridStore:
 
     Args:
         path: the file; made when the first run ends.
+
+    Raises:
+        ConfigurationError: it holds something else.
     """
 
     def __init__(self, path: Path) -> None:
@@ -52,7 +55,18 @@ class GridStore:
         self._lock = Lock()
         self.runs: list[dict[str, Any]] = []
         if path.is_file():
-            self.runs = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            lines = enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+            self.runs = [self._read(number, line) for number, line in lines if line.strip()]
+
+    def _read(self, number: int, line: str) -> dict[str, Any]:
+        try:
+            run = json.loads(line)
+        except json.JSONDecodeError:
+            run = None
+        if not isinstance(run, dict) or not {"settings", "flags", "metrics"} <= run.keys():
+            allowed = f"must hold one finished run per line, which line {number} is not; remove it or name another file"
+            raise ConfigurationError("output", str(self.path), allowed)
+        return run
 
     def find(self, settings: str, flags: Flags) -> dict[str, Any] | None:
         """The finished run of these flags, or None."""

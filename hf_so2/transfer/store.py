@@ -15,6 +15,7 @@ from typing import Any
 import optuna
 from filelock import FileLock, Timeout
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
 from hf_so2.errors import ConfigurationError
 from hf_so2.transfer.space import Params
@@ -35,10 +36,12 @@ class SweepStore:
         url: of the Optuna storage; SQLite in the folder by default.
 
     Raises:
-        ConfigurationError: another sweep is running there.
+        ConfigurationError: another sweep is running there, or the storage cannot be opened.
     """
 
     def __init__(self, folder: Path, url: str | None = None) -> None:
+        if url is not None:  # before anything is made
+            self._storage = _opened(url)
         folder.mkdir(parents=True, exist_ok=True)
         # The system gives the lock back when its process dies, however it dies.
         self._lock = FileLock(folder / "sweep.lock")
@@ -47,7 +50,8 @@ class SweepStore:
         except Timeout:
             raise ConfigurationError("output_dir", str(folder), "is in use by another sweep that is running") from None
         self.url = url or f"sqlite:///{(folder / 'sweep.db').resolve()}"
-        self._storage = optuna.storages.get_storage(self.url)
+        if url is None:
+            self._storage = _opened(self.url)
         self.studies: dict[tuple[str, int], optuna.Study] = {}
 
     def open(self, optim: str, width: int, settings: Mapping[str, Any]) -> None:
@@ -104,6 +108,14 @@ class SweepStore:
     def close(self) -> None:
         """Lets another sweep in."""
         self._lock.release()
+
+
+def _opened(url: str) -> optuna.storages.BaseStorage:
+    try:
+        return optuna.storages.get_storage(url)
+    except (SQLAlchemyError, ImportError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigurationError("storage", url, f"cannot be opened as an Optuna storage: {reason}") from None
 
 
 def study_name(optim: str, width: int) -> str:

@@ -23,6 +23,8 @@ MOST_EXTENSIONS = 4  # of a grid in one call; each makes every edge in question 
 class SweepArguments:
     """What to search and how long; the models, the optimizer, the data and the schedule are the training flags."""
 
+    _argument_group_name = "sweep"
+
     widths: list[int] = field(default_factory=list, metadata={"help": "hidden sizes of the proxies"})
     checkpoints: list[str] = field(
         default_factory=list, metadata={"help": "proxies to fine-tune instead of models from scratch"}

@@ -17,6 +17,8 @@ from hf_so2.transfer.verdict import predicted_loss
 class RecipeArguments:
     """Where the settings come from."""
 
+    _argument_group_name = "recipe"
+
     recipe: str | None = field(
         default=None, metadata={"help": "recipe.yaml of scripts/sweep.py: settings, which flags override"}
     )

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import arguments, assert_same_parameters, llama, optimizer_of, token_rows, trained
-from transformers import HfArgumentParser, Trainer, TrainingArguments
+from transformers import HfArgumentParser, SchedulerType, Trainer, TrainingArguments
 
 import hf_so2
 
@@ -148,6 +148,13 @@ def test_bad_optim_args_are_refused(text: str, message: str, tmp_path: Path) -> 
             r"damping=0\.1: has no effect on transformers' optimizer adamw_torch",
         ),
         ({"optim": "kfac_mup", "mup_base_width": 8, "mup_base_config": "x.json"}, r"mup_base_config=.*excludes"),
+        ({"optim": "kfac_mup", "mup_base_config": "{bad"}, r"mup_base_config='\{bad': must be valid JSON"),
+        (
+            {"lr_scheduler_type": "linear", "lr_scheduler_kwargs": {"num_cycle": 1}},
+            r"lr_scheduler_kwargs=.*must suit lr_scheduler_type=linear: .*num_cycle",
+        ),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, r"lr_scheduler_kwargs=.*must suit .*min_lr"),
+        ({"report_to": ["flyte"]}, r"report_to='flyte': is not installed; must be one of none"),
         ({"deepspeed": {"train_batch_size": 1}}, r"deepspeed="),
     ],
     ids=str,
@@ -161,6 +168,23 @@ def test_mistakes_are_refused_in_one_sentence(changes: dict[str, Any], message: 
 def test_mup_name_without_a_base_is_refused_by_the_trainer(tmp_path: Path) -> None:
     with pytest.raises(hf_so2.ConfigurationError, match=r"^mup_base_width=None"):
         trained(llama(), token_rows(16), tmp_path, optim="kfac_mup")
+
+
+@pytest.mark.parametrize(
+    "base", [{"hidden_size": 8}, {"model_type": "lama"}, {"model_type": "llama", "hidden_size": "x"}]
+)
+def test_a_base_that_is_no_config_is_refused(base: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(hf_so2.ConfigurationError, match=r"^mup_base_config=.*must be a readable model config"):
+        trained(llama(), token_rows(16), tmp_path, optim="kfac_mup", mup_base_config=base)
+
+
+@pytest.mark.parametrize("schedule", [entry.value for entry in SchedulerType])
+def test_every_schedule_that_gets_what_it_needs_is_taken(schedule: str, tmp_path: Path) -> None:
+    needed = {"cosine_with_min_lr": {"min_lr": 0.0}, "cosine_warmup_with_min_lr": {"min_lr": 0.0}}
+    needed["warmup_stable_decay"] = {"num_decay_steps": 5}
+    given = {"lr_scheduler_type": schedule, "lr_scheduler_kwargs": needed.get(schedule)}
+    args = arguments(tmp_path, **given, eval_strategy="steps", eval_steps=1)
+    assert args.lr_scheduler_type.value == schedule
 
 
 def test_a_base_wider_than_the_model_is_refused_by_its_flag(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -76,6 +77,36 @@ def test_a_diverged_run_is_a_result_and_a_refused_one_an_error(script: Path, tmp
     with pytest.raises(ConfigurationError, match="x='wrong': must be a number"):
         list(run_grid(script, calls, [{"x": "wrong", "y": "0"}], store, jobs=1))
     assert len(store.runs) == 1
+
+
+@pytest.mark.parametrize("line", ['{"settings": "a", "fla', '{"loss": 1}', "[1]"])
+def test_a_file_of_something_else_is_refused(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "runs.jsonl"
+    path.write_text(json.dumps({"settings": "a", "flags": {}, "metrics": {}}) + "\n\n" + line)
+    with pytest.raises(ConfigurationError, match=r"^output=.*which line 3 is not"):
+        GridStore(path)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--grid=x=1", "--jobs=0"], "jobs=0: must be at least 1"),
+        (["--grid=x=1", "--output={folder}/file/runs.jsonl"], "output='{folder}/file': must be a folder"),
+        (["--grid=x=1", "--optimizer=kfac"], "unrecognized arguments: --optimizer=kfac"),
+    ],
+)
+def test_mistakes_are_one_line_before_anything_is_trained(flags: list[str], message: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "settings.yaml").write_text("model_type: llama\n")
+    command = [sys.executable, str(ROOT / "scripts" / "grid.py"), str(tmp_path / "settings.yaml"), "--optim=kfac"]
+    command += [f"--output={tmp_path}/runs.jsonl", *(flag.format(folder=tmp_path) for flag in flags)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ")
+    assert message.format(folder=tmp_path) in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "settings.yaml"}
 
 
 def test_tables_average_seeds_and_mark_the_best_of_each_column() -> None:

@@ -101,3 +101,12 @@ def test_missing_is_the_difference_of_multisets(wanted: list[Wanted], present: l
         return Counter(map(str, items))
 
     assert counted(missing(wanted, present)) == counted(wanted) - counted(present)
+
+
+def test_a_storage_that_cannot_be_opened_is_refused_and_nothing_is_made(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"^storage='nonsense': cannot be opened"):
+        SweepStore(tmp_path / "sweep", "nonsense")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "sweep.db").write_text("no database" * 100)
+    with pytest.raises(ConfigurationError, match=r"^storage='sqlite:.*not a database"):
+        SweepStore(tmp_path)
