@@ -22,8 +22,8 @@ def main(output: Path) -> None:
     wrap = accelerator.prepare_model
     ends = {str(case): parameters(train(case, rank, ranks, wrap=wrap)[0]) for case in cases(all_of_them=ranks > 2)}
 
-    # As transformers' Trainer wraps models. Otherwise DDP arranges its buckets anew after a first step and, with more than
-    # two ranks, sums in another order, so that no optimizer goes on bit for bit.
+    # As transformers' Trainer wraps models. Otherwise DDP arranges its buckets anew after a first step and, where ranks
+    # are more than two, sums in another order, so that no optimizer goes on bit for bit.
     wrap = partial(DistributedDataParallel, find_unused_parameters=True)
     straight = parameters(train(INTERRUPTED, rank, ranks, wrap=wrap)[0])
     model, optimizer = train(INTERRUPTED, rank, ranks, wrap=wrap, steps=range(STEPS // 2))
