@@ -16,7 +16,7 @@ PROGRAM = Path(__file__).with_name("every_name_program.py")
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_train_as_one_process_does(ranks: int, tmp_path: Path) -> None:
     """Ten steps with accumulation, uneven batches and token counts; ranks end bit-equal to each other."""
-    code, log = launch(ACCELERATE, ranks, PROGRAM, tmp_path, timeout=900)
+    code, log = launch(ACCELERATE, ranks, PROGRAM, tmp_path, timeout=1800)
     assert code == 0, log[-3000:]
     results = [torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True) for rank in range(ranks)]
     check_ends(cases(all_of_them=ranks > 2), [result["ends"] for result in results])
