@@ -81,9 +81,9 @@ on no GPU.
 
 ## Equal to one process
 
-Ranks end equal to each other bit for bit. After ten steps with accumulation and uneven last batches their parameters
-are as far as this from those of one process that saw the same global batches, relative to the norm of all parameters;
-the largest over f = 0, ½ and 1 (FSDP2: 0 and 1), with and without μP:
+Ranks end equal to each other bit for bit. After ten steps with accumulation and uneven last batches, their parameters
+are as far as this from those of one process that saw the same global batches, relative to the norm of all parameters:
+the largest over f = 0, ½ and 1 (FSDP2: 0 and 1), with and without μP, other settings by default.
 
 | method | DDP, 4 ranks, float64 | FSDP2, 2 ranks, float64 | DDP, 4 ranks, float32 |
 |---|---|---|---|
