@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from helpers import BOTH_ENDS, gpt2, in_float64, llama, relative_error, token_rows
@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 import hf_so2
 
+T = TypeVar("T")
+
 STEPS = 10
 
 # How far ranks may end from one process, relative to the norm of all parameters.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
-# SOAP is Adam in an eigenbasis: entries near zero are round-off of the basis, and are divided by their own size. Ranks
-# and one process end 1e-9 apart, as much with the curvature on every rank as on one; 3e-11 with an ε of 1e-4.
-TOLERANCE_OF_SOAP = 1e-8
+# Where one process with its rows in another order ends farther from itself than that, ranks may end as far, times this.
+OF_ONE_PROCESS = 10
 
 # More tokens than dimensions: round-off in the null space of a factor would be magnified as much as damping allows.
 ROWS, ROWS_OF_A_SHORT_BATCH, LENGTH = 12, 7, 12
@@ -54,8 +55,15 @@ class Case:
         return f"{self.name} {self.fraction} {self.dtype} {dict(self.settings)}{' tied' * self.tied} {self.family}"
 
     @property
-    def tolerance(self) -> float:
-        return TOLERANCE_OF_SOAP if self.name.removesuffix("_mup") == "soap" else TOLERANCE[self.dtype]
+    def magnifies_round_off(self) -> bool:
+        """Whether one process does not reproduce itself to the tolerance when its sums are made in another order.
+
+        SOAP's update depends on each vector of its eigenbases. Of the attention output's first gradient, the singular
+        values reach down to 7e-6 of the largest, squares of them are 5e-9 apart, and so vectors are known to 1e-8 at
+        best. Without that weight, ranks reach the tolerance. Muon rounds to bfloat16, whose numbers are 4e-3 apart.
+        """
+        name, skipped = self.name.removesuffix("_mup"), dict(self.settings).get("skip_modules")
+        return (name == "soap" and not skipped) or (name == "muon" and self.dtype == torch.float32)
 
     def is_first_order(self) -> bool:
         return self.name.removesuffix("_mup") in ("adamw", "sgd")
@@ -70,10 +78,10 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("kfac", {"factor_update_steps": 2, "preconditioner_update_steps": 4}),
     ("shampoo", {"block_size": 10, "norm_control": "kl_clip"}),
     ("soap", {"max_preconditioner_dim": 16, "precondition_head": True}),
+    ("soap", {"skip_modules": ("o_proj",)}),
+    ("soap_mup", {"skip_modules": ("o_proj",)}),
 ]
 
-
-BOTH_ENDS = (("precondition_embeddings", True), ("precondition_head", True))
 BIASES_AND_CLIP = (("precondition_biases", True), ("norm_control", "kl_clip"))
 
 
@@ -85,7 +93,7 @@ def sharded_cases(fractions: Sequence[float] = ()) -> list[Case]:
             other settings.
     """
     few = [
-        Case("kfac", 0.0, settings=BOTH_ENDS, tied=True, family="odd"),
+        Case("kfac", 0.0, settings=tuple(BOTH_ENDS.items()), tied=True, family="odd"),
         Case("kfac", 1.0, settings=BIASES_AND_CLIP, family="gpt2"),
         Case("shampoo", 1.0, family="odd"),
         Case("muon", 0.0, family="odd"),
@@ -162,6 +170,7 @@ def train(
     shard: Callable[[nn.Module], None] | None = None,
     steps: range = range(STEPS),
     resume: Mapping[str, Any] | None = None,
+    order: Callable[[list[T]], list[T]] = lambda rows: rows,
 ) -> tuple[nn.Module, hf_so2.SecondOrderOptimizer]:
     """Train on this rank's share of every batch.
 
@@ -169,6 +178,7 @@ def train(
         wrap: makes the model one that averages gradients over ranks.
         shard: applies `fully_shard` to the model instead, before its optimizer is built.
         resume: `model` and `optimizer` states to go on from.
+        order: of the rows of every batch.
     """
     model = model_for(case)
     if shard is not None:
@@ -179,7 +189,7 @@ def train(
         optimizer.load_state_dict(resume["optimizer"])
     wrapped = wrap(model)
     for step in steps:
-        rows = batch(step)
+        rows = order(batch(step))
         mine = rows[rank::ranks]
         # Under FSDP2 every rank has to run the model as often as the others.
         together = shard is not None and len(rows) // ranks < 2
@@ -220,11 +230,9 @@ def cases(*, all_of_them: bool) -> list[Case]:
         if not Case(name).is_first_order():
             found += [Case(name, 1.0)] if is_plain or all_of_them else []
             found += [Case(name, 0.5)] if all_of_them else []
-        # SOAP magnifies round-off too much for float32, see `TOLERANCE`.
-        if (is_plain and all_of_them and name != "soap") or name == "kfac":
+        if (is_plain and all_of_them) or name == "kfac":
             found.append(Case(name, 0.0, torch.float32))
-    both_ends = (("precondition_embeddings", True), ("precondition_head", True))
-    found.append(Case("kfac", 0.0, settings=both_ends, tied=True))
+    found.append(Case("kfac", 0.0, settings=tuple(BOTH_ENDS.items()), tied=True))
     return found + [Case(name, 0.0, settings=tuple(settings.items())) for name, settings in SETTINGS]
 
 
@@ -235,12 +243,31 @@ def check_ends(of: Sequence[Case], ends: Sequence[Mapping[str, Tensor]]) -> None
         of: the runs.
         ends: for every rank its parameters in the end, by `str` of the case.
     """
-    alone: dict[Case, Tensor] = {}
+    alone: dict[Case, tuple[Tensor, float]] = {}
     for case in of:
         # In one process there is nothing to be spread.
         reference = replace(case, fraction=1.0)
         if reference not in alone:
-            alone[reference] = parameters(train(reference)[0])
+            alone[reference] = in_one_process(reference)
+        expected, tolerance = alone[reference]
         first, *others = (end[str(case)] for end in ends)
         assert all(torch.equal(other, first) for other in others), case
-        assert relative_error(first, alone[reference]) < case.tolerance, case
+        assert relative_error(first, expected) < tolerance, case
+
+
+def in_one_process(case: Case) -> tuple[Tensor, float]:
+    """Where it ends, and how far from there ranks may end."""
+    end = parameters(train(case)[0])
+    if not case.magnifies_round_off:
+        return end, TOLERANCE[case.dtype]
+    others = [parameters(train(case, order=order)[0]) for order in (backwards, rotated)]
+    apart = max(float(relative_error(other, end)) for other in others)
+    return end, max(TOLERANCE[case.dtype], OF_ONE_PROCESS * apart)
+
+
+def backwards(rows: list[T]) -> list[T]:
+    return rows[::-1]
+
+
+def rotated(rows: list[T]) -> list[T]:
+    return rows[3:] + rows[:3]

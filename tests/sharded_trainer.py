@@ -10,6 +10,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from helpers import BOTH_ENDS, arguments, in_float64, llama, token_rows
 from torch.distributed.tensor import DTensor
+from transformers import Trainer
 
 import hf_so2
 
@@ -33,21 +34,27 @@ AcceleratorState.distributed_type = property(
 )
 
 
-class OnCPU(hf_so2.SecondOrderTrainer):
+def keep_fsdp(trainer: Trainer, plugin: FullyShardedDataParallelPlugin) -> None:
     """Accelerate drops FSDP on a machine without GPUs, without a word."""
+    trainer.accelerator.state.fsdp_plugin = plugin
+    trainer.is_fsdp_enabled = True
+
+
+class OnCPU(hf_so2.SecondOrderTrainer):
+    """Under FSDP2 wherever there are several ranks."""
 
     state_dict_type: str
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
         if torch.distributed.is_initialized():
-            self.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+            plugin = FullyShardedDataParallelPlugin(
                 fsdp_version=2,
                 auto_wrap_policy="transformer_based_wrap",
                 transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
                 state_dict_type=self.state_dict_type,
             )
-            self.is_fsdp_enabled = True
+            keep_fsdp(self, plugin)
 
 
 def train(

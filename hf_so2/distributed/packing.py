@@ -34,8 +34,10 @@ class Parcel:
 
     def unpack(self, packed: Tensor) -> None:
         """Take what arrived, (numel,)."""
-        matrix = unpack_triangle(packed, len(self.tensor)) if self.symmetric else packed.view_as(self.tensor)
-        self.tensor.copy_(matrix)
+        if self.symmetric:
+            unpack_triangle(packed, self.tensor)
+        else:
+            self.tensor.copy_(packed.view_as(self.tensor))
 
 
 def triangle_size(n: int) -> int:
@@ -49,32 +51,39 @@ def pack_triangle(matrix: Tensor) -> Tensor:
     In halves `[[P, Q], [Qᵀ, R]]` the triangles of P and R fold into one rectangle, as in LAPACK's rectangular full
     packed format (Gustavson et al. 2010, ACM TOMS 37(2)): P's above its diagonal, R's below.
     """
-    half = _larger_half(len(matrix))
-    p, q, r = matrix[:half, :half], matrix[:half, half:], matrix[half:, half:]
-    folded = matrix.new_zeros(_fold_shape(len(matrix)))
-    folded[:, -half:] += p.triu()
-    folded[-len(r) or len(folded) :, : len(r)] += r.mT.tril()
-    return torch.cat([q.reshape(-1), folded.reshape(-1)])
+    n, half = len(matrix), _larger_half(len(matrix))
+    packed = matrix.new_empty(triangle_size(n))
+    q, folded = _parts(packed, n)
+    q.copy_(matrix[:half, half:])
+    folded[:, :-half] = 0
+    torch.triu(matrix[:half, :half], out=folded[:, -half:])
+    if n > half:
+        folded[half - n :, : n - half] += matrix[half:, half:].mT.tril()
+    return packed
 
 
-def unpack_triangle(packed: Tensor, n: int) -> Tensor:
-    """The symmetric matrix (n, n) that `pack_triangle` packed."""
-    half = _larger_half(n)
-    rest = n - half
-    q = packed[: half * rest].view(half, rest)
-    folded = packed[half * rest :].view(_fold_shape(n))
+def unpack_triangle(packed: Tensor, matrix: Tensor) -> None:
+    """Overwrite a symmetric matrix (n, n) with what `pack_triangle` packed."""
+    n, half = len(matrix), _larger_half(len(matrix))
+    q, folded = _parts(packed, n)
     upper = folded[:, -half:].triu()
-    lower = folded[-rest or len(folded) :, :rest].tril()
-    p = upper + upper.triu(1).mT
-    r = lower + lower.tril(-1).mT
-    return torch.cat([torch.cat([p, q], dim=1), torch.cat([q.mT, r], dim=1)])
+    torch.add(upper, upper.triu(1).mT, out=matrix[:half, :half])
+    matrix[:half, half:] = q
+    matrix[half:, :half] = q.mT
+    if n > half:
+        lower = folded[half - n :, : n - half].tril()
+        torch.add(lower, lower.tril(-1).mT, out=matrix[half:, half:])
+
+
+def _parts(packed: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Views of Q and of the rectangle.
+
+    In that an even half needs one column more; the smaller half of an odd matrix has one row less.
+    """
+    half = _larger_half(n)
+    q, folded = packed.split([half * (n - half), packed.numel() - half * (n - half)])
+    return q.view(half, n - half), folded.view(half, half + (n + 1) % 2)
 
 
 def _larger_half(n: int) -> int:
     return (n + 1) // 2
-
-
-def _fold_shape(n: int) -> tuple[int, int]:
-    """Room for both triangles: an even half needs one column more, of an odd matrix the smaller half one row less."""
-    half = _larger_half(n)
-    return (half, half + 1) if n % 2 == 0 else (half, half)

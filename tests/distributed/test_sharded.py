@@ -14,7 +14,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from helpers import arguments, llama, relative_error, token_rows, trained
 from hypothesis import given
 from hypothesis import strategies as st
-from launching import ROOT, TORCHRUN, launch
+from launching import TORCHRUN, launch
 from ranks import check_ends, sharded_cases
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -41,7 +41,7 @@ def test_ranks_train_as_one_process_does(ranks: int, fractions: tuple[float, ...
 
     The program itself looks at empty shards, at a NaN on one rank and at what every rank holds.
     """
-    code, log = launch(TORCHRUN, ranks, PROGRAM, tmp_path, *fractions, timeout=900)
+    code, log = launch(TORCHRUN, ranks, PROGRAM, tmp_path, *fractions, timeout=1800)
     assert code == 0, log[-3000:]
     results = [torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True) for rank in range(ranks)]
     check_ends(sharded_cases(fractions), [result["ends"] for result in results])
@@ -157,17 +157,6 @@ def test_fsdp_that_accelerate_leaves_out_is_refused(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("FSDP_VERSION", "2")
     with pytest.raises(hf_so2.ConfigurationError, match=r"^fsdp=True: is left out"):
         hf_so2.SecondOrderTrainer(model=llama(), args=arguments(tmp_path), train_dataset=token_rows(4))
-
-
-@pytest.mark.slow
-def test_the_launcher_reads_the_settings_for_fsdp(tmp_path: Path) -> None:
-    """As far as this machine goes: processes start, and say why they do not go on."""
-    settings = ROOT / "configs" / "accelerate" / "fsdp.yaml"
-    launcher = ["accelerate.commands.launch", f"--config_file={settings}", "--main_process_port=0"]
-    train = ["--use_cpu=true", "--max_steps=1", f"--output_dir={tmp_path}"]
-    code, log = launch(launcher, 2, ROOT / "scripts" / "train.py", ROOT / "configs" / "quickstart.yaml", *train)
-    assert code != 0
-    assert "fsdp=True: is left out by accelerate on a machine without GPUs" in log, log[-3000:]
 
 
 def test_a_checkpoint_goes_on_with_or_without_fsdp_as_it_was_saved(

@@ -58,3 +58,32 @@ def test_soap(shape: tuple[int, int], schedule: str, full_every: int) -> None:
         moment = 0.9 * moment + 0.1 * gradient
         actual = block.precondition(state, torch.from_numpy(moment))
         assert relative(actual, reference.precondition(moment)) < 1e-5, step
+
+
+def test_soap_magnifies_round_off_no_more_than_its_definition_does() -> None:
+    """After a first gradient with small singular values, whose vectors round-off turns."""
+    rng = np.random.default_rng(0)
+    left, right = (np.linalg.qr(rng.normal(size=(16, 16)))[0] for _ in range(2))
+    exact = [(left * np.geomspace(1, 1e-5, 16)) @ right, *rng.normal(size=(6, 16, 16))]
+    rounded = [gradient * (1 + rng.choice([-1, 1], gradient.shape) * 2.0**-52) for gradient in exact]
+
+    def update_of_the_block(seen: list[np.ndarray]) -> np.ndarray:
+        block = SOAP(0.9)
+        state = fresh_state(block, (16, 16))
+        for gradient in seen:
+            feed(block, state, gradient)
+            block.refresh(state, Damping("trace", 1e-3))
+        return block.precondition(state, torch.from_numpy(seen[-1])).numpy()
+
+    def update_of_the_reference(seen: list[np.ndarray]) -> np.ndarray:
+        reference = SOAPReference(0.9, 1e-8, full_every=10)
+        for gradient in seen:
+            reference.update(gradient)
+            reference.refresh()
+        return reference.precondition(seen[-1])
+
+    of_the_block, of_the_reference = (
+        relative(update(rounded), update(exact)) for update in (update_of_the_block, update_of_the_reference)
+    )
+    assert of_the_reference > 1e-10
+    assert of_the_block < 10 * of_the_reference
