@@ -94,7 +94,27 @@ class ResumableTrainer(Trainer):
             return int(not self.args.should_save), 1
         return self.args.process_index, self.args.world_size
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        try:
+            super()._load_from_checkpoint(resume_from_checkpoint, model=model)
+        except RuntimeError as error:
+            if "size mismatch" not in str(error) and "key(s) in state_dict" not in str(error):
+                raise
+            reason = str(error).splitlines()[1 if "\n" in str(error) else 0].strip()
+            allowed = f"is of another model: {reason}"
+            raise ConfigurationError("resume_from_checkpoint", resume_from_checkpoint, allowed) from None
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        try:
+            self._load_states(checkpoint)
+        except ConfigurationError:
+            raise
+        except ValueError as error:  # what optimizers answer to the state of another one
+            name = getattr(self.args.optim, "value", self.args.optim)
+            allowed = f"is of another optimizer or model than optim={name}: {error}"
+            raise ConfigurationError("resume_from_checkpoint", checkpoint, allowed) from None
+
+    def _load_states(self, checkpoint: str | None) -> None:
         optimizer = self._second_order_optimizer()
         if checkpoint is None or optimizer is None:
             super()._load_optimizer_and_scheduler(checkpoint)

@@ -53,7 +53,12 @@ def main() -> None:
     if trainer.is_world_process_zero():
         print("\n".join([*messages, report]), flush=True)
 
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+    except ConfigurationError:  # a checkpoint that does not fit
+        if args.should_save and not any(Path(args.output_dir).iterdir()):
+            Path(args.output_dir).rmdir()
+        raise
     trainer.save_model()
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
