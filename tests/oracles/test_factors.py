@@ -186,7 +186,7 @@ def test_kfac_block_is_exact_when_inputs_and_gradients_are_independent() -> None
 def test_averages_are_bias_corrected_and_include_the_current_step() -> None:
     """`X_t = (1-β) Σ β^(t-s) X̂_s / (1-β^t)`, written as a plain weighted mean."""
     model = nn.Linear(4, 3, bias=False).double()
-    optimizer = hf_so2.build_optimizer("kfac", model, beta2=0.7)
+    optimizer = hf_so2.build_optimizer("kfac", model, beta2=0.7, factor_update_steps=1)
     generator = torch.Generator().manual_seed(0)
     seen = []
     for _ in range(5):
