@@ -83,7 +83,8 @@ on no GPU.
 
 Ranks end equal to each other bit for bit. After ten steps with accumulation and uneven last batches, their parameters
 are as far as this from those of one process that saw the same global batches, relative to the norm of all parameters:
-the largest over f = 0, ½ and 1 (FSDP2: 0 and 1), with and without μP, other settings by default.
+the largest over f = 0, ½ and 1 (FSDP2: 0 and 1), with and without μP, with statistics at every step and refreshes at
+every third.
 
 | method | DDP, 4 ranks, float64 | FSDP2, 2 ranks, float64 | DDP, 4 ranks, float32 |
 |---|---|---|---|
@@ -111,10 +112,11 @@ and 1e-4 in float32.
 
 ## Time
 
-Llama of width 128 and 4 layers, 1,024 tokens per rank and step, default settings, ten steps; two ranks with gloo that
-shared one CPU core with other work, so that only the processor time of rank 0, in milliseconds per step, means
-anything, and that to 20 %. *Sharing* is everything in the package's collectives, packing included; its last column is
-its share of the time that passed, waiting for the other rank included. Forward and backward include capture and DDP.
+Llama of width 128 and 4 layers, 1,024 tokens per rank and step, statistics at every step, refreshes at every tenth; ten
+steps of two ranks with gloo that shared one CPU core with other work, so that only the processor time of rank 0, in
+milliseconds per step, means anything, and that to 20 %. *Sharing* is everything in the package's collectives, packing
+included; its last column is its share of the time that passed, waiting for the other rank included. Forward and
+backward include capture and DDP.
 
 | method | f | MB given | forward, backward | optimizer | sharing | of the time |
 |---|---|---|---|---|---|---|
@@ -150,12 +152,13 @@ Trainer's checkpoints are complete, and for any number of ranks.
 
 ## The cost model
 
-The hidden weights of Llamas under default settings (10 steps between refreshes, statistics at every step), {tokens}
-tokens per rank and step. By default a dimension above 8192 leaves the Shampoo family one side and the K-FAC family
-nothing; that happens to the MLPs of 8B and 70B. A FLOP count is that of the rank with most, per step, refreshes
-spread over the steps (a layer is not split, so that more ranks than layers do not help); an eigendecomposition counts
-9n³, Cholesky's inverse n³. Forward and backward take 6 FLOPs per parameter and token. Tests hold the counts of bytes
-and state to what collectives get and tensors take on 1, 2 and 4 ranks, and those of products to torch's own counter.
+The hidden weights of Llamas under default settings (10 steps between refreshes, 5 between the statistics of K-FAC and
+FOOF), {tokens} tokens per rank and step. By default a dimension above 8192 leaves the Shampoo family one side and the
+K-FAC family nothing; that happens to the MLPs of 8B and 70B. A FLOP count is that of the rank with most, per step,
+refreshes and statistics spread over the steps (a layer is not split, so that more ranks than layers do not help); an
+eigendecomposition counts 9n³, Cholesky's inverse n³. Forward and backward take 6 FLOPs per parameter and token. Tests
+hold the counts of bytes and state to what collectives get and tensors take on 1, 2 and 4 ranks, and those of products
+to torch's own counter.
 """
 
 

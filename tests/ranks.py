@@ -132,9 +132,9 @@ def model_for(case: Case) -> nn.Module:
 
 
 def optimizer_for(case: Case, model: nn.Module) -> hf_so2.SecondOrderOptimizer:
-    settings = {"preconditioner_update_steps": 3, **dict(case.settings)}
+    settings = {"factor_update_steps": 1, "preconditioner_update_steps": 3, **dict(case.settings)}
     if case.name.removesuffix("_mup") == "muon" or case.is_first_order():
-        del settings["preconditioner_update_steps"]
+        del settings["factor_update_steps"], settings["preconditioner_update_steps"]
     if not case.is_first_order():
         settings["gradient_worker_fraction"] = case.fraction
     if case.name.endswith("_mup"):

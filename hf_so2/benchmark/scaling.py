@@ -126,7 +126,8 @@ def load(kind: str, model: Llama, ranks: int, fraction: float, tokens: int = 409
         tokens: that a rank sees in a step.
     """
     weights = preconditioned(kind, model, tokens)
-    every = METHODS[kind].settings({}).preconditioner_update_steps
+    settings = METHODS[kind].settings({})
+    every, between = settings.preconditioner_update_steps, settings.factor_update_steps
     grid = Grid.of_fraction(fraction, ranks)
     owners = place({name: Cost(w.refresh / every, w.held) for name, w in weights.items()}, grid)
     owned: dict[int, list[_Weight]] = {rank: [] for rank in range(ranks)}
@@ -138,8 +139,8 @@ def load(kind: str, model: Llama, ranks: int, fraction: float, tokens: int = 409
         state_bytes=BYTES * max(_kept(column, weights.values(), grid) for column in columns.values()),
         refresh_flops=max(sum(w.refresh for w in rank) for rank in owned.values()) / every,
         held_flops=max(sum(w.held for w in column) for column in columns.values()),
-        capture_flops=sum(w.capture for w in weights.values()),
-        sent_bytes=BYTES * max(_sent(column, weights.values(), grid, every) for column in columns.values()),
+        capture_flops=sum(w.capture for w in weights.values()) / between,
+        sent_bytes=BYTES * max(_sent(column, weights.values(), grid, every, between) for column in columns.values()),
     )
 
 
@@ -150,11 +151,16 @@ def _kept(held: Collection[_Weight], weights: Collection[_Weight], grid: Grid) -
     return sum(w.everywhere for w in weights) + sum(w.state - w.everywhere for w in held)
 
 
-def _sent(held: Collection[_Weight], weights: Collection[_Weight], grid: Grid, every: int) -> float:
-    """Numbers that such a rank gives to collectives per step."""
+def _sent(held: Collection[_Weight], weights: Collection[_Weight], grid: Grid, every: int, between: int) -> float:
+    """Numbers that such a rank gives to collectives per step.
+
+    Args:
+        every: steps between refreshes.
+        between: steps between updates of the statistics.
+    """
     sent = 0.0
     if grid.columns > 1:
-        sent += sum(w.sums + w.size + w.everywhere / every for w in weights)
+        sent += sum(w.sums / between + w.size + w.everywhere / every for w in weights)
     if grid.workers > 1:
-        sent += sum(w.sums + (w.results - (w.everywhere if grid.columns > 1 else 0)) / every for w in held)
+        sent += sum(w.sums / between + (w.results - (w.everywhere if grid.columns > 1 else 0)) / every for w in held)
     return sent

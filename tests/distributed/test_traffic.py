@@ -131,6 +131,8 @@ def test_bytes_of_collectives_and_of_state(name: str, fraction: float) -> None:
             layers = list(trained(name, fraction).curvature.layers.values())
         # All layers at steps 1, 2, 4 and 7, and each at a step of its own, which may be one of these.
         assert {layer.refreshes for layer in layers} <= {4, 5}
+        # By default the statistics of sums over tokens alone are updated at every fifth step, and at those first ones.
+        assert {layer.updates for layer in layers} <= ({4, 5, 6} if name in ("kfac", "foof") else {STEPS})
         held = [layer for layer in layers if layer.held]
         assert [layer.shape for layer in layers] == SHAPES
 
@@ -138,7 +140,7 @@ def test_bytes_of_collectives_and_of_state(name: str, fraction: float) -> None:
         sums, results, everywhere = (formula[key] for key in ("sums", "results", "everywhere"))
         if workers < ranks:
             # Every rank's sums go to those that hold the layer, along the rows; updates come back the same way.
-            expected["reduce torch.float32"] = 4 * STEPS * sum(sums(layer.shape) for layer in layers)
+            expected["reduce torch.float32"] = 4 * sum(layer.updates * sums(layer.shape) for layer in layers)
             moved = STEPS - 1 if name == "soap" else STEPS  # its first step only builds the basis
             expected["broadcast torch.float32"] = 4 * moved * sum(m * n for m, n in SHAPES)
             expected["broadcast torch.float32"] += 4 * sum(
@@ -146,13 +148,13 @@ def test_bytes_of_collectives_and_of_state(name: str, fraction: float) -> None:
             )
         if workers > 1:
             # Down the column, among those that hold it.
-            expected["all_reduce torch.float32"] = 4 * STEPS * sum(sums(layer.shape) for layer in held)
+            expected["all_reduce torch.float32"] = 4 * sum(layer.updates * sums(layer.shape) for layer in held)
             spared = everywhere if workers < ranks else lambda shape: 0
             down = sum(layer.refreshes * (results(layer.shape) - spared(layer.shape)) for layer in held)
             expected["broadcast torch.float32"] += 4 * down
         tokens = name in ("kfac", "foof", "ekfac")
-        flags = STEPS if workers < ranks else 0
-        expected["all_reduce torch.int64"] = 8 * len(SHAPES) * (2 * STEPS * tokens + flags)
+        flags = 1 if workers < ranks else 0
+        expected["all_reduce torch.int64"] = 8 * sum(layer.updates for layer in layers) * (2 * tokens + flags)
         expected["all_reduce torch.int64"] += 8 * sum(layer.refreshes for layer in layers)
         assert +sent == +expected
 

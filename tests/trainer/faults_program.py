@@ -31,6 +31,7 @@ def train(
         "per_device_train_batch_size": GLOBAL_BATCH // ranks,
         "max_steps": STEPS,
         "learning_rate": 0.02,
+        "factor_update_steps": 1,
         "lr_scheduler_type": "linear",
         "save_strategy": "steps",
         "save_steps": 2,
