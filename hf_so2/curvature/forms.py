@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_so2.linalg import DecompositionError, damped_root, mean_over_eigenspaces
+from hf_so2.linalg import DecompositionError, damped_root, mean_over_eigenspaces, symmetric_product
 
 
 def is_one_hot(rows: Tensor) -> bool:
@@ -40,7 +40,7 @@ def second_moment(rows: Tensor, like: Tensor, weights: Tensor | float = 1.0) -> 
         counted = (squared_length(rows) * weights).to(like.dtype)
         return sum_by_index(rows, counted, len(like)).squeeze(1)
     weighted = rows if isinstance(weights, float) else rows * weights
-    return weighted.mT @ rows if like.ndim == 2 else (weighted * rows).sum(dim=0)
+    return symmetric_product(weighted, rows) if like.ndim == 2 else (weighted * rows).sum(dim=0)
 
 
 def sum_by_index(indices: Tensor, values: Tensor, size: int) -> Tensor:

@@ -7,6 +7,7 @@ from hf_so2.linalg.errors import DecompositionError
 from hf_so2.linalg.newton import newton_root
 from hf_so2.linalg.power_iteration import spectral_norm
 from hf_so2.linalg.precision import MATMUL_PRECISIONS, matmul_precision
+from hf_so2.linalg.products import symmetric_product
 from hf_so2.linalg.roots import damped_inverse, damped_root
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "newton_root",
     "off_diagonal_share",
     "spectral_norm",
+    "symmetric_product",
 ]

@@ -58,7 +58,8 @@ class LayerUpdate:
     def apply(self) -> None:
         """Decoupled weight decay, then the step."""
         for parameter, update, group in self.pieces:
-            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            if group["weight_decay"]:
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
             parameter.sub_(update.to(parameter.dtype), alpha=group["lr"])
 
 

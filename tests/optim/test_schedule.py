@@ -96,7 +96,7 @@ def test_a_model_refreshes_at_once_early_and_in_turns_later() -> None:
 def test_a_layer_that_is_first_used_late_is_refreshed_at_once_and_takes_turns_from_then_on() -> None:
     torch.manual_seed(0)
     model = nn.ModuleList(nn.Linear(4, 4, bias=False) for _ in range(2))
-    optimizer = hf_so2.build_optimizer("kfac", model, preconditioner_update_steps=10)
+    optimizer = hf_so2.build_optimizer("kfac", model, factor_update_steps=1, preconditioner_update_steps=10)
     names = recorded(optimizer)
     assert optimizer.curvature is not None
     steps = []

@@ -10,7 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_so2.damping import Damping
-from hf_so2.linalg import DecompositionError, damped_inverse, mean_over_eigenspaces, spectral_norm
+from hf_so2.linalg import (
+    DecompositionError,
+    damped_inverse,
+    mean_over_eigenspaces,
+    spectral_norm,
+    symmetric_product,
+)
 
 SEEDS = st.integers(0, 2**31 - 1)
 SIZES = st.integers(1, 24)
@@ -151,3 +157,14 @@ def test_mean_over_eigenspaces(data: st.DataObject, columns: int, groups: list[i
     expected = np.stack([rows[labels == label].mean(axis=0) for label in labels])
     found = mean_over_eigenspaces(torch.from_numpy(rows).to(dtype) * largest, torch.from_numpy(labels + 1.0).to(dtype))
     np.testing.assert_allclose((found / largest).numpy(), expected, rtol=8 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("size", [1, 255, 256, 257, 301, 512])
+@pytest.mark.parametrize("is_weighted", [False, True])
+def test_symmetric_products_equal_numpy(size: int, is_weighted: bool) -> None:
+    """Strips that do and do not divide the size, and sizes that are not cut; rows that are a slice of others."""
+    rng = np.random.default_rng(size)
+    rows = rng.normal(size=(40, size + 3))[:, 2 : size + 2]
+    weights = rng.uniform(size=(40, 1)) if is_weighted else np.ones((40, 1))
+    found = symmetric_product(torch.from_numpy(rows * weights), torch.from_numpy(rows)).numpy()
+    np.testing.assert_allclose(found, (rows * weights).T @ rows, rtol=1e-12, atol=1e-12)

@@ -81,7 +81,7 @@ def observed_run(fisher: str, checkpointing: bool) -> Iterator[tuple[Any, ...]]:
     model = gpt2(resid_pdrop=0.2, embd_pdrop=0.2, attn_pdrop=0.2).train()
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    optimizer = hf_so2.build_optimizer("kfac", model, fisher=fisher, **STANDSTILL)
+    optimizer = hf_so2.build_optimizer("kfac", model, fisher=fisher, factor_update_steps=1, **STANDSTILL)
     for batch in batches():
         outputs = model(input_ids=batch, labels=batch)
         optimizer.sample_fisher(outputs.logits)
