@@ -77,7 +77,7 @@ def test_non_finite_gradient_skips_the_step_and_touches_nothing(bad: float, wher
 def test_non_finite_statistics_alone_are_dropped() -> None:
     """A clipped gradient can be finite where the captured one was not: only the factors of that layer stay behind."""
     model = mlp()
-    optimizer = hf_so2.build_optimizer("kfac", model)
+    optimizer = hf_so2.build_optimizer("kfac", model, factor_update_steps=1)
     for step in range(2):
         backward(model, seed=step)
         optimizer.step()

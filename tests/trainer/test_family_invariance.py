@@ -19,6 +19,7 @@ import hf_so2
 METHODS = ["kfac", "foof", "ekfac", "tkfac", "tekfac"]
 WHOLE: dict[str, Any] = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1}
 SPLIT: dict[str, Any] = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
+EVERY_STEP: dict[str, Any] = {"max_steps": 3, "factor_update_steps": 1}
 
 
 def tiny() -> nn.Module:
@@ -27,7 +28,7 @@ def tiny() -> nn.Module:
 
 def run(optim: str, folder: Path, model: nn.Module | None = None, **changes: Any) -> hf_so2.SecondOrderTrainer:
     model = tiny() if model is None else model
-    return trained(model, token_rows(48, padded=True), folder, optim=optim, **(SPLIT | {"max_steps": 3} | changes))
+    return trained(model, token_rows(48, padded=True), folder, optim=optim, **(SPLIT | EVERY_STEP | changes))
 
 
 def assert_same_training(
