@@ -9,10 +9,6 @@ from typing import Any
 # singular values of its updates have that size (docs/results.md).
 SPECTRAL = {"lr": 0.06, "fallback_learning_rate": 0.08, "hidden_fallback_learning_rate": 0.002}
 
-# For factors that are sums over tokens and are inverted: what it costs in loss is within what two seeds differ by, and
-# is less than refreshes and statistics at every step cost (docs/speed.md).
-SPARING = {**SPECTRAL, "factor_update_steps": 5}
-
 # The best of what was tried there for the K-FAC family: the clip sets the size of the steps until the rate has decayed.
 # At a tenth of this rate a bound of 1e-3 or more is never reached.
 CLIPPED = {"lr": 0.1, "kl_clip": 1e-4, "fallback_learning_rate": 0.04}

@@ -25,7 +25,7 @@ from hf_so2.curvature import (
 from hf_so2.damping import RULES
 from hf_so2.errors import ConfigurationError
 from hf_so2.mup import ParameterWidth, rules
-from hf_so2.optim.defaults import CLIPPED, SPARING, SPECTRAL, untuned
+from hf_so2.optim.defaults import CLIPPED, SPECTRAL, untuned
 from hf_so2.optim.settings import Settings, resolve
 from hf_so2.optim.width_damping import (
     Multipliers,
@@ -190,7 +190,7 @@ _TABLE = (
         lambda s: rules.two_sided(s.exponent_a, s.exponent_b),
         block=lambda s, site: KFAC(s.beta2, s.exponent_a, s.exponent_b, diagonal=site.diagonal),
         uses=K_FAC | {"exponents"},
-        defaults=SPARING,
+        defaults=SPECTRAL,
         defaults_under=untuned(0.01, CLIPPED, damping=1e-2),
     ),
     Method(
@@ -208,7 +208,7 @@ _TABLE = (
         block=lambda s, site: TKFAC(s.beta2, s.exponent_a, s.exponent_b, diagonal=site.diagonal),
         damping=trace_restricted_damping,
         uses=K_FAC | {"exponents"},
-        defaults=SPARING,
+        defaults=SPECTRAL,
         defaults_under=untuned(0.01, CLIPPED, damping=1e-2),
     ),
     Method(
@@ -225,7 +225,7 @@ _TABLE = (
         lambda s: rules.FOOF,
         block=lambda s, site: FOOF(s.beta2, diagonal=site.diagonal),
         uses=INPUT_SIDE,
-        defaults=SPARING,
+        defaults=SPECTRAL,
         defaults_under=untuned(0.01, CLIPPED, damping=1e-2),
     ),
     Method(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from hf_so2.damping import RULES
@@ -120,9 +120,9 @@ class Settings:
         " where it does not. Measured with two more forward passes every preconditioner_update_steps.", "damping"
     )  # fmt: skip
     factor_update_steps: int = setting(
-        1, COUNT, "Steps between updates of a layer's curvature statistics; by default not more than"
-        " preconditioner_update_steps. Layers take turns (all besides at steps 1, 2, 4, 7), each at its own refreshes"
-        " where this divides preconditioner_update_steps. With fisher mc, all at once.", "statistics"
+        1, COUNT, "Steps between updates of a layer's curvature statistics: 5 costs K-FAC a fifth"
+        " of the work and some loss (docs/speed.md). Layers take turns (all besides at steps 1, 2, 4, 7), each at its own"
+        " refreshes where this divides preconditioner_update_steps. With fisher mc, all at once.", "statistics"
     )  # fmt: skip
     preconditioner_update_steps: int = setting(
         10,
@@ -294,10 +294,6 @@ def resolve(
             raise ConfigurationError(name, value, f"must not be given beside {field_name}, which is the same setting")
         asked[field_name] = value
     settings = Settings(**{**defaults, **asked})
-    if "factor_update_steps" not in asked:
-        # Whoever asks for fresh preconditioners does not want them made of the same statistics again.
-        most = settings.preconditioner_update_steps
-        settings = replace(settings, factor_update_steps=min(settings.factor_update_steps, most))
     parts = parts_in_use(uses, settings)
     for entry in fields(Settings):
         needs = entry.metadata["needs"]
