@@ -131,8 +131,7 @@ def test_bytes_of_collectives_and_of_state(name: str, fraction: float) -> None:
             layers = list(trained(name, fraction).curvature.layers.values())
         # All layers at steps 1, 2, 4 and 7, and each at a step of its own, which may be one of these.
         assert {layer.refreshes for layer in layers} <= {4, 5}
-        # By default the statistics of sums over tokens alone are updated at every fifth step, and at those first ones.
-        assert {layer.updates for layer in layers} <= ({4, 5, 6} if name in ("kfac", "foof") else {STEPS})
+        assert {layer.updates for layer in layers} == {STEPS}
         held = [layer for layer in layers if layer.held]
         assert [layer.shape for layer in layers] == SHAPES
 
