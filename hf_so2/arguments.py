@@ -20,7 +20,8 @@ from transformers.utils import ExplicitEnum, logging
 from hf_so2.errors import ConfigurationError
 from hf_so2.mup import scale_width
 from hf_so2.optim.methods import MUP_SUFFIX, OPTIMIZERS, parse_name
-from hf_so2.optim.settings import LIST_SETTINGS, SETTING_NAMES, Settings, resolve
+from hf_so2.optim.resolution import resolve
+from hf_so2.optim.settings import LIST_SETTINGS, SETTING_NAMES, Settings
 from hf_so2.optim.telemetry import LEVELS
 
 logger = logging.get_logger(__name__)
@@ -238,8 +239,9 @@ def _check_scheduler(args: SecondOrderTrainingArguments) -> None:
 
 
 def _check_integrations(names: Sequence[str]) -> None:
+    installed = get_available_reporting_integrations()
     for name in names:
-        if name in INTEGRATION_TO_CALLBACK and name not in (installed := get_available_reporting_integrations()):
+        if name in INTEGRATION_TO_CALLBACK and name not in installed:
             known = ", ".join(["none", *installed])
             raise ConfigurationError("report_to", name, f"is not installed; must be one of {known}")
 

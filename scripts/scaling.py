@@ -152,13 +152,12 @@ Trainer's checkpoints are complete, and for any number of ranks.
 
 ## The cost model
 
-The hidden weights of Llamas under default settings (10 steps between refreshes, 5 between the statistics of K-FAC and
-FOOF), {tokens} tokens per rank and step. By default a dimension above 8192 leaves the Shampoo family one side and the
-K-FAC family nothing; that happens to the MLPs of 8B and 70B. A FLOP count is that of the rank with most, per step,
-refreshes and statistics spread over the steps (a layer is not split, so that more ranks than layers do not help); an
-eigendecomposition counts 9n³, Cholesky's inverse n³. Forward and backward take 6 FLOPs per parameter and token. Tests
-hold the counts of bytes and state to what collectives get and tensors take on 1, 2 and 4 ranks, and those of products
-to torch's own counter.
+The hidden weights of Llamas under default settings (statistics at every step, refreshes at every tenth), {tokens}
+tokens per rank and step. By default a dimension above 8192 leaves the Shampoo family one side and the K-FAC family
+nothing; that happens to the MLPs of 8B and 70B. A FLOP count is that of the rank with most, per step, refreshes spread
+over the steps (a layer is not split, so that more ranks than layers do not help); an eigendecomposition counts 9n³,
+Cholesky's inverse n³. Forward and backward take 6 FLOPs per parameter and token. Tests hold the counts of bytes and
+state to what collectives get and tensors take on 1, 2 and 4 ranks, and those of products to torch's own counter.
 """
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import fields
 
 from hf_so2.optim.methods import METHODS
-from hf_so2.optim.settings import INSTEAD, Settings, parts_in_use
+from hf_so2.optim.resolution import INSTEAD, parts_in_use
+from hf_so2.optim.settings import Settings
 
 HEAD = """# Settings
 

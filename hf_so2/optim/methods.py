@@ -26,7 +26,8 @@ from hf_so2.damping import RULES
 from hf_so2.errors import ConfigurationError
 from hf_so2.mup import ParameterWidth, rules
 from hf_so2.optim.defaults import CLIPPED, SPECTRAL, untuned
-from hf_so2.optim.settings import Settings, resolve
+from hf_so2.optim.resolution import resolve
+from hf_so2.optim.settings import Settings
 from hf_so2.optim.width_damping import (
     Multipliers,
     factored_damping,

@@ -6,7 +6,7 @@ statistics → reduce over ranks → refresh → momentum → precondition → n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from hf_so2.layers import SampledCapture
 from hf_so2.optim.adaptive import AdaptiveDamping, Loss
 from hf_so2.optim.coverage import CoverageReport, warn_of_uncaptured
 from hf_so2.optim.fallback import first_order_step
+from hf_so2.optim.optimizer_state import OptimizerWithCurvature
 from hf_so2.optim.sampled_labels import generator_for, sampled_loss
 from hf_so2.optim.schedule import due
 from hf_so2.optim.second_order import second_order_updates, with_gradients
@@ -26,7 +27,7 @@ from hf_so2.optim.statistics import Curvature
 from hf_so2.optim.telemetry import LEVELS, StepRecord, report
 
 
-class SecondOrderOptimizer(torch.optim.Optimizer):
+class SecondOrderOptimizer(OptimizerWithCurvature):
     """Second-order updates for the layers of a model and first-order ones for the rest, in one optimizer.
 
     Built by `hf_so2.build_optimizer`. Beside torch's own keys a parameter group holds `algorithm` (`adamw`, `sgd` or
@@ -60,12 +61,6 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         self._adaptive = AdaptiveDamping(curvature) if curvature is not None and settings.adaptive_damping else None
         super().__init__(groups, {"lr": settings.lr, "weight_decay": settings.weight_decay})
         self._schedule_capture()
-
-    def __getstate__(self) -> NoReturn:
-        raise TypeError(
-            "a SecondOrderOptimizer cannot be copied or pickled, since it watches the modules of one model: save its"
-            " state_dict(), call build_optimizer for the other model and load it there"
-        )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch, for groups that `hf_so2.optim.build` makes.
@@ -248,6 +243,11 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         if self.curvature is not None:
             self.curvature.prepare(self.steps + 1)
 
+    def _after_loading(self) -> None:
+        if self.curvature is not None and self._adaptive is None:
+            self.curvature.damping_factor = 1.0  # what adaptive damping had learned is nobody's to change now
+        self._schedule_capture()
+
     def _apply_second_order(self) -> None:
         if self.curvature is None:
             return
@@ -278,52 +278,3 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
                 is_preconditioned = self.curvature is not None and self.curvature.preconditions(name)
                 if parameter.grad is not None and is_preconditioned == second_order:
                     yield group, name, parameter
-
-    def state_dict(self) -> dict[str, Any]:
-        """As in torch, with the key `curvature` beside `state` and `param_groups`.
-
-        With a `gradient_worker_fraction` below 1 it is a collective: every rank has to call it, and gets it complete.
-        """
-        state = super().state_dict()
-        if self.curvature_in_state_dict:
-            state["curvature"] = self.curvature_state_dict()
-        return state
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch; a dictionary that lacks `curvature` is refused unless the curvature is loaded separately.
-
-        Raises:
-            ValueError: the saved state does not fit the model, or holds no curvature.
-        """
-        if "curvature" not in state_dict and self.curvature_in_state_dict:
-            raise ValueError("state_dict has no key 'curvature': it was not saved by this optimizer")
-        super().load_state_dict(state_dict)
-        if "curvature" in state_dict:
-            self.load_curvature_state_dict(state_dict["curvature"])
-
-    def curvature_state_dict(self) -> dict[str, Any]:
-        """What torch's own state cannot hold: step counters and the layers' statistics, in their own dtype.
-
-        It is the same on every rank and loads at any number of ranks and any `gradient_worker_fraction`. With one below
-        1 it is a collective: every rank has to call it.
-        """
-        counters = {
-            "steps": self.steps,
-            "skipped_steps": self.skipped_steps,
-            "in_a_row": self._skipped.in_a_row,
-        }
-        return {**counters, "curvature": self.curvature.state_dict() if self.curvature is not None else {}}
-
-    def load_curvature_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `curvature_state_dict` returned.
-
-        Raises:
-            ValueError: the saved layers are not those of this model.
-        """
-        if self.curvature is not None:
-            self.curvature.load_state_dict(state["curvature"])
-            if self._adaptive is None:
-                self.curvature.damping_factor = 1.0  # what adaptive damping had learned is nobody's to change now
-        self.steps = int(state["steps"])
-        self._skipped = SkippedSteps(int(state["skipped_steps"]), int(state["in_a_row"]))
-        self._schedule_capture()

@@ -40,8 +40,8 @@ class SweepStore:
     """
 
     def __init__(self, folder: Path, url: str | None = None) -> None:
-        if url is not None:  # before anything is made
-            self._storage = _opened(url)
+        self.url = url or f"sqlite:///{(folder / 'sweep.db').resolve()}"
+        storage = _opened(url) if url is not None else None  # a wrong address is refused before anything is made
         folder.mkdir(parents=True, exist_ok=True)
         # The system gives the lock back when its process dies, however it dies.
         self._lock = FileLock(folder / "sweep.lock")
@@ -49,9 +49,7 @@ class SweepStore:
             self._lock.acquire(timeout=0)
         except Timeout:
             raise ConfigurationError("output_dir", str(folder), "is in use by another sweep that is running") from None
-        self.url = url or f"sqlite:///{(folder / 'sweep.db').resolve()}"
-        if url is None:
-            self._storage = _opened(self.url)
+        self._storage = storage or _opened(self.url)
         self.studies: dict[tuple[str, int], optuna.Study] = {}
 
     def open(self, optim: str, width: int, settings: Mapping[str, Any]) -> None:

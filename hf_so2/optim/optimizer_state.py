@@ -1,0 +1,83 @@
+"""What an optimizer with curvature saves and loads."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+
+from hf_so2.optim.skipping import SkippedSteps
+from hf_so2.optim.statistics import Curvature
+
+
+class OptimizerWithCurvature(torch.optim.Optimizer):
+    """torch's optimizer, with the curvature and the counters of steps beside its own state.
+
+    Attributes:
+        curvature: statistics and preconditioners, or None for a first-order method.
+        steps: how many updates have been made.
+        curvature_in_state_dict: whether `state_dict()` holds the curvature. On by default, so that a plain loop saves
+            all there is; a Trainer that writes it to a file of its own turns it off.
+    """
+
+    curvature: Curvature | None
+    steps: int
+    curvature_in_state_dict: bool
+    _skipped: SkippedSteps
+
+    def _after_loading(self) -> None:
+        """Bring what follows from the counters and the curvature in line with those just loaded."""
+        raise NotImplementedError
+
+    def __getstate__(self) -> NoReturn:
+        raise TypeError(
+            "a SecondOrderOptimizer cannot be copied or pickled, since it watches the modules of one model: save its"
+            " state_dict(), call build_optimizer for the other model and load it there"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch, with the key `curvature` beside `state` and `param_groups`.
+
+        With a `gradient_worker_fraction` below 1 it is a collective: every rank has to call it, and gets it complete.
+        """
+        state = super().state_dict()
+        if self.curvature_in_state_dict:
+            state["curvature"] = self.curvature_state_dict()
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch; a dictionary that lacks `curvature` is refused unless the curvature is loaded separately.
+
+        Raises:
+            ValueError: the saved state does not fit the model, or holds no curvature.
+        """
+        if "curvature" not in state_dict and self.curvature_in_state_dict:
+            raise ValueError("state_dict has no key 'curvature': it was not saved by this optimizer")
+        super().load_state_dict(state_dict)
+        if "curvature" in state_dict:
+            self.load_curvature_state_dict(state_dict["curvature"])
+
+    def curvature_state_dict(self) -> dict[str, Any]:
+        """What torch's own state cannot hold: step counters and the layers' statistics, in their own dtype.
+
+        It is the same on every rank and loads at any number of ranks and any `gradient_worker_fraction`. With one below
+        1 it is a collective: every rank has to call it.
+        """
+        counters = {
+            "steps": self.steps,
+            "skipped_steps": self._skipped.total,
+            "in_a_row": self._skipped.in_a_row,
+        }
+        return {**counters, "curvature": self.curvature.state_dict() if self.curvature is not None else {}}
+
+    def load_curvature_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `curvature_state_dict` returned.
+
+        Raises:
+            ValueError: the saved layers are not those of this model.
+        """
+        if self.curvature is not None:
+            self.curvature.load_state_dict(state["curvature"])
+        self.steps = int(state["steps"])
+        self._skipped = SkippedSteps(int(state["skipped_steps"]), int(state["in_a_row"]))
+        self._after_loading()
