@@ -8,6 +8,10 @@ from torch import Tensor
 from hf_so2.linalg.eigen import eigh
 from hf_so2.linalg.errors import DecompositionError
 
+# LAPACK walks along rows of memory. Where they are a multiple of this many bytes long, the entries of a column fall on
+# the same few lines of the cache; from `LEAST` dimensions on, more columns cost less than that.
+ALIASED_BYTES, EXTRA, LEAST = 1024, 16, 1024
+
 
 def damped_inverse(matrix: Tensor, damping: Tensor | float) -> Tensor:
     """`(X + ρI)^-1` by Cholesky, retried in float64 where the working precision does not suffice.
@@ -59,16 +63,27 @@ def damped_root(matrix: Tensor, damping: Tensor | float, exponent: float) -> Ten
 
 
 def _cholesky_inverse(matrix: Tensor, damping: Tensor | float) -> Tensor | None:
-    damped = matrix.clone()
-    diagonal = damped.diagonal(dim1=-2, dim2=-1)
+    size = matrix.shape[-1]
+    damped = _unaliased(matrix)
+    diagonal = damped.diagonal(dim1=-2, dim2=-1)[..., :size]
     diagonal.add_(damping.to(matrix.dtype).unsqueeze(-1) if isinstance(damping, Tensor) else damping)
     factor, info = torch.linalg.cholesky_ex(damped)
     # A NaN passes LAPACK's pivot test on some back ends. A sum is not finite if an entry is not, and much cheaper to
     # look at; where it overflows by itself, float64 has the last word.
     if not bool((info == 0).all() & torch.isfinite(factor.sum())):
         return None
-    inverse = torch.cholesky_inverse(factor)
+    inverse = torch.cholesky_inverse(factor)[..., :size, :size]
     if inverse.device.type != "cpu":  # LAPACK computes one triangle and mirrors it, cuSOLVER solves for both
         inverse = (inverse + inverse.mT) / 2
     # The inverse of denormal numbers overflows.
     return inverse if bool(torch.isfinite(inverse.sum())) else None
+
+
+def _unaliased(matrix: Tensor) -> Tensor:
+    """A copy, on a CPU as the first block of `diag(X, I)` where X has rows of a length that is slow to walk across."""
+    size = matrix.shape[-1]
+    if matrix.device.type != "cpu" or size < LEAST or size * matrix.itemsize % ALIASED_BYTES:
+        return matrix.clone()
+    padded = torch.nn.functional.pad(matrix, (0, EXTRA, 0, EXTRA))
+    padded.diagonal(dim1=-2, dim2=-1)[..., size:] = 1
+    return padded

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import numpy_damping
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hf_so2.damping import Damping
@@ -14,6 +14,7 @@ from hf_so2.linalg import (
     DecompositionError,
     damped_inverse,
     mean_over_eigenspaces,
+    roots,
     spectral_norm,
     symmetric_product,
 )
@@ -75,6 +76,58 @@ def test_inverse_that_overflows_is_no_inverse() -> None:
     except DecompositionError:
         return
     assert torch.isfinite(inverse).all()
+
+
+@pytest.fixture
+def always_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small matrices take the way of those whose rows are slow to walk across."""
+    monkeypatch.setattr(roots, "LEAST", 1)
+    monkeypatch.setattr(roots, "ALIASED_BYTES", 1)
+
+
+def of_condition(seed: int, size: int, condition: float) -> tuple[np.ndarray, np.ndarray]:
+    """A positive definite matrix with eigenvalues from 1 down to 1/condition, and its inverse, from its eigenbasis."""
+    basis, _ = np.linalg.qr(np.random.default_rng(seed).normal(size=(size, size)))
+    values = np.geomspace(1.0, 1 / condition, size)
+    return (basis * values) @ basis.T, (basis / values) @ basis.T
+
+
+@pytest.mark.usefixtures("always_padded")
+@given(seed=SEEDS, size=st.integers(1, 70), exponent=st.floats(0, 7), scale=st.sampled_from([1e-6, 1.0, 1e6]))
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_padding_leaves_the_inverse_as_exact_as_it_is(seed: int, size: int, exponent: float, scale: float) -> None:
+    matrix, expected = of_condition(seed, size, 10**exponent)
+    in_float64 = damped_inverse(torch.from_numpy(matrix * scale), 0.0).numpy() * scale
+    assert in_float64.shape == (size, size)
+    assert np.linalg.norm(in_float64 - expected) <= 1e-15 * size * 10**exponent * np.linalg.norm(expected)
+    in_float32 = torch.from_numpy(matrix).float()
+    if exponent < 5:
+        plain = torch.cholesky_inverse(torch.linalg.cholesky(in_float32)).numpy()
+        error = np.linalg.norm(damped_inverse(in_float32, 0.0).numpy() - expected)
+        assert error <= 2 * np.linalg.norm(plain - expected) + 1e-6 * np.linalg.norm(expected)
+
+
+def test_inverse_of_a_size_that_is_padded() -> None:
+    size = roots.LEAST
+    reflected = np.eye(size) - 2 * np.outer(x := np.linspace(-1, 2, size), x) / (x @ x)
+    values = np.geomspace(1.0, 1e-4, size)
+    inverse = damped_inverse(torch.from_numpy((reflected * (values - 1e-5)) @ reflected), 1e-5)
+    np.testing.assert_allclose(inverse.numpy(), (reflected / values) @ reflected, rtol=1e-10, atol=1e-8)
+    assert torch.equal(inverse, inverse.mT)
+
+
+@pytest.mark.usefixtures("always_padded")
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0])
+def test_what_cannot_be_inverted_is_said_of_the_size_that_was_given(bad: float) -> None:
+    test_what_cannot_be_inverted_is_said(bad)
+
+
+@pytest.mark.usefixtures("always_padded")
+def test_padded_stacks_are_inverted_one_by_one() -> None:
+    stack = torch.from_numpy(np.stack([of_condition(seed, 5, 10.0)[0] for seed in range(3)]))
+    dampings = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
+    for inverse, matrix, rho in zip(damped_inverse(stack, dampings), stack.numpy(), dampings.tolist(), strict=True):
+        np.testing.assert_allclose(inverse.numpy(), np.linalg.inv(matrix + rho * np.eye(5)), rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("rule", ["trace", "trace_mean", "spectral", "pi", "constant"])
