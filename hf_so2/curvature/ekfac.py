@@ -11,6 +11,7 @@ from hf_so2.curvature.base import State, Statistic, TokenBlock, update_average, 
 from hf_so2.curvature.forms import (
     from_left,
     from_right,
+    in_turn,
     is_one_hot,
     over_eigenspaces,
     overlap,
@@ -43,11 +44,14 @@ class EKFAC(TokenBlock):
         beta: decay of the running averages, in [0, 1).
         moments: how the block is split into the factors whose eigenbases are used.
         diagonal: the sides, of "A" and "B", whose factor is kept as a diagonal.
+        moment_stride: S is observed on one of so many rows, see `hf_so2.curvature.forms.in_turn`; on all of an
+            embedding's, where a rare token may not be missed.
     """
 
     beta: float
     moments: Moments = INDEPENDENT
     diagonal: str = ""
+    moment_stride: int = 1
 
     @property
     def statistics(self) -> dict[str, Statistic]:
@@ -71,11 +75,17 @@ class EKFAC(TokenBlock):
 
     def observe(self, state: State, inputs: Tensor, gradients: Tensor, known: State | None = None) -> State:
         sums = self.moments.observe(state, self.moments.statistics, inputs, gradients, known or {})
-        # Before the first refresh the bases are zero, and so is this sum.
-        squared_gradients = from_right(gradients, state.get("B_basis")).square()
+        return sums | {"S": self._second_moments(state, inputs, gradients)}
+
+    def _second_moments(self, state: State, inputs: Tensor, gradients: Tensor) -> Tensor:
+        # Before the first refresh the bases are zero, and so are these sums.
         if is_one_hot(inputs):
-            return sums | {"S": sum_by_index(inputs, squared_gradients, state["S"].shape[1]).mT}
-        return sums | {"S": squared_gradients.mT @ from_right(inputs, state.get("A_basis")).square()}
+            squared_gradients = from_right(gradients, state.get("B_basis")).square()
+            return sum_by_index(inputs, squared_gradients, state["S"].shape[1]).mT
+        h, delta = in_turn(inputs, self.moment_stride), in_turn(gradients, self.moment_stride)
+        squared_gradients = from_right(delta, state.get("B_basis")).square()
+        sums = squared_gradients.mT @ from_right(h, state.get("A_basis")).square()
+        return sums.mul_(len(inputs) / len(h)) if len(h) < len(inputs) else sums
 
     def update(self, state: State, observation: State) -> None:
         update_averages(state, {name: observation[name] for name in self.moments.statistics}, self.beta)

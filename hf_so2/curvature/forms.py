@@ -43,6 +43,18 @@ def second_moment(rows: Tensor, like: Tensor, weights: Tensor | float = 1.0) -> 
     return symmetric_product(weighted, rows) if like.ndim == 2 else (weighted * rows).sum(dim=0)
 
 
+def in_turn(rows: Tensor, stride: int) -> Tensor:
+    """One row of every `stride`, of the g-th group of so many row `g mod stride`; all of fewer rows than one group.
+
+    `hf_so2.layers.rows.every` picks the same ones.
+    """
+    groups = len(rows) // stride
+    if stride == 1 or not groups:
+        return rows
+    group = torch.arange(groups, device=rows.device)
+    return rows[group * stride + group % stride]
+
+
 def sum_by_index(indices: Tensor, values: Tensor, size: int) -> Tensor:
     """Row `i` is the sum of the rows of `values` (rows, k) whose index is `i`, shape (size, k); -1 is left out."""
     kept = values * (indices >= 0).unsqueeze(1)

@@ -6,6 +6,8 @@ from hf_so2.curvature.ekfac import EKFAC
 from hf_so2.curvature.moments import trace_restricted
 
 
-def TEKFAC(beta: float, diagonal: str = "") -> EKFAC:  # noqa: N802  named as the method, like its siblings
+def TEKFAC(  # noqa: N802  named as the method, like its siblings
+    beta: float, diagonal: str = "", moment_stride: int = 1
+) -> EKFAC:
     """`P(G)` as in EKFAC, with `U_A`, `U_B` the eigenbases of `Φ`, `Ψ`; see `EKFAC` for the state."""
-    return EKFAC(beta, moments=trace_restricted(diagonal), diagonal=diagonal)
+    return EKFAC(beta, trace_restricted(diagonal), diagonal, moment_stride)

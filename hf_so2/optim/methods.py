@@ -197,9 +197,9 @@ _TABLE = (
     Method(
         "ekfac",
         lambda s: rules.KFAC,
-        block=lambda s, site: EKFAC(s.beta2, diagonal=site.diagonal),
+        block=lambda s, site: EKFAC(s.beta2, diagonal=site.diagonal, moment_stride=s.moment_token_stride),
         damping=single_damping,
-        uses=K_FAC,
+        uses=K_FAC | {"token moments"},
         defaults={**SPECTRAL, "damping": 1e-5},
         defaults_under=untuned(0.01, CLIPPED, damping=1e-4),
     ),
@@ -215,9 +215,9 @@ _TABLE = (
     Method(
         "tekfac",
         lambda s: rules.KFAC,
-        block=lambda s, site: TEKFAC(s.beta2, diagonal=site.diagonal),
+        block=lambda s, site: TEKFAC(s.beta2, site.diagonal, s.moment_token_stride),
         damping=single_damping,
-        uses=K_FAC,
+        uses=K_FAC | {"token moments"},
         defaults={**SPECTRAL, "damping": 1e-5},
         defaults_under=untuned(0.01, CLIPPED, damping=1e-4),
     ),

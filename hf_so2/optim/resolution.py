@@ -17,6 +17,7 @@ INSTEAD = {
     "statistics": "a method with curvature statistics",
     "damping": "a method with damping",
     "tokens": "a method of the K-FAC family",
+    "token moments": "ekfac or tekfac",
     "exponents": "kfac or tkfac",
     "gradients": "a method of the Shampoo family",
     "shampoo": "shampoo",

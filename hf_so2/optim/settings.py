@@ -145,6 +145,10 @@ class Settings:
     factor_token_stride: int = setting(
         1, COUNT, "Statistics from one of so many tokens: cheaper and noisier, with the same mean.", "tokens"
     )
+    moment_token_stride: int = setting(
+        1, COUNT, "The second moments in the eigenbasis from one of so many tokens, of those that factor_token_stride"
+        " leaves; the factors from all of these.", "token moments"
+    )  # fmt: skip
     precondition_embeddings: bool = setting(
         False, FLAG, "Precondition the token embedding. The K-FAC family's input factor is a diagonal there: the"
         " frequencies of the tokens. One that is tied to the head needs precondition_head as well.", "statistics"
