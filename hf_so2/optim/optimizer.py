@@ -263,7 +263,8 @@ class SecondOrderOptimizer(OptimizerWithCurvature):
         for group in self.param_groups:
             entries = [(p, self.state[p]) for _, _, p in self._parameters(second_order=False, only=group)]
             if entries:
-                first_order_step(group, *zip(*entries, strict=True))
+                parameters, states = zip(*entries, strict=True)
+                first_order_step(group, parameters, states, beside_second_order=self.curvature is not None)
 
     def _parameters(
         self, *, second_order: bool, only: dict[str, Any] | None = None
