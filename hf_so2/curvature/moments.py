@@ -16,12 +16,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from hf_so2.curvature.base import State, Statistic, corrected_average
 from hf_so2.curvature.forms import second_moment, squared_length
+
+
+class _Rows:
+    """The rows of a layer and their squared lengths, which more than one statistic asks for."""
+
+    def __init__(self, h: Tensor, delta: Tensor) -> None:
+        self.h, self.delta = h, delta
+
+    @cached_property
+    def h_squared(self) -> Tensor:
+        return squared_length(self.h)
+
+    @cached_property
+    def delta_squared(self) -> Tensor:
+        return squared_length(self.delta)
 
 
 @dataclass(frozen=True)
@@ -31,12 +47,12 @@ class Moments:
     Args:
         statistics: what is averaged; always `A` (fan_in, fan_in) and `B` (fan_out, fan_out), besides `frequencies`
             (fan_in,) and any 0-dim scalars.
-        sums: maps rows `h` and `δ` and the average of a statistic, for its form, to the statistic's sum.
+        sums: maps the rows and the average of a statistic, for its form, to the statistic's sum.
         factor: the factor `A` or `B` of `F ≈ A ⊗ B` from the state.
     """
 
     statistics: Mapping[str, Statistic]
-    sums: Mapping[str, Callable[[Tensor, Tensor, Tensor], Tensor]]
+    sums: Mapping[str, Callable[[_Rows, Tensor], Tensor]]
     factor: Callable[[State, str], Tensor]
 
     def init_state(self, shape: tuple[int, int], device: torch.device, dtype: torch.dtype, diagonal: str) -> State:
@@ -49,9 +65,8 @@ class Moments:
 
     def observe(self, state: State, names: Iterable[str], inputs: Tensor, gradients: Tensor, known: State) -> State:
         """The sums of these names, computed unless they are `known`; `state` holds their averages."""
-        return {
-            name: known[name] if name in known else self.sums[name](inputs, gradients, state[name]) for name in names
-        }
+        rows = _Rows(inputs, gradients)
+        return {name: known[name] if name in known else self.sums[name](rows, state[name]) for name in names}
 
 
 def _trace_restricted_factor(state: State, name: str) -> Tensor:
@@ -66,8 +81,8 @@ INDEPENDENT = Moments(
         "B": Statistic(gradient_degree=2, per="tokens", symmetric=True),
     },
     sums={
-        "A": lambda h, delta, like: second_moment(h, like),
-        "B": lambda h, delta, like: second_moment(delta, like),
+        "A": lambda rows, like: second_moment(rows.h, like),
+        "B": lambda rows, like: second_moment(rows.delta, like),
     },
     factor=corrected_average,
 )
@@ -75,9 +90,9 @@ INDEPENDENT = Moments(
 TRACE_RESTRICTED = Moments(
     statistics={name: Statistic(2, per="tokens", symmetric=name != "tau") for name in ("A", "B", "tau")},
     sums={
-        "A": lambda h, delta, like: second_moment(h, like, squared_length(delta)),
-        "B": lambda h, delta, like: second_moment(delta, like, squared_length(h)),
-        "tau": lambda h, delta, like: (squared_length(h) * squared_length(delta)).sum(),
+        "A": lambda rows, like: second_moment(rows.h, like, rows.delta_squared),
+        "B": lambda rows, like: second_moment(rows.delta, like, rows.h_squared),
+        "tau": lambda rows, like: (rows.h_squared * rows.delta_squared).sum(),
     },
     factor=_trace_restricted_factor,
 )
