@@ -29,6 +29,10 @@ def _qr(matrix: Shape, *_: Any, **__: Any) -> int:
     return round((2 * (max(rows, columns) + rows) * k**2 - 4 / 3 * k**3) * math.prod(batch))
 
 
+def _half_of_qr(matrix: Shape, *_: Any, **__: Any) -> int:
+    return _qr(matrix) // 2
+
+
 def _cholesky(matrix: Shape, *_: Any, **__: Any) -> int:
     return round(matrix[-1] ** 3 / 3 * math.prod(matrix[:-2]))
 
@@ -53,6 +57,8 @@ def _attention_backward(gradient: Shape, query: Shape, key: Shape, value: Shape,
 FORMULAS: dict[Any, Callable[..., int]] = {
     torch.ops.aten._linalg_eigh: _eigh,
     torch.ops.aten.linalg_qr: _qr,
+    torch.ops.aten.geqrf: _half_of_qr,
+    torch.ops.aten.linalg_householder_product: _half_of_qr,
     torch.ops.aten.linalg_cholesky_ex: _cholesky,
     torch.ops.aten.cholesky_inverse: _inverse_of_cholesky,
     torch.ops.aten.linalg_solve_triangular: _solve_triangular,

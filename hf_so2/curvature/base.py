@@ -115,6 +115,29 @@ class GradientBlock(CurvatureBlock, Protocol):
         ...
 
 
+@runtime_checkable
+class RotatingBlock(GradientBlock, Protocol):
+    """A block that divides in coordinates of its own, and can keep the momentum there.
+
+    Averages commute with rotations: a gradient that is rotated once a step, for what is observed of it, then need not
+    be rotated once more for its average.
+
+    Attributes:
+        keeps_momentum: whether the state holds, under `M`, an average of rotated gradients that the caller moves and a
+            refresh turns along; an observation then holds, besides what is averaged, the gradient `rotated`.
+    """
+
+    keeps_momentum: bool
+
+    def rotate(self, state: State, gradient: Tensor) -> Tensor:
+        """`G` in the coordinates of the block, (fan_out, fan_in)."""
+        ...
+
+    def precondition_rotated(self, state: State, rotated: Tensor) -> Tensor:
+        """`P(G)` for a `G` that has been rotated."""
+        ...
+
+
 def update_average(state: State, name: str, value: Tensor, beta: float) -> None:
     """`X ← β X + (1-β) X̂` in place."""
     state[name].lerp_(value.to(state[name].dtype), 1 - beta)

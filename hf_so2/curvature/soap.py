@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from hf_so2.curvature import sides as two_sided
-from hf_so2.curvature.base import GradientBlock, State, corrected_average, update_average, update_averages
-from hf_so2.curvature.forms import over_eigenspaces, overlap
+from hf_so2.curvature.base import RotatingBlock, State, corrected_average, update_average, update_averages
+from hf_so2.curvature.forms import over_eigenspaces
 from hf_so2.damping import Damping
 from hf_so2.linalg import DecompositionError, eigh, follow_basis, has_null_space
 
 
 @dataclass(frozen=True)
-class SOAP(GradientBlock):
+class SOAP(RotatingBlock):
     """`P(G) = U_L [ (U_Lᵀ G U_R) / (√V + ε) ] U_Rᵀ` with `V ← EMA((U_Lᵀ G U_R)²)` of each step's own gradient.
 
     `U_L`, `U_R` are the eigenbases of `L ← EMA(G Gᵀ)` and `R ← EMA(Gᵀ G)`, decomposed at the first and at every
@@ -34,7 +34,7 @@ class SOAP(GradientBlock):
 
     State: the averages `L` (fan_out, fan_out), `R` (fan_in, fan_in), uncorrected, with `weight`, the running average of
     1; `L_basis`, `R_basis` and their eigenvalues `L_values`, `R_values`; `V` (fan_out, fan_in), uncorrected, with
-    `V_weight`; `refreshes`, 0-dim.
+    `V_weight`; `refreshes`, 0-dim; with `keeps_momentum`, `M` (fan_out, fan_in) in the bases.
 
     Args:
         beta: decay of the running averages, V's too, in [0, 1).
@@ -43,6 +43,7 @@ class SOAP(GradientBlock):
         tolerance: a basis stays as it is, at a refresh without a full decomposition, while the off-diagonal share of
             its factor in it, in Frobenius norm, is at most this; 0 always moves it.
         sides: which of `L` and `R` there are.
+        keeps_momentum: as in `RotatingBlock`.
     """
 
     building_steps: ClassVar[int] = 1
@@ -53,18 +54,25 @@ class SOAP(GradientBlock):
     full_every: int = 10
     tolerance: float = 0.0
     sides: frozenset[str] = two_sided.BOTH
+    keeps_momentum: bool = False
 
     def init_state(self, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> State:
         state = two_sided.square_states(shape, self.sides, device, dtype)
         state |= {f"{side}_basis": torch.zeros_like(state[side]) for side in self.sides}
         state |= {f"{side}_values": torch.zeros_like(state[side][0]) for side in self.sides}
         state |= {name: torch.zeros_like(state["weight"]) for name in ("V_weight", "refreshes")}
-        return state | {"V": torch.zeros(shape, device=device, dtype=dtype)}
+        return state | {name: torch.zeros(shape, device=device, dtype=dtype) for name in self._turning}
+
+    @property
+    def _turning(self) -> tuple[str, ...]:
+        """What is kept in the bases, and so moves with them."""
+        return ("V", "M") if self.keeps_momentum else ("V",)
 
     def observe_gradient(self, state: State, gradient: Tensor) -> State:
         # Before the first refresh the bases are zero, and so is this square.
-        rotated = _rotated(gradient, two_sided.suffixed(state, "_basis"))
-        return {side: two_sided.gram(gradient, side) for side in self.sides} | {"V": rotated.square()}
+        rotated = self.rotate(state, gradient)
+        observation = {side: two_sided.gram(gradient, side) for side in self.sides} | {"V": rotated.square()}
+        return observation | {"rotated": rotated} if self.keeps_momentum else observation
 
     def update(self, state: State, observation: State) -> None:
         update_averages(state, {side: observation[side] for side in self.sides}, self.beta)
@@ -78,16 +86,19 @@ class SOAP(GradientBlock):
 
     def refresh(self, state: State, damping: Damping) -> None:
         is_full = bool(state["refreshes"] % self.full_every == 0)
-        moved: State = {}
-        v = state["V"]
+        moved = {name: state[name] for name in self._turning}
         for side in self.sides:
             moved[f"{side}_values"], moved[f"{side}_basis"] = self._moved_basis(state, side, is_full)
-            turned = overlap(moved[f"{side}_basis"], state[f"{side}_basis"])
-            v = turned @ v if side == "L" else v @ turned.mT
-        v = over_eigenspaces(v, moved.get("L_values"), moved.get("R_values"))
-        if not bool(torch.isfinite(v).all()):
-            raise DecompositionError(f"the second moment of a {tuple(v.shape)} block is not finite")
-        for name, value in (moved | {"V": v}).items():
+            turn = moved[f"{side}_basis"].mT @ state[f"{side}_basis"]
+            # Of a second moment the diagonal is kept, which turns by the squares.
+            for name, by in (("M", turn), ("V", turn.square())):
+                if name in moved:
+                    moved[name] = by @ moved[name] if side == "L" else moved[name] @ by.mT
+        moved["V"] = over_eigenspaces(moved["V"], moved.get("L_values"), moved.get("R_values"))
+        for name in self._turning:
+            if not bool(torch.isfinite(moved[name]).all()):
+                raise DecompositionError(f"a moment {name} of a {tuple(moved[name].shape)} block is not finite")
+        for name, value in moved.items():
             state[name].copy_(value)
         state["refreshes"].add_(1)
 
@@ -101,16 +112,23 @@ class SOAP(GradientBlock):
     @property
     def refreshed(self) -> list[str]:
         moved = [side + suffix for side in sorted(self.sides) for suffix in ("_values", "_basis")]
-        return [*moved, "V", "refreshes"]
+        return [*moved, *self._turning, "refreshes"]
+
+    def rotate(self, state: State, gradient: Tensor) -> Tensor:
+        """`U_Lᵀ G U_R`."""
+        bases = two_sided.suffixed(state, "_basis")
+        return two_sided.apply({side: u.mT if side == "L" else u for side, u in bases.items()}, gradient)
 
     def precondition(self, state: State, gradient: Tensor) -> Tensor:
         """As in the class; zero until V has seen a gradient, since nothing says how long a step would be."""
+        return self.precondition_rotated(state, self.rotate(state, gradient))
+
+    def precondition_rotated(self, state: State, rotated: Tensor) -> Tensor:
+        weight = state["V_weight"]
+        one, eps = torch.ones_like(weight), torch.full_like(weight, self.eps)
+        # In place, and without a gradient so far a division by infinity: memory for a copy takes longer than a product.
+        divisor = (state["V"] / torch.where(weight > 0, weight, one)).sqrt_()
+        divisor.add_(torch.where(weight > 0, eps, torch.inf))
+        scaled = torch.div(rotated, divisor, out=divisor)
         bases = two_sided.suffixed(state, "_basis")
-        scaled = _rotated(gradient, bases) / ((state["V"] / state["V_weight"]).sqrt() + self.eps)
-        scaled = torch.where(state["V_weight"] > 0, scaled, torch.zeros_like(scaled))
         return two_sided.apply({side: u if side == "L" else u.mT for side, u in bases.items()}, scaled)
-
-
-def _rotated(gradient: Tensor, bases: dict[str, Tensor]) -> Tensor:
-    """`U_Lᵀ G U_R`."""
-    return two_sided.apply({side: u.mT if side == "L" else u for side, u in bases.items()}, gradient)

@@ -39,12 +39,12 @@ def follow_basis(matrix: Tensor, basis: Tensor, tolerance: float = 0.0) -> tuple
     image = matrix @ basis
     if not bool(torch.isfinite(image).all()):
         raise DecompositionError(f"a {tuple(matrix.shape)} factor is not finite in its tracked basis")
-    rotated = basis.mT @ image
-    values = rotated.diagonal()
-    if tolerance > 0 and bool(off_diagonal_share(rotated) <= tolerance):
+    values = (basis * image).sum(dim=0)
+    if tolerance > 0 and bool(off_diagonal_share(basis.mT @ image) <= tolerance):
         return values.clamp(min=0), basis
-    followed, triangle = torch.linalg.qr(image[:, values.argsort(descending=True, stable=True)])
-    return triangle.diagonal().abs(), followed
+    # The two halves of `torch.linalg.qr`, which also cuts out the triangle.
+    reflectors, scales = torch.geqrf(image[:, values.argsort(descending=True, stable=True)])
+    return reflectors.diagonal().abs(), torch.linalg.householder_product(reflectors, scales)
 
 
 def has_null_space(values: Tensor) -> bool:

@@ -77,11 +77,11 @@ def _(block: EKFAC, shape: Shape) -> float:
 
 @refresh_flops.register
 def _(block: SOAP, shape: Shape) -> float:
-    """As EKFAC's, but for a power step in place of most decompositions: two products and a QR factorization."""
-    fan_out, fan_in = shape
+    """As EKFAC's, but for a power step in place of most decompositions: a product and a QR factorization."""
     share = 1 / block.full_every
-    basis = share * EIGENDECOMPOSITION + (1 - share) * (2 * PRODUCT + QR)
-    return sum((basis + PRODUCT) * n**3 + PRODUCT * n * fan_out * fan_in for _, n in decomposed(block, shape))
+    basis = share * EIGENDECOMPOSITION + (1 - share) * (PRODUCT * (1 + (block.tolerance > 0)) + QR)
+    turned = _rotation_flops(block, shape) * (1 + block.keeps_momentum)
+    return turned + sum((basis + PRODUCT) * n**3 for _, n in decomposed(block, shape))
 
 
 @refresh_flops.register
@@ -133,7 +133,14 @@ def statistics_flops(block: CurvatureBlock, shape: Shape, tokens: int) -> float:
 
 def held_flops(block: CurvatureBlock, shape: Shape) -> float:
     """Of one step on each rank that holds the layer: preconditioning, and statistics where these are of gradients."""
-    return precondition_flops(block, shape) + statistics_flops(block, shape, tokens=0)
+    flops = precondition_flops(block, shape) + statistics_flops(block, shape, tokens=0)
+    # What is rotated for the statistics is not rotated again.
+    return flops - _rotation_flops(block, shape) if isinstance(block, SOAP) and block.keeps_momentum else flops
+
+
+def _rotation_flops(block: SOAP, shape: Shape) -> float:
+    """Of a matrix of that shape, into both bases or out of them."""
+    return sum(PRODUCT * n * shape[0] * shape[1] for _, n in decomposed(block, shape))
 
 
 def state_numbers(block: CurvatureBlock, shape: Shape) -> int:

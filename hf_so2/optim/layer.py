@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_so2.curvature import CurvatureBlock, State
+from hf_so2.curvature.base import RotatingBlock
 from hf_so2.damping import Damping
 from hf_so2.layers import Adapter
 
@@ -44,6 +45,7 @@ class Layer:
         steps: how many second-order updates its weight has had.
         overflows: how many of them were left at zero because the preconditioned gradient was not finite; counted where
             the layer is held.
+        rotated: this step's gradient in the coordinates of its block, as long as they are those of the preconditioner.
     """
 
     name: str
@@ -66,6 +68,12 @@ class Layer:
     failures: int = 0
     steps: int = 0
     overflows: int | Tensor = 0
+    rotated: Tensor | None = None
+
+    @property
+    def rotating(self) -> RotatingBlock | None:
+        """The block, where it keeps the momentum in coordinates of its own."""
+        return self.block if isinstance(self.block, RotatingBlock) and self.block.keeps_momentum else None
 
     @property
     def building(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hf_so2.curvature import (
@@ -26,6 +26,7 @@ from hf_so2.damping import RULES
 from hf_so2.errors import ConfigurationError
 from hf_so2.mup import ParameterWidth, rules
 from hf_so2.optim.defaults import CLIPPED, SPECTRAL, untuned
+from hf_so2.optim.norm_control import OF_UPDATES
 from hf_so2.optim.resolution import resolve
 from hf_so2.optim.settings import Settings
 from hf_so2.optim.width_damping import (
@@ -182,7 +183,11 @@ def _shampoo(settings: Settings, site: Site) -> GradientBlock:
 def _soap(settings: Settings, site: Site) -> GradientBlock:
     eps = settings.adam_epsilon * rules.damping_multiplier("adam_eps", site.width)
     block = SOAP(settings.beta2, eps, tolerance=settings.basis_tolerance, sides=site.sides(settings))
-    return site.cut(block, settings)
+    cut = site.cut(block, settings)
+    # Blocks have bases of their own, and the norm controls that look at the average want it in the weight's axes.
+    if cut is block and settings.momentum_order == "before" and settings.norm_control in OF_UPDATES:
+        return replace(block, keeps_momentum=True)
+    return cut
 
 
 _TABLE = (

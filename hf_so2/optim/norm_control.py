@@ -159,6 +159,9 @@ OF_THE_WHOLE_MODEL = frozenset({"kl_clip"})
 # These look at the gradient of the step; the others at what was preconditioned and what became of it.
 OF_RAW_GRADIENTS = frozenset({"graft_adam"})
 
+# These look at the updates alone.
+OF_UPDATES = frozenset({"none", "spectral"})
+
 NORM_CONTROLS: dict[str, NormControl] = {
     "none": unchanged,
     "kl_clip": kl_clip,

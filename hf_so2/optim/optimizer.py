@@ -253,8 +253,8 @@ class SecondOrderOptimizer(OptimizerWithCurvature):
             return
         found = {name: (group, parameter) for group, name, parameter in self._parameters(second_order=True)}
         updates = second_order_updates(found, self.state, self.curvature, self.settings, self._record, self.steps)
-        if updates and self._adaptive is not None and due(self.steps, self.settings.preconditioner_update_steps):
-            self._adaptive.apply(updates, self.steps)
+        if found and self._adaptive is not None and due(self.steps, self.settings.preconditioner_update_steps):
+            self._adaptive.apply(list(updates), self.steps)
             return
         for update in updates:
             update.apply()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hf_so2.curvature.base import RotatingBlock
 from hf_so2.distributed import local, sum_over_ranks, world
 from hf_so2.linalg import matmul_precision
 from hf_so2.optim.layer import Layer
@@ -97,7 +98,7 @@ def moments(
     """
     layer.steps += 1
     gradients = [local(parameter.grad).to(layer.dtype) for _, parameter in members if parameter.grad is not None]
-    if settings.momentum_order == "after":
+    if settings.momentum_order == "after" or layer.rotating:
         return gradients, gradients
     averages = []
     for (_, parameter), gradient in zip(members, gradients, strict=True):
@@ -145,10 +146,24 @@ def over_parts(updates: Sequence[LayerUpdate], sums: Tensor) -> Tensor:
 def _preconditioned(layer: Layer, gradient: Tensor, settings: Settings) -> Tensor:
     """`P(G)`; zero where that leaves the range of the dtype, as a finite but huge gradient can make it. Counted."""
     with matmul_precision(settings.curvature_matmul_precision):
-        update = layer.block.precondition(layer.state, gradient)
+        if (block := layer.rotating) is None:
+            update = layer.block.precondition(layer.state, gradient)
+        else:
+            update = block.precondition_rotated(layer.state, _averaged_rotated(gradient, layer, block, settings))
     is_finite = torch.isfinite(update.sum())
     layer.overflows = layer.overflows + ~is_finite  # on the device: nobody waits for it
+    if update.device.type == "cpu":  # where looking costs nothing, and a copy does
+        return update if bool(is_finite) else torch.zeros_like(update)
     return torch.where(is_finite, update, torch.zeros_like(is_finite, dtype=update.dtype))
+
+
+def _averaged_rotated(gradient: Tensor, layer: Layer, block: RotatingBlock, settings: Settings) -> Tensor:
+    """The moving average of gradients in the coordinates of the block."""
+    rotated, layer.rotated = layer.rotated, None
+    if rotated is None:
+        rotated = block.rotate(layer.state, gradient)
+    # What a finite but huge gradient overflows to would stay in the average for ever.
+    return _averaged(rotated.nan_to_num_(0.0, 0.0, 0.0), layer.state["M"], layer, settings)
 
 
 def _averaged(value: Tensor, buffer: Tensor, layer: Layer, settings: Settings) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +11,8 @@ from hf_so2.optim.layer import Layer
 from hf_so2.optim.norm_control import NORM_CONTROLS, OF_THE_WHOLE_MODEL
 from hf_so2.optim.preconditioned import LayerUpdate, Member, layer_update
 from hf_so2.optim.settings import Settings
-from hf_so2.optim.sharded import any_sharded, sharded_updates
+from hf_so2.optim.sharded import Entry, any_sharded, sharded_updates
+from hf_so2.optim.sharing import Sharing
 from hf_so2.optim.statistics import Curvature
 from hf_so2.optim.telemetry import StepRecord
 
@@ -35,8 +36,11 @@ def second_order_updates(
     settings: Settings,
     record: StepRecord,
     step: int,
-) -> list[LayerUpdate]:
+) -> Iterator[LayerUpdate]:
     """The updates of all weights that have a preconditioner and a gradient, ready to be applied; alike on all ranks.
+
+    Where nothing looks at all of them together, each is made when it is asked for, in the memory of those before it:
+    fresh memory takes longer to get than most of what is done in it.
 
     Args:
         parameters: group and parameter by name, biases that go with a weight among them.
@@ -51,13 +55,32 @@ def second_order_updates(
         for name in parameters
         if (layer := curvature.layers.get(name)) and not layer.building
     ]
+    control, sharing = settings.norm_control, curvature.sharing
+    if control in OF_THE_WHOLE_MODEL or record.enabled or sharing.is_spread or any(map(any_sharded, entries)):
+        yield from _together(entries, states, sharing, settings, record, step)
+        return
+    for layer, members in entries:
+        update = layer_update(layer, members, states, settings)
+        NORM_CONTROLS[control]([update], settings)
+        yield update
+
+
+def _together(
+    entries: Sequence[Entry],
+    states: Mapping[Tensor, dict[str, Any]],
+    sharing: Sharing,
+    settings: Settings,
+    record: StepRecord,
+    step: int,
+) -> list[LayerUpdate]:
+    """All updates at once; a collective where weights or layers are spread over ranks."""
     control = settings.norm_control
     whole = [entry for entry in entries if not any_sharded(entry)]
     updates = [layer_update(layer, members, states, settings) for layer, members in whole]
     if control not in OF_THE_WHOLE_MODEL:
         NORM_CONTROLS[control]([update for update in updates if update.layer.held], settings)
-    curvature.sharing.send_updates((update.layer, update.update) for update in updates)
-    updates += sharded_updates(curvature.sharing, filter(any_sharded, entries), states, settings)
+    sharing.send_updates((update.layer, update.update) for update in updates)
+    updates += sharded_updates(sharing, filter(any_sharded, entries), states, settings)
     record.before_norm_control(updates)
     if control in OF_THE_WHOLE_MODEL:
         NORM_CONTROLS[control](updates, settings)

@@ -128,6 +128,8 @@ class Curvature:
             weights: the parameters by name; of those that have a gradient, averaged over ranks.
             step: number of the step, counted from 1.
         """
+        for layer in self.layers.values():
+            layer.rotated = None
         chosen = {name for name, layer in self.layers.items() if self._takes_statistics(layer, step)}
         if not chosen:
             self.capture.discard()
@@ -140,6 +142,7 @@ class Curvature:
             with matmul_precision(self._precision):
                 block = self._of_gradients[layer.name]
                 observations[layer.name] = block.observe_gradient(layer.state, gradient) if gradient is not None else {}
+            layer.rotated = observations[layer.name].pop("rotated", None)
         dropped = self._not_finite(observations)
         for name, observation in observations.items():
             layer = self.layers[name]
@@ -193,6 +196,7 @@ class Curvature:
     def _count(self, layer: Layer, error: str | None) -> None:
         if error is None:
             layer.failures = 0
+            layer.rotated = None
             layer.refreshes += 1
             return
         self.failed_refreshes += 1
