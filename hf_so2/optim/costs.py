@@ -144,7 +144,8 @@ def _rotation_flops(block: SOAP, shape: Shape) -> float:
 
 
 def state_numbers(block: CurvatureBlock, shape: Shape) -> int:
-    """How many numbers a rank keeps that holds the layer; those of norm control and momentum aside."""
+    """How many numbers a rank keeps that holds the layer; those of norm control aside, and momentum that the block does
+    not keep itself."""
     return sum(tensor.numel() for tensor in shapes(block, shape).values())
 
 

@@ -60,10 +60,11 @@ FORMULAS: dict[str, dict[str, Callable[[int, int], int]]] = {
         "state": lambda m, n: 2 * (m * m + n * n) + 1,
         "everywhere": lambda m, n: 0,
     },
+    # Its momentum among them, which turns with the bases.
     "soap": {
         "sums": lambda m, n: 0,
-        "results": lambda m, n: m * m + n * n + m + n + m * n + 1,
-        "state": lambda m, n: 2 * (m * m + n * n) + m + n + m * n + 3,
+        "results": lambda m, n: m * m + n * n + m + n + 2 * m * n + 1,
+        "state": lambda m, n: 2 * (m * m + n * n) + m + n + 2 * m * n + 3,
         "everywhere": lambda m, n: 0,
     },
     "muon": {
