@@ -53,10 +53,12 @@ class Muon(GradientBlock):
     def precondition(self, state: State, gradient: Tensor) -> Tensor:
         # A power of two, so that not a bit of the result depends on it: torch divides by a sum of squares, which leaves
         # the range for gradients that do not, and by no less than its ε, which would shrink small ones.
-        exponent = torch.frexp(gradient.abs().amax()).exponent.clamp(-126, 126)
+        lowest, highest = torch.aminmax(gradient)
+        exponent = torch.frexp(torch.maximum(-lowest, highest)).exponent.clamp(-126, 126)
         # Of one number: for a matrix `ldexp` takes twenty times as long as a product.
-        unit = torch.ldexp(torch.ones_like(exponent, dtype=gradient.dtype), -exponent)
+        unit = torch.ldexp(torch.ones_like(highest), -exponent)
+        scaled = torch.mul(gradient, unit, out=torch.empty_like(gradient, dtype=torch.bfloat16))
         orthogonal = torch_muon._zeropower_via_newtonschulz(
-            gradient * unit, COEFFICIENTS, torch_muon.DEFAULT_NS_STEPS, torch_muon.EPS
+            scaled, COEFFICIENTS, torch_muon.DEFAULT_NS_STEPS, torch_muon.EPS
         )
         return orthogonal.to(gradient.dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -70,9 +71,9 @@ class Layer:
     overflows: int | Tensor = 0
     rotated: Tensor | None = None
 
-    @property
+    @cached_property
     def rotating(self) -> RotatingBlock | None:
-        """The block, where it keeps the momentum in coordinates of its own."""
+        """The block, where it keeps the momentum in coordinates of its own. Asking for a protocol takes its time."""
         return self.block if isinstance(self.block, RotatingBlock) and self.block.keeps_momentum else None
 
     @property
