@@ -54,15 +54,18 @@ class KLShampoo(GradientBlock):
         for side in self.sides:
             # (G R^-½) (G R^-½)ᵀ is positive semi-definite by construction, G R^-1 Gᵀ is not.
             whitened = two_sided.apply(self._whitening(state, _OTHER[side], gradient), gradient)
-            observation[side] = two_sided.gram(whitened, side) / gradient.shape[1 if side == "L" else 0]
+            observation[side] = two_sided.gram(whitened, side).div_(gradient.shape[1 if side == "L" else 0])
         return observation
 
     def _whitening(self, state: State, side: str, gradient: Tensor) -> dict[str, Tensor]:
         """The inverse square root of a factor that the other one is whitened by; none where the side is left out."""
         if side not in self.sides:
             return {}
-        unit = torch.where(state[side].any(), torch.ones_like(state["weight"]), _root_mean_square(gradient))
-        return {side: state[f"{side}_root"] / unit.sqrt()}
+        root, is_known = state[f"{side}_root"], state[side].diagonal().any()
+        if is_known.device.type == "cpu" and bool(is_known):  # where looking costs nothing, and dividing by one does
+            return {side: root}
+        unit = torch.where(is_known, torch.ones_like(state["weight"]), _root_mean_square(gradient))
+        return {side: root / unit.sqrt()}
 
     def update(self, state: State, observation: State) -> None:
         update_averages(state, observation, self.beta)

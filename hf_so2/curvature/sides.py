@@ -56,5 +56,6 @@ def damped_factors(state: State, sides: frozenset[str], damping: Damping) -> dic
 
 
 def _zero_if_negligible(factor: Tensor) -> Tensor:
+    """In place."""
     limits = torch.finfo(factor.dtype)
-    return torch.where(factor.trace() < limits.tiny / limits.eps, torch.zeros_like(factor), factor)
+    return factor.mul_(~(factor.trace() < limits.tiny / limits.eps))

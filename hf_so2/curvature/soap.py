@@ -12,7 +12,7 @@ from hf_so2.curvature import sides as two_sided
 from hf_so2.curvature.base import RotatingBlock, State, corrected_average, update_average, update_averages
 from hf_so2.curvature.forms import over_eigenspaces
 from hf_so2.damping import Damping
-from hf_so2.linalg import DecompositionError, eigh, follow_basis, has_null_space
+from hf_so2.linalg import DecompositionError, eigh, follow_basis, has_null_space, is_finite
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class SOAP(RotatingBlock):
                     moved[name] = by @ moved[name] if side == "L" else moved[name] @ by.mT
         moved["V"] = over_eigenspaces(moved["V"], moved.get("L_values"), moved.get("R_values"))
         for name in self._turning:
-            if not bool(torch.isfinite(moved[name]).all()):
+            if not is_finite(moved[name]):
                 raise DecompositionError(f"a moment {name} of a {tuple(moved[name].shape)} block is not finite")
         for name, value in moved.items():
             state[name].copy_(value)

@@ -2,7 +2,7 @@
 
 from hf_so2.linalg.basis import follow_basis, has_null_space, off_diagonal_share
 from hf_so2.linalg.congruence import common_basis
-from hf_so2.linalg.eigen import eigh, largest_eigenvalue, mean_over_eigenspaces
+from hf_so2.linalg.eigen import eigh, is_finite, largest_eigenvalue, mean_over_eigenspaces
 from hf_so2.linalg.errors import DecompositionError
 from hf_so2.linalg.newton import newton_root
 from hf_so2.linalg.power_iteration import spectral_norm
@@ -19,6 +19,7 @@ __all__ = [
     "eigh",
     "follow_basis",
     "has_null_space",
+    "is_finite",
     "largest_eigenvalue",
     "matmul_precision",
     "mean_over_eigenspaces",

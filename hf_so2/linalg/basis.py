@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_so2.linalg.eigen import RESOLUTION
+from hf_so2.linalg.eigen import RESOLUTION, is_finite
 from hf_so2.linalg.errors import DecompositionError
 
 
@@ -37,7 +37,7 @@ def follow_basis(matrix: Tensor, basis: Tensor, tolerance: float = 0.0) -> tuple
         DecompositionError: `X U` is not finite.
     """
     image = matrix @ basis
-    if not bool(torch.isfinite(image).all()):
+    if not is_finite(image):
         raise DecompositionError(f"a {tuple(matrix.shape)} factor is not finite in its tracked basis")
     values = (basis * image).sum(dim=0)
     if tolerance > 0 and bool(off_diagonal_share(basis.mT @ image) <= tolerance):

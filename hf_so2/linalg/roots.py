@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_so2.linalg.eigen import eigh
+from hf_so2.linalg.eigen import eigh, is_finite
 from hf_so2.linalg.errors import DecompositionError
 
 # LAPACK walks along rows of memory. Where they are a multiple of this many bytes long, the entries of a column fall on
@@ -57,7 +57,7 @@ def damped_root(matrix: Tensor, damping: Tensor | float, exponent: float) -> Ten
         return damped_inverse(matrix, damping)
     values, vectors = eigh(matrix)
     root = (vectors * (values + damping).pow(-exponent)) @ vectors.mT
-    if not bool(torch.isfinite(root).all()):
+    if not is_finite(root):
         raise DecompositionError(f"a {tuple(matrix.shape)} factor has no finite power -{exponent} after damping")
     return root
 

@@ -86,6 +86,7 @@ class Curvature:
         for layer in layers:
             if isinstance(layer.block, GradientBlock):
                 self._of_gradients[layer.name] = layer.block
+                self._outer[layer.name] = {"L", "R"}
             else:
                 for end in ends_of(layer):
                     self._ends[end.name] = end
@@ -219,7 +220,12 @@ class Curvature:
     def _total(self, name: str, observation: State) -> Tensor:
         """A number that is finite where every entry of these statistics is, 0-dim; where its own sum overflows, too."""
         # Entries of a sum of outer products are bounded by its diagonal, which is much less to look at.
-        parts = [x.trace() if x.ndim == 2 and key in self._outer[name] else x.sum() for key, x in observation.items()]
+        outer = self._outer[name]
+        parts = [
+            # Those of a block of a weight are named after it.
+            x.trace() if x.ndim == 2 and key.rpartition("/")[2] in outer else x.sum()
+            for key, x in observation.items()
+        ]
         return torch.stack(parts).sum() if parts else torch.zeros(())
 
     def state_dict(self) -> dict[str, Any]:
