@@ -43,7 +43,9 @@ def _places(optimizer: SecondOrderOptimizer) -> list[tuple[Any, str, str]]:
         (curvature, "update", "average"),
         (curvature, "refresh", "refresh"),
         *(
-            (block, "precondition", "precondition")
+            (block, name, "precondition")
             for block in {type(layer.block) for layer in curvature.layers.values()}
+            for name in ("precondition", "precondition_rotated")
+            if hasattr(block, name)
         ),
     ]
