@@ -26,7 +26,7 @@ asking.
 | refreshes a layer | its owner | its owner |
 | holds statistics, preconditioner, state of norm control | every rank | its owner |
 | preconditions | every rank, every layer | the owner |
-| holds the momentum of gradients (`momentum_order="before"`) | every rank, as any optimizer's under DDP | every rank |
+| holds the momentum of gradients (`momentum_order="before"`) | every rank, as any optimizer's under DDP | every rank; SOAP's, which is kept in its bases, its owner |
 | holds the momentum of preconditioned gradients (`"after"`) | every rank | the owner |
 | is sent at every update of the statistics (K-FAC family) | S: all-reduce | S: reduced to the owner |
 | is sent at every refresh | R: broadcast from the owner | EKFAC's and TEKFAC's bases, else nothing |
@@ -41,7 +41,7 @@ where the weight is float64):
 | FOOF | t(n) | t(n) | mn | 2n² |
 | EKFAC, TEKFAC | t(m) + t(n) + mn | m² + n² + mn + m + n | mn | 2(m² + n²) + mn, of which m² + n² on every rank |
 | Shampoo, KL-Shampoo | 0 | t(m) + t(n) | mn | 2(m² + n²) |
-| SOAP | 0 | m² + n² + mn + m + n | mn | 2(m² + n²) + mn |
+| SOAP | 0 | m² + n² + 2mn + m + n | mn | 2(m² + n²) + 2mn, its momentum included |
 | Muon | 0 | 0 | mn | 0 |
 
 Gradients are the same on all ranks under DDP, so what is made of them alone needs no sum. EKFAC's S is a sum over
@@ -60,9 +60,9 @@ tokens in full, at the steps that update statistics, before they are reduced.
 
 With sharded parameters (`fully_shard` of your own before `build_optimizer`, `configs/accelerate/fsdp.yaml`, or the
 Trainer's `--fsdp`) each rank has one of w parts of parameters, gradients, AdamW's moments and the momentum of
-gradients, uneven or empty ones included. What is to be preconditioned is gathered where the layer is held, one layer
-of each column or 64 MiB of them at a time, and of the update every rank gets its part; weight decay and the step are
-made part by part. Curvature is shared as above.
+gradients, uneven or empty ones included; not SOAP's momentum, which is whole where its bases are held. What is to be
+preconditioned is gathered where the layer is held, one layer of each column or 64 MiB of them at a time, and of the
+update every rank gets its part; weight decay and the step are made part by part. Curvature is shared as above.
 
 | what | f = 1 (default) | f = 0 |
 |---|---|---|
