@@ -26,7 +26,7 @@ asking.
 | refreshes a layer | its owner | its owner |
 | holds statistics, preconditioner, state of norm control | every rank | its owner |
 | preconditions | every rank, every layer | the owner |
-| holds the momentum of gradients (`momentum_order="before"`) | every rank, as any optimizer's under DDP | every rank; SOAP's, which is kept in its bases, its owner |
+| holds the momentum of gradients (`momentum_order="before"`) | every rank, as any optimizer's under DDP | every rank |
 | holds the momentum of preconditioned gradients (`"after"`) | every rank | the owner |
 | is sent at every update of the statistics (K-FAC family) | S: all-reduce | S: reduced to the owner |
 | is sent at every refresh | R: broadcast from the owner | EKFAC's and TEKFAC's bases, else nothing |
@@ -44,12 +44,12 @@ where the weight is float64):
 | SOAP | 0 | m² + n² + 2mn + m + n | mn | 2(m² + n²) + 2mn, its momentum included |
 | Muon | 0 | 0 | mn | 0 |
 
-Gradients are the same on all ranks under DDP, so what is made of them alone needs no sum. EKFAC's S is a sum over
-tokens in the eigenbases, and every rank needs these for its own tokens. A few numbers per layer are not listed:
-counts of rows and tokens, flags of what failed, a scalar here and there. Between the ends (1 < g < w) sums are
-reduced along the rows and then down the columns, results go down the columns, and updates along the rows. Tensors
-travel in buckets of at most 64 MiB, a few at a time; a collective's payload is what is counted here: an all-reduce
-moves about twice that.
+Gradients are the same on all ranks under DDP, so what is made of them alone needs no sum. SOAP's momentum is kept in
+its bases, with its statistics, and only where these are. EKFAC's S is a sum over tokens in the eigenbases, and every
+rank needs these for its own tokens. A few numbers per layer are not listed: counts of rows and tokens, flags of what
+failed, a scalar here and there. Between the ends (1 < g < w) sums are reduced along the rows and then down the
+columns, results go down the columns, and updates along the rows. Tensors travel in buckets of at most 64 MiB, a few at
+a time; a collective's payload is what is counted here: an all-reduce moves about twice that.
 
 **Which end?** f = 1 where the state fits, and refreshes are rare: off them, nothing is sent but statistics. f = 0
 where it does not fit; it also shares the work of preconditioning, which is all there is to share for Muon, at the
