@@ -26,7 +26,7 @@ def plot_benchmark(measurements: Sequence[Measurement], baseline: str, path: str
     ordered = sorted(measurements, key=lambda m: spreads[m.name].median, reverse=True)
     figure = Figure(figsize=(11, 1.2 + 0.4 * len(ordered)), layout="constrained")
     times, memory = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
-    names = [m.name for m in ordered]
+    names = [_label(m.name) for m in ordered]
     left = [0.0] * len(ordered)
     for index, phase in enumerate(PHASES):
         # Shares of the measured ratio, so that bars end where the table says.
@@ -38,13 +38,19 @@ def plot_benchmark(measurements: Sequence[Measurement], baseline: str, path: str
         times.plot([spread.lower, spread.upper], [row, row], color="black", linewidth=1.5)
         times.annotate(f" {spread.median:.2f}", (max(spread.upper, spread.median), row), va="center", fontsize=8)
     times.axvline(1.0, color="tab:red", linewidth=1)
-    times.set(xlabel=f"time of a training step ({baseline}: 1; black: quartiles over rounds)", title=title)
+    times.set(xlabel=f"time of a training step ({baseline}: 1), quartiles", title=title)
     times.legend(fontsize=7)
     memory.barh(names, [m.state_bytes_per_parameter for m in ordered], color="tab:blue")
-    memory.set(xlabel="state (bytes per parameter)")
+    memory.set(xlabel="state, bytes\nper parameter")
     for axes in (times, memory):
         axes.grid(alpha=0.3, axis="x")
+        axes.tick_params(axis="y", labelsize=8)
     figure.savefig(path, dpi=150)
+
+
+def _label(name: str) -> str:
+    """An optimizer's name, with each of its settings on a line of its own, as wide labels leave little for the bars."""
+    return name.replace(":", "\n").replace(",", "\n")
 
 
 def plot_growth(seconds: Mapping[str, Mapping[int, float]], exponents: Mapping[str, float], path: str | Path) -> None:
