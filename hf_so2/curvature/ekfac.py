@@ -78,12 +78,12 @@ class EKFAC(TokenBlock):
         return sums | {"S": self._second_moments(state, inputs, gradients)}
 
     def _second_moments(self, state: State, inputs: Tensor, gradients: Tensor) -> Tensor:
+        stride = 1 if is_one_hot(inputs) else self.moment_stride
+        h, delta = in_turn(inputs, stride), in_turn(gradients, stride)
         # Before the first refresh the bases are zero, and so are these sums.
-        if is_one_hot(inputs):
-            squared_gradients = from_right(gradients, state.get("B_basis")).square()
-            return sum_by_index(inputs, squared_gradients, state["S"].shape[1]).mT
-        h, delta = in_turn(inputs, self.moment_stride), in_turn(gradients, self.moment_stride)
         squared_gradients = from_right(delta, state.get("B_basis")).square()
+        if is_one_hot(h):
+            return sum_by_index(h, squared_gradients, state["S"].shape[1]).mT
         sums = squared_gradients.mT @ from_right(h, state.get("A_basis")).square()
         return sums.mul_(len(inputs) / len(h)) if len(h) < len(inputs) else sums
 
