@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Squares of entries between this and its inverse, and sums of them, are far from the ends of float32's range.
+SAFE = 1e8
+
 
 def spectral_norm(matrix: Tensor, basis: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
     """Largest singular value of `X` by block power iteration on `XᵀX` with a Rayleigh-Ritz estimate at the end.
@@ -22,25 +25,45 @@ def spectral_norm(matrix: Tensor, basis: Tensor, iterations: int) -> tuple[Tenso
         The norm (0-dim, 0 for a zero matrix) and the orthonormal basis for the next call. A zero matrix hands `basis`
         back unchanged, so that an update of zero does not lose the warm start.
     """
-    # Products of entries near the ends of the range would leave it; relative to the largest entry they do not.
-    lowest, highest = torch.aminmax(matrix)
-    largest = torch.maximum(-lowest, highest)
-    unit = torch.where(largest > 0, largest, torch.ones_like(largest))
-    matrix = matrix / unit
-    # The rows of largest norm are never all orthogonal to the leading singular vector in practice, need no random
-    # numbers, and so are the same on every rank and after a resume. They also replace a start that the matrix maps to
-    # zero, from which there would be no way out.
-    rows = matrix[torch.linalg.vector_norm(matrix, dim=1).topk(basis.shape[1]).indices]
+    matrix, unit = _in_range(matrix)
     image, candidates = matrix @ basis, basis
     is_lost = ~image.any()
     for iteration in range(iterations):
         # As (k, n) the product is quicker, and its transpose is stored the way LAPACK wants it.
         product = image.mT @ matrix
-        if iteration == 0:
-            product = torch.where(is_lost, rows, product)
+        if iteration == 0 and _may_be(is_lost):
+            product = torch.where(is_lost, _longest_rows(matrix, basis.shape[1]), product)
         candidates = torch.linalg.qr(product.mT).Q
         image = matrix @ candidates
     # LAPACK refuses what is not finite; the caller gets it back as a norm that is not finite either.
     gram = (image.mT @ image).nan_to_num()
     norm = torch.linalg.eigvalsh(gram)[-1].clamp(min=0).sqrt() * unit
     return norm, torch.where(norm > 0, candidates, basis)
+
+
+def _in_range(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """`X / c` and c, 0-dim, so that products of entries stay in the range of the dtype.
+
+    Relative to the largest entry they do.
+    """
+    lowest, highest = torch.aminmax(matrix)
+    largest = torch.maximum(-lowest, highest)
+    one = torch.ones_like(largest)
+    # A copy costs as much as two of the products.
+    if not _may_be((largest < 1 / SAFE) | (largest > SAFE)):
+        return matrix, one
+    unit = torch.where(largest > 0, largest, one)
+    return matrix / unit, unit
+
+
+def _longest_rows(matrix: Tensor, count: int) -> Tensor:
+    """(count, n). They are never all orthogonal to the leading singular vector in practice, need no random numbers, and
+    so are the same on every rank and after a resume: a start in place of one that the matrix maps to zero, from which
+    there would be no way out.
+    """
+    return matrix[torch.linalg.vector_norm(matrix, dim=1).topk(count).indices]
+
+
+def _may_be(condition: Tensor) -> bool:
+    """Whether a condition, 0-dim, has to be reckoned with: on a CPU looking costs nothing, elsewhere it would wait."""
+    return condition.device.type != "cpu" or bool(condition)
