@@ -8,6 +8,7 @@ or μP.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, runtime_checkable
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from hf_so2.damping import Damping
 
 State = dict[str, Tensor]
+Fold = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -97,11 +99,20 @@ class TokenBlock(CurvatureBlock, Protocol):
         """What is summed over tokens, by name; the state holds a running average under each of these names."""
         ...
 
-    def observe(self, state: State, inputs: Tensor, gradients: Tensor, known: State | None = None) -> State:
+    def observe(
+        self,
+        state: State,
+        inputs: Tensor,
+        gradients: Tensor,
+        known: State | None = None,
+        fold: Fold | None = None,
+    ) -> State:
         """The block's statistics as sums over rows; the sums of two batches add up to the sum of their union.
 
         Args:
             known: sums of the same inputs that need not be computed again; handed on as they are.
+            fold: makes fewer rows of rows (rows, n), with the same sum of outer products on average; matrices are then
+                of those.
         """
         ...
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_so2.curvature.base import State, Statistic, TokenBlock, update_average, update_averages
+from hf_so2.curvature.base import Fold, State, Statistic, TokenBlock, update_average, update_averages
 from hf_so2.curvature.forms import (
     from_left,
     from_right,
@@ -73,8 +73,10 @@ class EKFAC(TokenBlock):
     def observed(self) -> list[str]:
         return [f"{side}_basis" for side in self.rotated]
 
-    def observe(self, state: State, inputs: Tensor, gradients: Tensor, known: State | None = None) -> State:
-        sums = self.moments.observe(state, self.moments.statistics, inputs, gradients, known or {})
+    def observe(
+        self, state: State, inputs: Tensor, gradients: Tensor, known: State | None = None, fold: Fold | None = None
+    ) -> State:
+        sums = self.moments.observe(state, self.moments.statistics, inputs, gradients, known or {}, fold)
         return sums | {"S": self._second_moments(state, inputs, gradients)}
 
     def _second_moments(self, state: State, inputs: Tensor, gradients: Tensor) -> Tensor:

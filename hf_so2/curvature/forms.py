@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hf_so2.curvature.base import Fold
 from hf_so2.linalg import DecompositionError, damped_root, mean_over_eigenspaces, symmetric_product
 
 
@@ -28,17 +29,21 @@ def squared_length(rows: Tensor) -> Tensor:
     return (rows >= 0).unsqueeze(1) if is_one_hot(rows) else rows.square().sum(dim=1, keepdim=True)
 
 
-def second_moment(rows: Tensor, like: Tensor, weights: Tensor | float = 1.0) -> Tensor:
+def second_moment(rows: Tensor, like: Tensor, weights: Tensor | float = 1.0, fold: Fold | None = None) -> Tensor:
     """`Σ w x xᵀ`, or its diagonal, as `like` has it.
 
     Args:
         rows: (rows, n), or one-hot; one-hot rows ask for a diagonal.
         like: the factor, (n, n) or (n,).
         weights: one per row, (rows, 1), or one for all.
+        fold: what fewer rows a matrix is made of, as in `TokenBlock.observe`; a diagonal is cheap, and of all rows.
     """
     if is_one_hot(rows):
         counted = (squared_length(rows) * weights).to(like.dtype)
         return sum_by_index(rows, counted, len(like)).squeeze(1)
+    if fold is not None and like.ndim == 2:
+        folded = fold(rows if isinstance(weights, float) else rows * weights.sqrt())
+        return symmetric_product(folded, folded)
     weighted = rows if isinstance(weights, float) else rows * weights
     return symmetric_product(weighted, rows) if like.ndim == 2 else (weighted * rows).sum(dim=0)
 
@@ -46,7 +51,7 @@ def second_moment(rows: Tensor, like: Tensor, weights: Tensor | float = 1.0) -> 
 def in_turn(rows: Tensor, stride: int) -> Tensor:
     """One row of every `stride`, of the g-th group of so many row `g mod stride`; all of fewer rows than one group.
 
-    `hf_so2.layers.rows.every` picks the same ones.
+    Thus every position of a sequence has its turn.
     """
     groups = len(rows) // stride
     if stride == 1 or not groups:

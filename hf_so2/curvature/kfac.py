@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_so2.curvature.base import State, Statistic, TokenBlock, update_averages
+from hf_so2.curvature.base import Fold, State, Statistic, TokenBlock, update_averages
 from hf_so2.curvature.forms import from_left, from_right, root
 from hf_so2.curvature.moments import INDEPENDENT, Moments
 from hf_so2.damping import Damping
@@ -52,8 +52,10 @@ class KFAC(TokenBlock):
         state = {name: averages[name] for name in ("weight", *self.statistics)}
         return state | {f"{side}_root": torch.zeros_like(state[side]) for side in self.exponents}
 
-    def observe(self, state: State, inputs: Tensor, gradients: Tensor, known: State | None = None) -> State:
-        return self.moments.observe(state, self.statistics, inputs, gradients, known or {})
+    def observe(
+        self, state: State, inputs: Tensor, gradients: Tensor, known: State | None = None, fold: Fold | None = None
+    ) -> State:
+        return self.moments.observe(state, self.statistics, inputs, gradients, known or {}, fold)
 
     def update(self, state: State, observation: State) -> None:
         update_averages(state, observation, self.beta)

@@ -21,15 +21,15 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from hf_so2.curvature.base import State, Statistic, corrected_average
+from hf_so2.curvature.base import Fold, State, Statistic, corrected_average
 from hf_so2.curvature.forms import second_moment, squared_length
 
 
 class _Rows:
-    """The rows of a layer and their squared lengths, which more than one statistic asks for."""
+    """The rows of a layer, how they are folded, and their squared lengths, which more than one statistic asks for."""
 
-    def __init__(self, h: Tensor, delta: Tensor) -> None:
-        self.h, self.delta = h, delta
+    def __init__(self, h: Tensor, delta: Tensor, fold: Fold | None) -> None:
+        self.h, self.delta, self.fold = h, delta, fold
 
     @cached_property
     def h_squared(self) -> Tensor:
@@ -63,9 +63,17 @@ class Moments:
         names = ("weight", *self.statistics)
         return {name: torch.zeros(sizes.get(name, ()), device=device, dtype=dtype) for name in names}
 
-    def observe(self, state: State, names: Iterable[str], inputs: Tensor, gradients: Tensor, known: State) -> State:
+    def observe(
+        self,
+        state: State,
+        names: Iterable[str],
+        inputs: Tensor,
+        gradients: Tensor,
+        known: State,
+        fold: Fold | None,
+    ) -> State:
         """The sums of these names, computed unless they are `known`; `state` holds their averages."""
-        rows = _Rows(inputs, gradients)
+        rows = _Rows(inputs, gradients, fold)
         return {name: known[name] if name in known else self.sums[name](rows, state[name]) for name in names}
 
 
@@ -81,8 +89,8 @@ INDEPENDENT = Moments(
         "B": Statistic(gradient_degree=2, per="tokens", symmetric=True),
     },
     sums={
-        "A": lambda rows, like: second_moment(rows.h, like),
-        "B": lambda rows, like: second_moment(rows.delta, like),
+        "A": lambda rows, like: second_moment(rows.h, like, fold=rows.fold),
+        "B": lambda rows, like: second_moment(rows.delta, like, fold=rows.fold),
     },
     factor=corrected_average,
 )
@@ -90,8 +98,8 @@ INDEPENDENT = Moments(
 TRACE_RESTRICTED = Moments(
     statistics={name: Statistic(2, per="tokens", symmetric=name != "tau") for name in ("A", "B", "tau")},
     sums={
-        "A": lambda rows, like: second_moment(rows.h, like, rows.delta_squared),
-        "B": lambda rows, like: second_moment(rows.delta, like, rows.h_squared),
+        "A": lambda rows, like: second_moment(rows.h, like, rows.delta_squared, rows.fold),
+        "B": lambda rows, like: second_moment(rows.delta, like, rows.h_squared, rows.fold),
         "tau": lambda rows, like: (rows.h_squared * rows.delta_squared).sum(),
     },
     factor=_trace_restricted_factor,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,11 @@ from torch.utils.hooks import RemovableHandle
 
 from hf_so2.layers.adapters import Adapter
 from hf_so2.layers.hooks import ForwardHook
-from hf_so2.layers.rows import WEIGHT_SHARING, InputRows, every
+from hf_so2.layers.rows import WEIGHT_SHARING, InputRows
+from hf_so2.layers.sketch import Fold, fold_of_sequences
 
 Sums = dict[str, Tensor]
-Observe = Callable[[Tensor, Tensor, Sums], Sums]
+Observe = Callable[[Tensor, Tensor, Sums, Fold | None], Sums]
 
 
 @dataclass
@@ -38,8 +39,7 @@ class LayerSums:
 
     def add(self, sums: Sums, rows: InputRows) -> None:
         for name, value in sums.items():
-            weighted = value if rows.weight == 1 else value * rows.weight
-            self.sums[name] = self.sums[name].add_(weighted) if name in self.sums else weighted
+            self.sums[name] = self.sums[name].add_(value) if name in self.sums else value
         self.rows, self.positions = self.rows + rows.count, self.positions + rows.positions
 
 
@@ -74,14 +74,15 @@ class Capture:
     Args:
         layers: for every weight, by qualified name: the modules that use it and its adapter.
         observers: for every weight: maps rows `h` (rows, fan_in) and `δ` (rows, fan_out) to the block's sums, given
-            those of them that are known already.
+            those of them that are known already and how rows are folded.
         of_inputs: for every weight: the names of the sums that depend on `h` alone.
         dtypes: for every weight: the dtype of its statistics; low-precision activations are cast before the products.
         weight_sharing: a key of `hf_so2.layers.rows.WEIGHT_SHARING`.
-        stride: one of so many rows is taken, see `hf_so2.layers.rows.every`.
+        sketch: how many tokens of a sequence are folded into one, see `hf_so2.layers.sketch`; 1 leaves all.
 
     Attributes:
         due: the names of the weights whose layers the next forward pass captures. Others pay a look-up per call.
+        step: number of the step that they are captured for; sketches of different steps have different signs.
     """
 
     def __init__(
@@ -91,12 +92,12 @@ class Capture:
         of_inputs: Mapping[str, Collection[str]],
         dtypes: Mapping[str, torch.dtype],
         weight_sharing: str = "expand",
-        stride: int = 1,
+        sketch: int = 1,
     ) -> None:
         self.due: Collection[str] = frozenset()
+        self.step = 0
         self._observers, self._of_inputs, self._dtypes = observers, of_inputs, dtypes
-        sharing = WEIGHT_SHARING[weight_sharing]
-        self._weight_sharing = sharing if stride == 1 else every(stride, sharing)
+        self._weight_sharing, self._sketch = WEIGHT_SHARING[weight_sharing], sketch
         self._last_inputs: _Inputs | None = None
         self._handles: list[RemovableHandle] = []
         for name, (modules, adapter) in layers.items():
@@ -149,7 +150,7 @@ class Capture:
         known = {key: seen.sums[key].clone() for key in self._of_inputs[name] if key in seen.sums}
         # Checkpointing may run a layer inside another micro-batch's autocast region.
         with torch.autocast(delta.device.type, enabled=False):
-            sums = self._observers[name](seen.rows.h, delta, known)
+            sums = self._observers[name](seen.rows.h, delta, known, seen.rows.fold)
         self._sums.setdefault(name, LayerSums()).add(sums, seen.rows)
         seen.sums.update({key: sums[key] for key in self._of_inputs[name]})
 
@@ -158,6 +159,10 @@ class Capture:
         mask = self._row_mask
         if self._last_inputs is None or not self._last_inputs.are(inputs, mask, adapter, dtype):
             rows = self._weight_sharing.inputs(adapter, inputs if adapter.one_hot else inputs.to(dtype), mask)
+            if self._sketch > 1:
+                positions = inputs.shape if adapter.one_hot else inputs.shape[:-1]
+                fold = fold_of_sequences(positions, self._sketch, self.step, inputs.device)
+                rows = replace(rows, fold=fold)
             self._last_inputs = _Inputs(inputs, inputs._version, mask, adapter, rows)
         return self._last_inputs
 

@@ -8,12 +8,13 @@ the sum of its output gradients (Eschenhagen et al. 2023, arXiv 2311.00636, sect
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hf_so2.layers.adapters import Adapter
+from hf_so2.layers.sketch import Fold
 
 
 @dataclass(frozen=True)
@@ -25,16 +26,15 @@ class InputRows:
         kept: which positions count, (positions,) of booleans; None where all do.
         count: how many rows are not padding.
         positions: how many positions those came from; the same number unless positions were reduced.
-        picked: which rows `h` are of all of them, None for all; `count` and `positions` speak of all.
-        weight: how many rows each of `h` stands for.
+        fold: makes fewer of these rows, and of those of the output gradients, see `hf_so2.layers.sketch`; None where
+            all are to be multiplied.
     """
 
     h: Tensor
     kept: Tensor | None
     count: int | Tensor
     positions: int | Tensor
-    picked: Tensor | None = None
-    weight: float = 1.0
+    fold: Fold | None = None
 
 
 @dataclass(frozen=True)
@@ -99,29 +99,6 @@ WEIGHT_SHARING = {
     "expand": WeightSharing(_expanded_inputs, _expanded_gradients),
     "reduce": WeightSharing(_reduced_inputs, _reduced_gradients),
 }
-
-
-def every(stride: int, sharing: WeightSharing) -> WeightSharing:
-    """The same with one row of every `stride`, which stand for all: unbiased statistics at a fraction of the cost.
-
-    Of the g-th group of so many rows it is row `g mod stride`, so that every position of a sequence has its turn.
-    One-hot rows cost nothing and are all taken.
-    """
-
-    def inputs(adapter: Adapter, tensor: Tensor, mask: Tensor | None) -> InputRows:
-        rows = sharing.inputs(adapter, tensor, mask)
-        groups = len(rows.h) // stride
-        if adapter.one_hot or not groups:
-            return rows
-        group = torch.arange(groups, device=rows.h.device)
-        picked = group * stride + group % stride
-        return replace(rows, h=rows.h[picked], picked=picked, weight=len(rows.h) / groups)
-
-    def gradients(adapter: Adapter, tensor: Tensor, rows: InputRows) -> Tensor:
-        delta = sharing.gradients(adapter, tensor, rows)
-        return delta if rows.picked is None else delta[rows.picked]
-
-    return WeightSharing(inputs, gradients)
 
 
 def _kept(adapter: Adapter, inputs: Tensor, mask: Tensor | None, positions: int) -> Tensor | None:

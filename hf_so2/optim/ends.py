@@ -13,6 +13,7 @@ from hf_so2.curvature import State, Tied, TokenBlock
 from hf_so2.curvature.tied import EMBEDDING, HEAD, of_end
 from hf_so2.layers import Adapter
 from hf_so2.layers.adapters import LINEAR
+from hf_so2.layers.sketch import Fold
 from hf_so2.optim.layer import Layer
 
 
@@ -49,10 +50,10 @@ class End:
         """The statistics that are, wherever they are matrices."""
         return [name for name, statistic in self.block.statistics.items() if statistic.symmetric]
 
-    def observe(self, inputs: Tensor, gradients: Tensor, known: State) -> State:
+    def observe(self, inputs: Tensor, gradients: Tensor, known: State, fold: Fold | None) -> State:
         """The sums of the block's statistics over rows, see `TokenBlock.observe`."""
         self.layer.move_to(inputs.device)
-        return self.block.observe(of_end(self.layer.state, self.prefix), inputs, gradients, known)
+        return self.block.observe(of_end(self.layer.state, self.prefix), inputs, gradients, known, fold)
 
     def no_rows(self) -> State:
         """The sums over nothing."""

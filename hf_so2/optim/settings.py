@@ -142,12 +142,14 @@ class Settings:
         "expand", one_of(WEIGHT_SHARING), "What counts as an example of a layer: expand (every position of a sequence)"
         " or reduce (a sequence: its mean input, its summed output gradient).", "tokens"
     )  # fmt: skip
-    factor_token_stride: int = setting(
-        1, COUNT, "Statistics from one of so many tokens: cheaper and noisier, with the same mean.", "tokens"
-    )
+    factor_token_sketch: int = setting(
+        1, COUNT, "Factors from sums over so many tokens of a sequence with random signs (a count sketch): the same"
+        " mean at a fraction of the products. 8 save K-FAC a fifth of a step's time and cost next to no loss"
+        " (docs/speed.md).", "expanded tokens"
+    )  # fmt: skip
     moment_token_stride: int = setting(
-        1, COUNT, "The second moments in the eigenbasis from one of so many tokens, of those that factor_token_stride"
-        " leaves; the factors from all of these. 8 cost no loss where it was tried (docs/speed.md).", "token moments"
+        1, COUNT, "The second moments in the eigenbasis from one of so many tokens, the factors from all. 8 cost no"
+        " loss where it was tried (docs/speed.md).", "token moments"
     )  # fmt: skip
     precondition_embeddings: bool = setting(
         False, FLAG, "Precondition the token embedding. The K-FAC family's input factor is a diagonal there: the"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from hf_so2.curvature import GradientBlock, State
 from hf_so2.damping import Damping
 from hf_so2.errors import TrainingDivergedError
 from hf_so2.layers import Capture, SampledCapture
+from hf_so2.layers.capture import Observe
+from hf_so2.layers.sketch import Fold
 from hf_so2.linalg import DecompositionError, matmul_precision
 from hf_so2.optim.costs import refresh_flops
 from hf_so2.optim.ends import End, ends_of
@@ -37,7 +39,7 @@ class Curvature:
         fisher: `empirical` or `mc`: where the gradients of token statistics come from.
         weight_sharing: `expand` or `reduce`.
         precision: of the products, see `hf_so2.linalg.matmul_precision`.
-        token_stride: statistics of tokens are of one in so many.
+        token_sketch: so many tokens are folded into one row of the statistics.
         gradient_worker_fraction: of the ranks that hold a layer.
         refresh_steps: steps between refreshes of a layer, which are spread over these steps and balanced with the work
             of every one.
@@ -60,7 +62,7 @@ class Curvature:
         fisher: str = "empirical",
         weight_sharing: str = "expand",
         precision: str = "highest",
-        token_stride: int = 1,
+        token_sketch: int = 1,
         *,
         gradient_worker_fraction: float = 1.0,
         refresh_steps: int = 1,
@@ -97,7 +99,7 @@ class Curvature:
             {name: end.of_inputs for name, end in self._ends.items()},
             {name: end.layer.dtype for name, end in self._ends.items()},
             weight_sharing,
-            token_stride,
+            token_sketch,
         )
 
     def preconditions(self, name: str) -> bool:
@@ -105,15 +107,16 @@ class Curvature:
         layer = self.layers.get(self.weight_of_bias.get(name, name))
         return layer is not None and layer.refreshes > 0
 
-    def _observer(self, end: End) -> Callable[[Tensor, Tensor, State], State]:
-        def observe(inputs: Tensor, gradients: Tensor, known: State) -> State:
+    def _observer(self, end: End) -> Observe:
+        def observe(inputs: Tensor, gradients: Tensor, known: State, fold: Fold | None) -> State:
             with matmul_precision(self._precision):
-                return end.observe(inputs, gradients, known)
+                return end.observe(inputs, gradients, known, fold)
 
         return observe
 
     def prepare(self, step: int) -> None:
         """Have the coming forward passes captured as far as they are needed for the statistics of this step."""
+        self.capture.step = step
         self.capture.due = frozenset(
             name for name, end in self._ends.items() if self._takes_statistics(end.layer, step)
         )

@@ -67,7 +67,7 @@ def second_moments_at(stride: int, parts: list[slice]) -> dict[str, np.ndarray]:
     inputs = torch.randn(48, 7, generator=generator, dtype=torch.float64)
     targets = torch.randint(0, 5, (48,), generator=generator)
     optimizer = hf_so2.build_optimizer(
-        "ekfac", model, lr=1e-30, fallback_learning_rate=1e-30, moment_token_stride=stride, factor_token_stride=2
+        "ekfac", model, lr=1e-30, fallback_learning_rate=1e-30, moment_token_stride=stride
     )
     for _ in range(2):
         for part in parts:
@@ -79,7 +79,7 @@ def second_moments_at(stride: int, parts: list[slice]) -> dict[str, np.ndarray]:
 
 
 def test_batches_of_whole_turns_can_be_split() -> None:
-    """Turns of both strides are 2 · 4² = 32 and 2 · 2 rows long, and the first 32 rows are whole ones of either."""
+    """A turn is 4² = 16 rows long."""
     whole, split = second_moments_at(4, [slice(None)]), second_moments_at(4, [slice(0, 32), slice(32, 48)])
     assert whole.keys() == set(linear_layers(mlp_case()[0]))
     for name in whole:

@@ -18,9 +18,9 @@ def recorded(capture: Capture, known: dict[str, list[str]]) -> None:
     """From now on `known` gets, for every layer, which of its sums it was handed."""
     for name, observe in list(capture._observers.items()):
 
-        def spy(h: Tensor, delta: Tensor, given: Any, name: str = name, observe: Any = observe) -> Any:
+        def spy(h: Tensor, delta: Tensor, given: Any, fold: Any, name: str = name, observe: Any = observe) -> Any:
             known[name] = sorted(given)
-            return observe(h, delta, given)
+            return observe(h, delta, given, fold)
 
         capture._observers[name] = spy  # type: ignore[index]
 

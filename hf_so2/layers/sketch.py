@@ -1,0 +1,53 @@
+"""Fewer rows with the same sum of outer products on average: signed sums over the tokens of a sequence.
+
+The products of all tokens with themselves are the largest cost of the K-FAC family. A count sketch leaves a fraction of
+them: tokens are dealt out to groups, and each group's rows are added up with random signs `s`. In
+`(Σ s_i x_i) (Σ s_j x_j)ᵀ` every token's own `x_i x_iᵀ` is there, and the products of different tokens have mean zero
+(Clarkson & Woodruff 2013, arXiv 1207.6365, section 2). Unlike a sample of the tokens it misses none of those whose
+gradients are much larger than the others'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+Fold = Callable[[Tensor], Tensor]
+
+
+@lru_cache(maxsize=16)
+def fold_of_sequences(shape: torch.Size, size: int, seed: int, device: torch.device) -> Fold | None:
+    """How the rows of some sequences are folded.
+
+    Args:
+        shape: of the positions, (..., length).
+        size: tokens in a group, at most; a group's are as far apart as they can be.
+        seed: of the signs. They depend on it and on the place in a sequence alone, so that neither the split of a batch
+            nor the number of processes matters.
+        device: of the rows.
+
+    Returns:
+        A function from rows (positions, n) to (groups, n), None where the positions are of no sequence.
+    """
+    if len(shape) < 2 or min(size, shape[-1]) < 2:
+        return None
+    length = shape[-1]
+    groups = -(-length // size)
+    # Row g of this table is group g; what is beyond the end is left out.
+    table = torch.arange(-(-length // groups) * groups).reshape(-1, groups).mT
+    inside = table < length
+    members, sizes = table[inside], inside.sum(dim=1)
+    signs = 2 * torch.randint(0, 2, (length,), generator=torch.Generator().manual_seed(seed)) - 1
+    sequences = torch.arange(0, shape.numel(), length).unsqueeze(1)
+    starts = (sequences + (sizes.cumsum(dim=0) - sizes)).reshape(-1).to(device)
+    signs = signs[members].repeat(len(sequences)).to(device)
+    members = (sequences + members).reshape(-1).to(device)
+
+    def fold(rows: Tensor) -> Tensor:
+        return embedding_bag(members, rows, starts, mode="sum", per_sample_weights=signs.to(rows.dtype))
+
+    return fold
