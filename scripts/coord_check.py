@@ -23,7 +23,8 @@ from hf_so2.data import DataArguments
 from hf_so2.errors import ConfigurationError
 from hf_so2.folders import require_folder
 from hf_so2.models import ModelArguments, build_config, require_positions
-from hf_so2.mup.coord_check import CoordinateCheck, run_coordinate_check
+from hf_so2.mup.coord_check import CoordinateCheck
+from hf_so2.mup.coord_run import run_coordinate_check
 from hf_so2.mup.widths import HeadGrowth
 from hf_so2.optim import SecondOrderOptimizer
 from hf_so2.optim.build import build_from_settings

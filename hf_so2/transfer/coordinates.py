@@ -1,4 +1,4 @@
-"""The coordinate check of an optimizer by its name; `hf_so2.mup.coord_check` explains and measures it."""
+"""The coordinate check of an optimizer by its name; see `hf_so2.mup.coord_check`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from hf_so2.mup.coord_check import CoordinateCheck, run_coordinate_check
+from hf_so2.mup.coord_check import CoordinateCheck
+from hf_so2.mup.coord_run import run_coordinate_check
 from hf_so2.optim import SecondOrderOptimizer, build_optimizer
 
 # Arguments that go to the check; all others are the optimizer's settings.
@@ -29,7 +30,7 @@ def coordinate_check(
         optim: a name of `hf_so2.OPTIMIZERS`. Without `_mup` it shows what the standard parametrization does.
         widths: hidden sizes, at least two.
         arguments: `seeds`, `steps`, `tolerance`, `batch_size`, `sequence_length`, `head` and `device` of
-            `hf_so2.mup.coord_check.run_coordinate_check`; the rest are settings of the optimizer (`lr`, `damping`,
+            `hf_so2.mup.coord_run.run_coordinate_check`; the rest are settings of the optimizer (`lr`, `damping`,
             ...).
 
     Returns:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_so2.mup import ParameterWidth, apply_mup, rules, scale_width
-from hf_so2.mup.coord_check import synthetic_batches
+from hf_so2.mup.coord_run import synthetic_batches
 from hf_so2.mup.roles import pattern_of
 
 GROWTH, SEEDS = 4, 3
