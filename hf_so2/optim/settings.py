@@ -144,7 +144,7 @@ class Settings:
     )  # fmt: skip
     factor_token_sketch: int = setting(
         1, COUNT, "Factors from sums over so many tokens of a sequence with random signs (a count sketch): the same"
-        " mean at a fraction of the products. 8 save K-FAC a fifth of a step's time and cost next to no loss"
+        " mean at a fraction of the products. 8 save K-FAC a seventh of a step's time and cost next to no loss"
         " (docs/speed.md).", "expanded tokens"
     )  # fmt: skip
     moment_token_stride: int = setting(
