@@ -18,7 +18,7 @@ from torch import Tensor
 from hf_so2.damping import Damping
 
 State = dict[str, Tensor]
-Fold = Callable[[Tensor], Tensor]
+Fold = Callable[[Tensor, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -111,8 +111,8 @@ class TokenBlock(CurvatureBlock, Protocol):
 
         Args:
             known: sums of the same inputs that need not be computed again; handed on as they are.
-            fold: makes fewer rows of rows (rows, n), with the same sum of outer products on average; matrices are then
-                of those.
+            fold: makes fewer rows of rows (rows, n) times their weights (rows, 1), or None, with the same sum of outer
+                products on average; matrices are then of those.
         """
         ...
 

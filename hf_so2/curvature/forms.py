@@ -42,7 +42,7 @@ def second_moment(rows: Tensor, like: Tensor, weights: Tensor | float = 1.0, fol
         counted = (squared_length(rows) * weights).to(like.dtype)
         return sum_by_index(rows, counted, len(like)).squeeze(1)
     if fold is not None and like.ndim == 2:
-        folded = fold(rows if isinstance(weights, float) else rows * weights.sqrt())
+        folded = fold(rows, None if isinstance(weights, float) else weights.sqrt().to(rows.dtype))
         return symmetric_product(folded, folded)
     weighted = rows if isinstance(weights, float) else rows * weights
     return symmetric_product(weighted, rows) if like.ndim == 2 else (weighted * rows).sum(dim=0)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-Fold = Callable[[Tensor], Tensor]
+Fold = Callable[[Tensor, Tensor | None], Tensor]
 
 
 @lru_cache(maxsize=16)
@@ -31,7 +31,8 @@ def fold_of_sequences(shape: torch.Size, size: int, seed: int, device: torch.dev
         device: of the rows.
 
     Returns:
-        A function from rows (positions, n) to (groups, n), None where the positions are of no sequence.
+        A function from rows (positions, n), and a weight for each (positions, 1) or None, to (groups, n); None where
+        the positions are of no sequence.
     """
     if len(shape) < 2 or min(size, shape[-1]) < 2:
         return None
@@ -47,7 +48,10 @@ def fold_of_sequences(shape: torch.Size, size: int, seed: int, device: torch.dev
     signs = signs[members].repeat(len(sequences)).to(device)
     members = (sequences + members).reshape(-1).to(device)
 
-    def fold(rows: Tensor) -> Tensor:
-        return embedding_bag(members, rows, starts, mode="sum", per_sample_weights=signs.to(rows.dtype))
+    def fold(rows: Tensor, weights: Tensor | None) -> Tensor:
+        signed = signs.to(rows.dtype)
+        if weights is not None:
+            signed = signed * weights.squeeze(1)[members]
+        return embedding_bag(members, rows, starts, mode="sum", per_sample_weights=signed)
 
     return fold

@@ -25,7 +25,7 @@ def matrix(sequences: int, length: int, size: int, seed: int = 0) -> np.ndarray:
     """The sketch as a matrix (groups, positions): what it makes of the identity."""
     fold = fold_of_sequences(torch.Size((sequences, length)), size, seed, CPU)
     identity = torch.eye(sequences * length, dtype=torch.float64)
-    return (identity if fold is None else fold(identity)).numpy()
+    return (identity if fold is None else fold(identity, None)).numpy()
 
 
 @given(sequences=st.integers(1, 3), length=st.integers(1, 20), size=st.integers(1, 24), seed=st.integers(0, 2**40))
