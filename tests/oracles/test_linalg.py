@@ -211,11 +211,14 @@ def test_mean_over_eigenspaces(data: st.DataObject, columns: int, groups: list[i
 
 
 @pytest.mark.parametrize("size", [1, 255, 256, 257, 301, 512])
+@pytest.mark.parametrize("count", [40, 600])
 @pytest.mark.parametrize("is_weighted", [False, True])
-def test_symmetric_products_equal_numpy(size: int, is_weighted: bool) -> None:
-    """Strips that do and do not divide the size, and sizes that are not cut; rows that are a slice of others."""
+def test_symmetric_products_equal_numpy(size: int, count: int, is_weighted: bool) -> None:
+    """Strips that do and do not divide the size, and sizes and numbers of rows that are not cut; rows that are a slice
+    of others.
+    """
     rng = np.random.default_rng(size)
-    rows = rng.normal(size=(40, size + 3))[:, 2 : size + 2]
-    weights = rng.uniform(size=(40, 1)) if is_weighted else np.ones((40, 1))
+    rows = rng.normal(size=(count, size + 3))[:, 2 : size + 2]
+    weights = rng.uniform(size=(count, 1)) if is_weighted else np.ones((count, 1))
     found = symmetric_product(torch.from_numpy(rows * weights), torch.from_numpy(rows)).numpy()
     np.testing.assert_allclose(found, (rows * weights).T @ rows, rtol=1e-12, atol=1e-12)
