@@ -24,9 +24,10 @@ def plot_benchmark(measurements: Sequence[Measurement], baseline: str, path: str
     """
     spreads = ratios(measurements, baseline)
     ordered = sorted(measurements, key=lambda m: spreads[m.name].median, reverse=True)
-    figure = Figure(figsize=(11, 1.2 + 0.4 * len(ordered)), layout="constrained")
-    times, memory = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
     names = [_label(m.name) for m in ordered]
+    row_height = max(0.4, 0.15 * max(name.count("\n") + 1 for name in names))
+    figure = Figure(figsize=(11, 1.2 + row_height * len(ordered)), layout="constrained")
+    times, memory = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
     left = [0.0] * len(ordered)
     for index, phase in enumerate(PHASES):
         # Shares of the measured ratio, so that bars end where the table says.
