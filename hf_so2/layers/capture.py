@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -45,13 +45,16 @@ class LayerSums:
 
 @dataclass
 class _Inputs:
-    """The inputs that the last layer read: as it was given them, as rows, and their sums by themselves."""
+    """The inputs that the last layer read: as it was given them, as rows, how rows are folded, and their sums by
+    themselves.
+    """
 
     given: Tensor
     version: int
     mask: Tensor | None
     adapter: Adapter
     rows: InputRows
+    fold: Fold | None
     sums: Sums = field(default_factory=dict)
 
     def are(self, given: Tensor, mask: Tensor | None, adapter: Adapter, dtype: torch.dtype) -> bool:
@@ -150,7 +153,7 @@ class Capture:
         known = {key: seen.sums[key].clone() for key in self._of_inputs[name] if key in seen.sums}
         # Checkpointing may run a layer inside another micro-batch's autocast region.
         with torch.autocast(delta.device.type, enabled=False):
-            sums = self._observers[name](seen.rows.h, delta, known, seen.rows.fold)
+            sums = self._observers[name](seen.rows.h, delta, known, seen.fold)
         self._sums.setdefault(name, LayerSums()).add(sums, seen.rows)
         seen.sums.update({key: sums[key] for key in self._of_inputs[name]})
 
@@ -159,11 +162,9 @@ class Capture:
         mask = self._row_mask
         if self._last_inputs is None or not self._last_inputs.are(inputs, mask, adapter, dtype):
             rows = self._weight_sharing.inputs(adapter, inputs if adapter.one_hot else inputs.to(dtype), mask)
-            if self._sketch > 1:
-                positions = inputs.shape if adapter.one_hot else inputs.shape[:-1]
-                fold = fold_of_sequences(positions, self._sketch, self.step, inputs.device)
-                rows = replace(rows, fold=fold)
-            self._last_inputs = _Inputs(inputs, inputs._version, mask, adapter, rows)
+            positions = inputs.shape if adapter.one_hot else inputs.shape[:-1]
+            fold = fold_of_sequences(positions, self._sketch, self.step, inputs.device) if self._sketch > 1 else None
+            self._last_inputs = _Inputs(inputs, inputs._version, mask, adapter, rows, fold)
         return self._last_inputs
 
 

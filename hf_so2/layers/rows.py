@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from hf_so2.layers.adapters import Adapter
-from hf_so2.layers.sketch import Fold
 
 
 @dataclass(frozen=True)
@@ -26,15 +25,12 @@ class InputRows:
         kept: which positions count, (positions,) of booleans; None where all do.
         count: how many rows are not padding.
         positions: how many positions those came from; the same number unless positions were reduced.
-        fold: makes fewer of these rows, and of those of the output gradients, see `hf_so2.layers.sketch`; None where
-            all are to be multiplied.
     """
 
     h: Tensor
     kept: Tensor | None
     count: int | Tensor
     positions: int | Tensor
-    fold: Fold | None = None
 
 
 @dataclass(frozen=True)

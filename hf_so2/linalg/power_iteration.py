@@ -31,7 +31,8 @@ def spectral_norm(matrix: Tensor, basis: Tensor, iterations: int) -> tuple[Tenso
     for iteration in range(iterations):
         # As (k, n) the product is quicker, and its transpose is stored the way LAPACK wants it.
         product = image.mT @ matrix
-        if iteration == 0 and _may_be(is_lost):
+        # Elsewhere than on a CPU looking would wait.
+        if iteration == 0 and (matrix.device.type != "cpu" or bool(is_lost)):
             product = torch.where(is_lost, _longest_rows(matrix, basis.shape[1]), product)
         candidates = torch.linalg.qr(product.mT).Q
         image = matrix @ candidates
@@ -49,8 +50,8 @@ def _in_range(matrix: Tensor) -> tuple[Tensor, Tensor]:
     lowest, highest = torch.aminmax(matrix)
     largest = torch.maximum(-lowest, highest)
     one = torch.ones_like(largest)
-    # A copy costs as much as two of the products.
-    if not _may_be((largest < 1 / SAFE) | (largest > SAFE)):
+    # A copy costs as much as two of the products; elsewhere than on a CPU looking would wait.
+    if matrix.device.type == "cpu" and 1 / SAFE <= float(largest) <= SAFE:
         return matrix, one
     unit = torch.where(largest > 0, largest, one)
     return matrix / unit, unit
@@ -62,8 +63,3 @@ def _longest_rows(matrix: Tensor, count: int) -> Tensor:
     there would be no way out.
     """
     return matrix[torch.linalg.vector_norm(matrix, dim=1).topk(count).indices]
-
-
-def _may_be(condition: Tensor) -> bool:
-    """Whether a condition, 0-dim, has to be reckoned with: on a CPU looking costs nothing, elsewhere it would wait."""
-    return condition.device.type != "cpu" or bool(condition)
