@@ -22,8 +22,6 @@ from hf_so2.optim.methods import MUP_SUFFIX
 from hf_so2.optim.sharded import NO_ADAPTIVE_DAMPING
 from hf_so2.resumable import ResumableTrainer
 
-IGNORED_LABEL = -100
-
 
 class SecondOrderTrainer(ResumableTrainer):
     """A `transformers.Trainer` whose `args.optim` may be a name of `hf_so2.OPTIMIZERS`.
@@ -51,6 +49,7 @@ class SecondOrderTrainer(ResumableTrainer):
         if model is not None:
             _apply_mup(model, args)
         super().__init__(model, args, *positional, **kwargs)
+        self._loss_divides: bool | None = None
         self.add_callback(DiscardStaleCaptures())
         if args.curvature_log != "none":
             self.add_callback(ObserveLoggedSteps())
@@ -112,9 +111,14 @@ class SecondOrderTrainer(ResumableTrainer):
                 loss: Tensor = self.compute_loss(self.model, prepared, num_items_in_batch=num_items)
         finally:
             self.model.train(was_training)
-        if (num_items is None or not self.model_accepts_loss_kwargs) and self.compute_loss_func is None:
-            loss = loss / self.current_gradient_accumulation_steps
-        return loss
+        return loss if self._is_of_whole_step(num_items) else loss / self.current_gradient_accumulation_steps
+
+    def _is_of_whole_step(self, num_items: Tensor | int | None) -> bool:
+        """Whether the losses of micro-batches add up to that of the step as they are: the Trainer's own rule."""
+        said: bool | None = getattr(self, "loss_is_scaled_for_ga", None)  # of newer versions
+        if said is not None:
+            return said
+        return (self.model_accepts_loss_kwargs and num_items is not None) or self.compute_loss_func is not None
 
     def compute_loss(
         self,
@@ -128,38 +132,44 @@ class SecondOrderTrainer(ResumableTrainer):
         if not samples or not (model.training and torch.is_grad_enabled()):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         assert optimizer is not None
-        given = dict(inputs)  # a label smoother takes the labels out
+        labels = inputs.get("labels")  # a label smoother takes them out
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         logits = outputs["logits"] if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
         if not isinstance(logits, Tensor):
             raise ConfigurationError("fisher", "mc", f"needs a model that returns logits, not {type(outputs).__name__}")
-        counted = _counted_positions(given)
-        if counted is not None and counted.shape != logits.shape[:-1]:
-            raise ConfigurationError(
-                "fisher",
-                "mc",
-                f"needs one label per row of logits, not {tuple(counted.shape)} for {tuple(logits.shape)}",
-            )
-        optimizer.sample_fisher(logits, counted, _padding_mask(given), seed=self.args.seed)
+        independent = False
+        if isinstance(labels, Tensor) and labels.is_floating_point():
+            independent = labels.shape == logits.shape and logits.ndim == 2
+            if not independent:
+                raise ConfigurationError("fisher", "mc", f"draws classes; this loss has labels of type {labels.dtype}")
+        optimizer.sample_fisher(logits, loss=loss, independent=independent, seed=self.args.seed)
         return (loss, outputs) if return_outputs else loss
 
     def _announce(
         self, optimizer: SecondOrderOptimizer, inputs: dict[str, Any], num_items: Tensor | int | None
     ) -> None:
-        """Tell the optimizer which factor backward will put on the gradient of each token's own loss."""
-        counted = _counted_positions(inputs)
-        if counted is None:
-            return
-        tokens = counted.sum()
+        """Tell the optimizer which factor backward will put on the gradient of each row's own loss."""
+        is_mean, scale = True, torch.ones((), dtype=torch.float64)
         if num_items is not None and (self.model_accepts_loss_kwargs or self.compute_loss_func is not None):
-            # The count that the Trainer divides by, right or not, is the factor to undo.
-            ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-            gradient_scale = ranks / num_items
-        else:
-            gradient_scale = 1.0 / (tokens.clamp(min=1) * self.current_gradient_accumulation_steps)
+            if self.args.average_tokens_across_devices:
+                scale = scale * self.accelerator.num_processes
+            is_mean = not self._divides_by(num_items, inputs)
+            scale = scale if is_mean else scale / torch.as_tensor(num_items).to(scale)
+        if is_mean and not self._is_of_whole_step(num_items):
+            scale = scale / self.current_gradient_accumulation_steps
         if self.accelerator.scaler is not None:
-            gradient_scale = gradient_scale * self.accelerator.scaler.get_scale()
-        optimizer.announce(tokens, gradient_scale, _padding_mask(inputs))
+            scale = scale * self.accelerator.scaler.get_scale()
+        optimizer.announce(None, scale, is_mean=is_mean)
+
+    def _divides_by(self, num_items: Tensor | int, inputs: dict[str, Any]) -> bool:
+        """Whether the loss is divided by the count that the Trainer hands to it; tried once.
+
+        Most models do, but those whose class builds a loss of its own (BERT's) take the count and leave it.
+        """
+        if self._loss_divides is None:
+            once, twice = (self._loss_again(inputs, factor * num_items) for factor in (1, 2))
+            self._loss_divides = not torch.equal(once, twice)
+        return self._loss_divides
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in transformers; the log of training steps holds `SecondOrderOptimizer.telemetry` besides."""
@@ -167,22 +177,6 @@ class SecondOrderTrainer(ResumableTrainer):
         if "loss" in logs and optimizer is not None and self.args.curvature_log != "none":
             logs |= optimizer.telemetry(self.args.curvature_log)
         super().log(logs, start_time)
-
-
-def _counted_positions(inputs: Mapping[str, Any]) -> Tensor | None:
-    """Where the logits of a causal LM meet a label, (batch, sequence); None where there is no label per token."""
-    labels = inputs["shift_labels"] if "shift_labels" in inputs else inputs.get("labels")
-    if not isinstance(labels, Tensor) or labels.ndim != 2:
-        return None
-    counted = labels != IGNORED_LABEL
-    if "shift_labels" not in inputs:
-        counted = torch.cat([counted[:, 1:], torch.zeros_like(counted[:, :1])], dim=1)
-    return counted
-
-
-def _padding_mask(inputs: Mapping[str, Any]) -> Tensor | None:
-    mask = inputs.get("attention_mask")
-    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
 def _check_fsdp(plugin: Any, args: SecondOrderTrainingArguments) -> None:

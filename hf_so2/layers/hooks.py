@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from torch import Tensor, nn
-
-from hf_so2.layers.adapters import LINEAR, Adapter
-
-if TYPE_CHECKING:
-    from hf_so2.layers.capture import Capture
+from torch import nn
 
 
-class ForwardHook:
+class Hook:
     """Tells a capture of the calls of one module; register it with `with_kwargs=True`.
 
     A model does not keep the capture alive by it. Copies of the hook, made with copies of the model (an average of its
@@ -22,19 +17,19 @@ class ForwardHook:
 
     Args:
         capture: whom to tell; None for nobody.
-        name: of the weight.
-        adapter: how the module stores it.
+        event: the name of the method that is called with `about`, the module, its arguments and, after a call, its
+            output.
+        about: what it is told besides.
     """
 
-    def __init__(self, capture: Capture | None = None, name: str = "", adapter: Adapter = LINEAR) -> None:
+    def __init__(self, capture: object | None = None, event: str = "", *about: Any) -> None:
         self._capture = None if capture is None else weakref.ref(capture)
-        self._name, self._adapter = name, adapter
+        self._event, self._about = event, about
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *output: Any) -> None:
         capture = None if self._capture is None else self._capture()
         if capture is not None:
-            # Of one input, by position or by whatever name the module has for it.
-            capture.called(self._name, self._adapter, args[0] if args else next(iter(kwargs.values())), output)
+            getattr(capture, self._event)(*self._about, module, args, kwargs, *output)
 
-    def __reduce__(self) -> tuple[type[ForwardHook], tuple[()]]:
-        return ForwardHook, ()
+    def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
+        return Hook, ()

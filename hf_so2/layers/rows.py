@@ -1,4 +1,10 @@
-"""From the tensors that a module takes in and gets back to the rows of its statistics: weight sharing and padding.
+"""From the tensors that a module takes in and gets back to the rows of its statistics.
+
+A position counts if and only if the loss depends on it: if its output gradient is not exactly zero in every layer that
+reads the same tensor. Padding, positions without a label, the other side of an encoder-decoder and an expert's empty
+slots all have a gradient of exactly zero, so that no mask has to reach the layers. Layers that read one tensor decide
+together, because one of them may get round-off in place of zeros: queries of the first position of a causal attention,
+which has nothing to choose from, get 0 from one kernel and 1e-20 from another; its values get a gradient from all.
 
 A layer of a language model is used at every position of a sequence. `expand` counts every position as an example of its
 own, right for a loss that is a sum over tokens; `reduce` makes one example of a sequence, the mean of its inputs with
@@ -7,7 +13,7 @@ the sum of its output gradients (Eschenhagen et al. 2023, arXiv 2311.00636, sect
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,16 +27,17 @@ class InputRows:
     """The input rows of one call of a layer.
 
     Args:
-        h: (rows, fan_in) and floating point, or the indices (rows,) of one-hot inputs, -1 where one is left out.
-        kept: which positions count, (positions,) of booleans; None where all do.
-        count: how many rows are not padding.
+        h: (rows, fan_in) and floating point, or the indices (rows,) of one-hot inputs; where a row does not count it is
+            zero, or -1.
+        count: how many rows count.
         positions: how many positions those came from; the same number unless positions were reduced.
+        kept: which positions count, (positions,) of booleans, where others may have a gradient; else None.
     """
 
     h: Tensor
-    kept: Tensor | None
     count: int | Tensor
     positions: int | Tensor
+    kept: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -38,23 +45,41 @@ class WeightSharing:
     """One way to make rows of positions.
 
     Args:
-        inputs: the rows of a layer's inputs, (..., fan_in) or indices of any shape, given a mask that is non-zero where
-            a position is no padding; a mask that has not one entry per position is ignored.
+        inputs: the rows of a layer's inputs, (..., fan_in) or indices of any shape, in the dtype of the statistics,
+            given which positions count, (positions,) of booleans.
         gradients: `δ` (rows, fan_out) of its output gradients (..., fan_out), given the rows of its inputs.
     """
 
-    inputs: Callable[[Adapter, Tensor, Tensor | None], InputRows]
+    inputs: Callable[[Adapter, Tensor, torch.dtype, Tensor], InputRows]
     gradients: Callable[[Adapter, Tensor, InputRows], Tensor]
 
 
-def _expanded_inputs(adapter: Adapter, inputs: Tensor, mask: Tensor | None) -> InputRows:
-    """Every position is a row; padded ones are zero."""
-    h = inputs.reshape(-1) if adapter.one_hot else _with_ones(adapter, inputs.reshape(-1, inputs.shape[-1]))
-    kept = _kept(adapter, inputs, mask, len(h))
-    if kept is None:
-        return InputRows(h, None, len(h), len(h))
-    h = h.masked_fill(~kept, -1) if adapter.one_hot else h * kept.unsqueeze(1)
-    return InputRows(h, kept, kept.sum(), kept.sum())
+def live_rows(gradients: Sequence[Tensor]) -> Tensor:
+    """Which positions have an output gradient that is not zero, (positions,) of booleans.
+
+    Args:
+        gradients: (..., fan_out), of layers that read the same tensor; at least one.
+    """
+    # Of entries so small that their squares are zero, the outer product is zero as well.
+    norms = [torch.linalg.vector_norm(g.reshape(-1, g.shape[-1]), dim=1) for g in gradients]
+    live = norms[0] != 0
+    for more in norms[1:]:
+        live |= more != 0
+    return live
+
+
+def _expanded_inputs(adapter: Adapter, inputs: Tensor, dtype: torch.dtype, live: Tensor) -> InputRows:
+    """Every position is a row."""
+    count = live.sum()
+    if adapter.one_hot:
+        ids = inputs.reshape(-1)
+        if adapter.ignored_index is None:
+            return InputRows(torch.where(live, ids, -1), count, count)
+        # The row of this index gets no gradient, its positions do.
+        kept = live & (ids != adapter.ignored_index)
+        count = kept.sum()
+        return InputRows(torch.where(kept, ids, -1), count, count, kept)
+    return InputRows(_zeroed(_with_ones(adapter, inputs.flatten(0, -2).to(dtype)), live, inputs), count, count)
 
 
 def _expanded_gradients(adapter: Adapter, gradients: Tensor, rows: InputRows) -> Tensor:
@@ -62,49 +87,48 @@ def _expanded_gradients(adapter: Adapter, gradients: Tensor, rows: InputRows) ->
     return delta if rows.kept is None else delta * rows.kept.unsqueeze(1)
 
 
-def _are_sequences(adapter: Adapter, tensor: Tensor) -> bool:
+def _zeroed(h: Tensor, live: Tensor, given: Tensor) -> Tensor:
+    """`h` (rows, n) with zeros where a row does not count: what stands there may be anything, infinite included.
+
+    Args:
+        given: what is not to be written to.
+    """
+    if h.device.type != "cpu":
+        return torch.where(live.unsqueeze(1), h, 0)  # without asking the device which rows those are
+    dead = live.logical_not().nonzero().squeeze(1)
+    if not len(dead):
+        return h
+    own = h.clone() if h.data_ptr() == given.data_ptr() else h
+    return own.index_fill_(0, dead, 0)
+
+
+def are_sequences(adapter: Adapter, tensor: Tensor) -> bool:
     """Whether there is a dimension of positions to reduce: a classifier and an expert's selection of tokens have none,
     and an embedding's mean of one-hot inputs would no longer be diagonal. These are expanded.
     """
     return tensor.ndim > 2 and not adapter.one_hot
 
 
-def _reduced_inputs(adapter: Adapter, inputs: Tensor, mask: Tensor | None) -> InputRows:
-    """Every sequence is a row, the mean over its positions; padded ones are left out."""
-    if not _are_sequences(adapter, inputs):
-        return _expanded_inputs(adapter, inputs, mask)
-    h = _with_ones(adapter, inputs.flatten(1, -2))
-    positions = h.shape[0] * h.shape[1]
-    kept = _kept(adapter, inputs, mask, positions)
-    if kept is None:
-        return InputRows(h.mean(dim=1), None, len(h), positions)
-    weights = kept.reshape(h.shape[:2]).to(h.dtype).unsqueeze(2)
-    lengths = weights.sum(dim=1)
-    means = (h * weights).sum(dim=1) / lengths.clamp(min=1)
-    return InputRows(means, kept, (lengths > 0).sum(), kept.sum())
+def _reduced_inputs(adapter: Adapter, inputs: Tensor, dtype: torch.dtype, live: Tensor) -> InputRows:
+    """Every sequence is a row, the mean over its positions that count."""
+    if not are_sequences(adapter, inputs):
+        return _expanded_inputs(adapter, inputs, dtype, live)
+    h = _zeroed(_with_ones(adapter, inputs.flatten(0, -2).to(dtype)), live, inputs)
+    lengths = live.reshape(len(inputs), -1).sum(dim=1)
+    sums = h.reshape(len(inputs), -1, h.shape[-1]).sum(dim=1)
+    return InputRows(sums / lengths.clamp(min=1).unsqueeze(1), (lengths > 0).sum(), live.sum())
 
 
 def _reduced_gradients(adapter: Adapter, gradients: Tensor, rows: InputRows) -> Tensor:
-    if not _are_sequences(adapter, gradients):
+    if not are_sequences(adapter, gradients):
         return _expanded_gradients(adapter, gradients, rows)
-    delta = gradients.flatten(1, -2)
-    return (delta if rows.kept is None else delta * rows.kept.reshape(delta.shape[:2]).unsqueeze(2)).sum(dim=1)
+    return gradients.flatten(1, -2).sum(dim=1)
 
 
 WEIGHT_SHARING = {
     "expand": WeightSharing(_expanded_inputs, _expanded_gradients),
     "reduce": WeightSharing(_reduced_inputs, _reduced_gradients),
 }
-
-
-def _kept(adapter: Adapter, inputs: Tensor, mask: Tensor | None, positions: int) -> Tensor | None:
-    """Which positions count, (positions,) of booleans; None where all do."""
-    # Experts see a selection of the tokens, which no mask of the whole batch describes.
-    kept = mask.reshape(-1) != 0 if mask is not None and mask.numel() == positions else None
-    if adapter.ignored_index is None:
-        return kept
-    has_gradient = inputs.reshape(-1) != adapter.ignored_index
-    return has_gradient if kept is None else kept & has_gradient
 
 
 def _with_ones(adapter: Adapter, h: Tensor) -> Tensor:

@@ -3,33 +3,56 @@
 The forward pass only keeps notes: each layer's input and the place of its output in the graph. One call of
 `torch.autograd.grad` at those places then gives every `δ` of the sampled loss. It reaches no parameter, so neither
 gradients nor the reducer of `DistributedDataParallel` notice, and the graph stays for the training loss.
+
+Notes live as long as the predictions that they belong to, so that an evaluation leaves nothing behind. What was sampled
+counts once the training loss has come back through those predictions: a batch that is left out is left out here, too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.module_tracker import ModuleTracker
 
 from hf_so2.errors import ConfigurationError
-from hf_so2.layers.adapters import Adapter
-from hf_so2.layers.capture import Capture, LayerSums
-
-Note = tuple[str, Adapter, Tensor, GradientEdge]
+from hf_so2.layers.backward import Backward, edge_of_predictions
+from hf_so2.layers.capture import Call, Capture, Captured
+from hf_so2.layers.rows import live_rows
 
 REENTRANT = "cannot be used with reentrant gradient checkpointing; pass use_reentrant=False"
 FORGOTTEN = "needs a call of the optimizer's sample_fisher(logits) between every forward pass and its backward"
 
 
+@dataclass
+class _Forward:
+    """A forward pass: notes of its layers, and what was made of them.
+
+    Args:
+        notes: the calls of layers, with the places of their outputs.
+        sampled: sums that wait for the training loss.
+        returns: whether the training loss is seen to come back.
+    """
+
+    notes: list[tuple[Call, GradientEdge]] = field(default_factory=list)
+    sampled: Captured | None = None
+    returns: bool = False
+
+
 class SampledCapture(Capture):
     """As `Capture`, fed by `differentiate` instead of the backward pass of the training loss."""
 
-    _notes: list[Note]
+    _forward: _Forward
+    _pending: list[_Forward]
     _noted: set[str]
-    _sampled: bool
+    _has_sampled: bool
+    _is_busy = False
 
     def differentiate(self, loss: Tensor) -> None:
         """Add the statistics of `loss`, the sum of the losses of single tokens, to this step's.
@@ -37,11 +60,38 @@ class SampledCapture(Capture):
         Raises:
             ConfigurationError: the layers are under reentrant checkpointing, which hides their outputs.
         """
-        notes, self._notes, self._sampled = self._notes, [], True
-        edges = [edge for *_, edge in notes]
-        for (name, adapter, inputs, _), gradient in zip(notes, self._gradients(loss, edges), strict=True):
+        forward, self._forward = self._forward, _Forward()
+        notes, self._has_sampled = list(forward.notes), True
+        forward.notes.clear()
+        with self._busy():
+            gradients = self._gradients(loss, [edge for _, edge in notes])
+        confirmed, self._captured = self._captured, Captured()
+        backward = Backward(-1, self._announced)
+        self._begin(backward)
+        for (call, _), gradient in zip(notes, gradients, strict=True):
             if gradient is not None:
-                self._observe(name, adapter, inputs, gradient)
+                self._collect(call, gradient, backward)
+        self._sum_readers()
+        forward.sampled, self._captured = self._captured, confirmed
+        if forward.returns:
+            self._pending.append(forward)
+        else:
+            self._captured.add(forward.sampled)
+
+    def rows_with_loss(self, logits: Tensor, loss: Tensor) -> Tensor | None:
+        """Where the gradient of `loss` by `logits` (..., classes) is not zero, (...) of booleans; None if not seen."""
+        with self._busy():
+            (gradient,) = torch.autograd.grad(loss, [edge_of_predictions(logits)], retain_graph=True, allow_unused=True)
+        return None if gradient is None else live_rows([gradient]).reshape(logits.shape[:-1])
+
+    @contextlib.contextmanager
+    def _busy(self) -> Iterator[None]:
+        """While gradients are on their way that no training loss has sent."""
+        self._is_busy = True
+        try:
+            yield
+        finally:
+            self._is_busy = False
 
     @staticmethod
     def _gradients(loss: Tensor, edges: Sequence[GradientEdge]) -> Sequence[Tensor | None]:
@@ -54,24 +104,54 @@ class SampledCapture(Capture):
                 raise ConfigurationError("fisher", "mc", REENTRANT) from None
             raise
 
-    def take(self) -> tuple[dict[str, LayerSums], int | Tensor | None]:
+    def take(self) -> Captured:
         """As in `Capture`.
 
         Raises:
             ConfigurationError: forward passes were made, and nobody called `differentiate`.
         """
-        if self._notes and not self._sampled:
+        if self._noted and not self._has_sampled:
             raise ConfigurationError("fisher", "mc", FORGOTTEN)
+        if not self._captured.layers:
+            # A loss that goes round the predictions comes back through none of them.
+            for forward in self._pending:
+                self._captured.add(forward.sampled or Captured())
         return super().take()
 
     def discard(self) -> None:
         super().discard()
-        self._notes, self._noted, self._sampled = [], set(), False
+        self._forward, self._pending, self._noted, self._has_sampled = _Forward(), [], set(), False
 
-    def _watch(self, name: str, adapter: Adapter, inputs: Tensor, output: Tensor) -> None:
+    def begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        super().begins(module, args, kwargs)
+        if not ModuleTracker().is_bw:
+            self._forward = _Forward()
+
+    def returned(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
+        logits = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", out)
+        if self._forward.notes and isinstance(logits, Tensor):
+            weakref.finalize(logits, self._forward.notes.clear).atexit = False
+        super().returned(module, args, kwargs, out)
+
+    def _count(self, predictions: Tensor | None) -> None:
+        if not self._forward.notes or predictions is None or not predictions.requires_grad:
+            return
+        forward, edge = self._forward, edge_of_predictions(predictions)
+        forward.returns = True
+        edge.node.register_prehook(lambda gradients: self._came_back(forward, gradients[edge.output_nr]))
+
+    def _came_back(self, forward: _Forward, gradient: Tensor | None) -> None:
+        if gradient is None or self._is_busy or forward.sampled is None:
+            return
+        self._forget_if_gone()
+        self._captured.add(forward.sampled)
+        forward.sampled = None
+        self._pending = [waiting for waiting in self._pending if waiting is not forward]
+
+    def _await(self, call: Call, output: Tensor) -> None:
         # A layer that runs during a backward pass is being recomputed for checkpointing, and has been noted before.
         if not ModuleTracker().is_bw:
-            self._notes.append((name, adapter, inputs, get_gradient_edge(output)))
-            self._noted.add(name)
-        elif name not in self._noted:
+            self._forward.notes.append((call, get_gradient_edge(output)))
+            self._noted.add(call.name)
+        elif call.name not in self._noted:
             raise ConfigurationError("fisher", "mc", REENTRANT)

@@ -133,6 +133,7 @@ def build_from_settings(
     overrides.refuse_idle()
     curvature = (
         Curvature(
+            model,
             layers,
             resolved.fisher,
             resolved.weight_sharing,

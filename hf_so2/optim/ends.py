@@ -41,9 +41,9 @@ class End:
         return f"{self.layer.name} as {self.prefix.rstrip('_')}" if self.prefix else self.layer.name
 
     @property
-    def of_inputs(self) -> list[str]:
-        """The statistics that the inputs alone decide, and layers with the same inputs have in common."""
-        return [name for name, statistic in self.block.statistics.items() if statistic.gradient_degree == 0]
+    def gradient_degrees(self) -> dict[str, int]:
+        """How often `δ` enters each statistic as a factor."""
+        return {name: statistic.gradient_degree for name, statistic in self.block.statistics.items()}
 
     @property
     def sums_of_outer_products(self) -> list[str]:

@@ -9,29 +9,27 @@ from torch import Tensor
 
 from hf_so2.curvature import State
 from hf_so2.distributed import sum_over_ranks
-from hf_so2.layers.capture import LayerSums
+from hf_so2.layers.capture import Captured, LayerSums
 from hf_so2.optim.ends import End
 from hf_so2.optim.sharing import Sharing
 
 
-def means(
-    ends: Mapping[str, End], captured: Mapping[str, LayerSums], tokens: int | Tensor | None, sharing: Sharing
-) -> dict[str, State]:
+def means(ends: Mapping[str, End], captured: Captured, sharing: Sharing) -> dict[str, State]:
     """Means over the global step, for every layer that saw a row on any rank; of a tied one, for each such end.
 
-    A loss that is a mean over N tokens hands out `δ/N`. Whoever announces tokens also announces that factor, and the
-    capture has undone it already; otherwise N is the number of positions that the layer saw.
+    A loss that is a mean over N rows hands out `δ/N`. N is how many predictions the loss came back through, or, of a
+    model that shows none, how many positions of the layer. Whoever announces gradients names that factor, and the
+    capture has undone it already.
 
     Args:
         ends: those that are captured at this step; the same ones in the same order on every rank.
         captured: what this rank has seen of them.
-        tokens: how many were announced; None if nobody did.
         sharing: who holds which layer.
     """
-    taken = {name: captured.get(name) or LayerSums() for name in ends}
-    counts = _counted(ends, taken, tokens)
+    taken = {name: captured.layers.get(name) or LayerSums() for name in ends}
+    counts = _counted(ends, taken, captured.tokens)
     seen = {name: end for name, end in ends.items() if counts[name][0]}
-    sums = {name: _shares(end, taken[name], tokens, *counts[name]) for name, end in seen.items()}
+    sums = {name: _shares(end, taken[name], captured, *counts[name]) for name, end in seen.items()}
     sharing.sum_statistics((end.layer, end.block.statistics, sums[name]) for name, end in seen.items())
     found: dict[str, State] = {end.layer.name: {} for end in seen.values()}
     for name, end in seen.items():
@@ -40,7 +38,7 @@ def means(
     return found
 
 
-def _shares(end: End, seen: LayerSums, tokens: int | Tensor | None, rows: int, count: int) -> State:
+def _shares(end: End, seen: LayerSums, captured: Captured, rows: int, count: int) -> State:
     """What this rank adds to the means over all ranks, made of its sums in place; zeros where it has seen nothing.
 
     Args:
@@ -51,7 +49,8 @@ def _shares(end: End, seen: LayerSums, tokens: int | Tensor | None, rows: int, c
         return end.no_rows()
     divisors = {"rows": rows, "tokens": max(count, 1)}
     for key, statistic in end.block.statistics.items():
-        undone = seen.positions**statistic.gradient_degree if tokens is None else 1
+        own = seen.positions if captured.tokens is None else captured.tokens
+        undone = 1 if captured.is_scaled else own**statistic.gradient_degree
         undone = undone.double() if isinstance(undone, Tensor) else undone  # what are counts would become float32
         seen.sums[key].mul_(undone / divisors[statistic.per])
     return seen.sums

@@ -5,13 +5,14 @@ statistics → reduce over ranks → refresh → momentum → precondition → n
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_so2.distributed import local, world
+from hf_so2.distributed import is_sharded, local, world
 from hf_so2.errors import ConfigurationError
 from hf_so2.layers import SampledCapture
 from hf_so2.optim.adaptive import AdaptiveDamping, Loss
@@ -60,6 +61,8 @@ class SecondOrderOptimizer(OptimizerWithCurvature):
         self._record = StepRecord()
         self._adaptive = AdaptiveDamping(curvature) if curvature is not None and settings.adaptive_damping else None
         super().__init__(groups, {"lr": settings.lr, "weight_decay": settings.weight_decay})
+        if curvature is not None:
+            curvature.capture.watch = weakref.ref(self)
         self._schedule_capture()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -98,21 +101,29 @@ class SecondOrderOptimizer(OptimizerWithCurvature):
         """Whether the coming step captures tokens for the curvature statistics; `announce` is of use only then."""
         return self.curvature is not None and bool(self.curvature.capture.due)
 
-    def announce(self, tokens: int | Tensor, gradient_scale: float | Tensor, row_mask: Tensor | None = None) -> None:
-        """Tell what a plain loop cannot know of the next micro-batch; call it before the forward pass, or never.
+    def announce(
+        self,
+        tokens: int | Tensor | None,
+        gradient_scale: float | Tensor,
+        row_mask: Tensor | None = None,
+        *,
+        is_mean: bool = False,
+    ) -> None:
+        """Name the factor that backward puts on the gradients of the next micro-batch; hardly ever needed.
 
-        Without a call, N is the number of rows that a layer saw since the last step and the loss is taken as the mean
-        over them.
+        Without a call, the loss of the step is taken as the mean over the rows that have one: N is how many predictions
+        (`logits`) the loss comes back through or, of a model that shows none, how many rows of each layer.
 
         Args:
-            tokens: how many tokens of this micro-batch, on this rank, count in the loss.
-            gradient_scale: c, where backward hands out c times the gradient of a token's own loss: `1/N` for a mean
-                over the N tokens of the whole step, times the world size where the gradients of ranks are averaged,
-                times the scale of a loss scaler.
-            row_mask: (batch, sequence), non-zero where a token is no padding; None when there is none.
+            tokens: how many rows of this micro-batch, on this rank, have a loss; None to have them counted.
+            gradient_scale: c, where backward hands out c times the gradient of a row's own loss: `1/N` for a mean over
+                the N rows of the whole step, times the world size where the gradients of ranks are averaged, times the
+                scale of a loss scaler.
+            row_mask: no longer of use: which rows count is seen from their gradients.
+            is_mean: whether the loss is besides divided by the number of rows of this micro-batch.
         """
         if self.curvature is not None:
-            self.curvature.capture.announce(tokens, gradient_scale, row_mask)
+            self.curvature.capture.announce(tokens, gradient_scale, is_mean=is_mean)
 
     def observe_next_step(self) -> None:
         """Have the coming step record for `telemetry` what only the step itself can tell: two norms per layer."""
@@ -149,7 +160,14 @@ class SecondOrderOptimizer(OptimizerWithCurvature):
         return numbers | {"curvature/skipped_steps": self.skipped_steps}
 
     def sample_fisher(
-        self, logits: Tensor, counted: Tensor | None = None, row_mask: Tensor | None = None, *, seed: int = 0
+        self,
+        logits: Tensor,
+        counted: Tensor | None = None,
+        row_mask: Tensor | None = None,
+        *,
+        loss: Tensor | None = None,
+        independent: bool = False,
+        seed: int = 0,
     ) -> None:
         """Take the curvature statistics of `fisher="mc"`; call it between every forward pass and its backward.
 
@@ -159,8 +177,10 @@ class SecondOrderOptimizer(OptimizerWithCurvature):
 
         Args:
             logits: (..., classes), with the graph of the forward pass.
-            counted: (...), true where a position's label counts in the training loss; None where all do.
-            row_mask: (batch, sequence), non-zero where a token is no padding; None when there is none.
+            counted: (...), true where a row counts in the training loss; None to go by `loss`.
+            row_mask: no longer of use: which rows count is seen from their gradients.
+            loss: the training loss, 0-dim; rows count that have a gradient of it. None where all do.
+            independent: whether every class is a yes or no of its own, as in multi-label classification.
             seed: of the draws, which also depend on the step and the rank.
 
         Raises:
@@ -168,21 +188,43 @@ class SecondOrderOptimizer(OptimizerWithCurvature):
         """
         if self.curvature is None or not self.capturing or not isinstance(self.curvature.capture, SampledCapture):
             return
+        if counted is None and loss is not None:
+            counted = self.curvature.capture.rows_with_loss(logits, loss)
         if self._generator is None:
             self._generator = generator_for(seed, self.steps, world()[0], logits.device)
         with torch.enable_grad():
-            loss = sampled_loss(logits, counted, self._generator)
+            sampled = sampled_loss(logits, counted, self._generator, independent=independent)
         tokens = logits[..., 0].numel() if counted is None else counted.sum()
-        self.announce(tokens, 1.0, row_mask)
-        self.curvature.capture.differentiate(loss)
+        self.announce(tokens, 1.0)
+        self.curvature.capture.differentiate(sampled)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch; what was captured of the gradients that are reset is forgotten with them.
+
+        A forward pass whose backward pass is still to come stays captured.
+        """
+        super().zero_grad(set_to_none)
+        if self.curvature is not None and self.curvature.capture.drop():
+            self._forget_draws_and_losses()
 
     def discard_captures(self) -> None:
-        """Forget micro-batches that will not be stepped on, as after an overflow, an interruption or a retry."""
-        self._generator = None
+        """Forget micro-batches that will not be stepped on, as after an interruption or a retry.
+
+        `zero_grad` does so too, and is enough unless a forward pass has no backward.
+        """
         if self.curvature is not None:
             self.curvature.capture.discard()
+        self._forget_draws_and_losses()
+
+    def _forget_draws_and_losses(self) -> None:
+        self._generator = None
         if self._adaptive is not None:
             self._adaptive.losses = []
+
+    def gradients_are_gone(self) -> bool:
+        """Whether nothing has a gradient any more, as after `model.zero_grad()`; of sharded weights nobody can tell."""
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        return all(p.grad is None for p in parameters) and not any(map(is_sharded, parameters))
 
     @property
     def wants_loss(self) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 def generator_for(seed: int, step: int, rank: int, device: torch.device) -> torch.Generator:
@@ -17,20 +18,28 @@ def generator_for(seed: int, step: int, rank: int, device: torch.device) -> torc
     return torch.Generator(device).manual_seed(int(word >> np.uint64(1)))
 
 
-def sampled_loss(logits: Tensor, counted: Tensor | None, generator: torch.Generator) -> Tensor:
-    """The sum over counted positions of the cross-entropy with a label drawn from `softmax(logits)`.
+def sampled_loss(
+    logits: Tensor, counted: Tensor | None, generator: torch.Generator, *, independent: bool = False
+) -> Tensor:
+    """The sum over counted positions of the cross-entropy with labels drawn from the predictions.
 
     Args:
         logits: (..., classes), of any floating-point dtype.
         counted: (...), true where a position has a loss; None where all have. Labels are drawn at the others too, so
             that a draw does not depend on what is masked elsewhere.
         generator: on the device of `logits`.
+        independent: whether every class is a yes or no of its own, drawn from `sigmoid(logits)`, and a row's loss the
+            mean over classes, as in multi-label classification; else one class of `softmax(logits)` is drawn.
 
     Returns:
         The loss in float32 (float64 for float64 logits), 0-dim.
     """
     rows = logits.reshape(-1, logits.shape[-1])
     rows = rows if rows.dtype == torch.float64 else rows.float()
-    labels = torch.multinomial(rows.detach().softmax(dim=1), 1, generator=generator).squeeze(1)
-    losses = torch.nn.functional.cross_entropy(rows, labels, reduction="none")
+    if independent:
+        answers = torch.bernoulli(rows.detach().sigmoid(), generator=generator)
+        losses = functional.binary_cross_entropy_with_logits(rows, answers, reduction="none").mean(dim=1)
+    else:
+        labels = torch.multinomial(rows.detach().softmax(dim=1), 1, generator=generator).squeeze(1)
+        losses = functional.cross_entropy(rows, labels, reduction="none")
     return losses.sum() if counted is None else losses[counted.reshape(-1)].sum()

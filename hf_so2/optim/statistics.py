@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_so2.curvature import GradientBlock, State
 from hf_so2.damping import Damping
 from hf_so2.errors import TrainingDivergedError
 from hf_so2.layers import Capture, SampledCapture
-from hf_so2.layers.capture import Observe
+from hf_so2.layers.capture import Source
 from hf_so2.layers.sketch import Fold
 from hf_so2.linalg import DecompositionError, matmul_precision
 from hf_so2.optim.costs import refresh_flops
@@ -35,6 +35,7 @@ class Curvature:
     """The statistics and preconditioners of all layers of a model.
 
     Args:
+        model: whose weights they are, and whose predictions are counted.
         layers: the preconditioned weights; every rank must list the same ones in the same order.
         fisher: `empirical` or `mc`: where the gradients of token statistics come from.
         weight_sharing: `expand` or `reduce`.
@@ -58,6 +59,7 @@ class Curvature:
 
     def __init__(
         self,
+        model: nn.Module,
         layers: Sequence[Layer],
         fisher: str = "empirical",
         weight_sharing: str = "expand",
@@ -94,12 +96,7 @@ class Curvature:
                     self._ends[end.name] = end
                     self._outer[layer.name] |= {end.prefix + key for key in end.sums_of_outer_products}
         self.capture = (SampledCapture if fisher == "mc" else Capture)(
-            {name: (end.modules, end.adapter) for name, end in self._ends.items()},
-            {name: self._observer(end) for name, end in self._ends.items()},
-            {name: end.of_inputs for name, end in self._ends.items()},
-            {name: end.layer.dtype for name, end in self._ends.items()},
-            weight_sharing,
-            token_sketch,
+            model, {name: self._source(end) for name, end in self._ends.items()}, weight_sharing, token_sketch
         )
 
     def preconditions(self, name: str) -> bool:
@@ -107,12 +104,12 @@ class Curvature:
         layer = self.layers.get(self.weight_of_bias.get(name, name))
         return layer is not None and layer.refreshes > 0
 
-    def _observer(self, end: End) -> Observe:
+    def _source(self, end: End) -> Source:
         def observe(inputs: Tensor, gradients: Tensor, known: State, fold: Fold | None) -> State:
             with matmul_precision(self._precision):
                 return end.observe(inputs, gradients, known, fold)
 
-        return observe
+        return Source(end.modules, end.adapter, observe, end.gradient_degrees, lambda: end.layer.dtype)
 
     def prepare(self, step: int) -> None:
         """Have the coming forward passes captured as far as they are needed for the statistics of this step."""
@@ -140,7 +137,7 @@ class Curvature:
             return
         self.sharing.settle()
         ends = {name: end for name, end in self._ends.items() if end.layer.name in chosen}
-        observations = means(ends, *self.capture.take(), self.sharing)
+        observations = means(ends, self.capture.take(), self.sharing)
         of_gradients = [self.layers[name] for name in self._of_gradients if name in chosen and name in weights]
         for layer, gradient in self.sharing.whole_gradients(of_gradients, weights):
             with matmul_precision(self._precision):

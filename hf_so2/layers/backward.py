@@ -1,0 +1,120 @@
+"""What is known of a backward pass: whether it trains, what was announced of it, how many rows have a loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+
+@dataclass
+class Announcement:
+    """What a caller knows of the gradients of a micro-batch.
+
+    Args:
+        tokens: how many rows of it have a loss; None where they are counted.
+        gradient_scale: c, where backward hands out c times the gradient of a row's own loss.
+        is_mean: whether backward divides by the number of rows of this micro-batch besides.
+        is_new: whether no backward pass has been made of it yet.
+    """
+
+    tokens: int | Tensor | None
+    gradient_scale: float | Tensor
+    is_mean: bool
+    is_new: bool = True
+
+
+@dataclass
+class Backward:
+    """One backward pass.
+
+    Args:
+        task: autograd's number of it.
+        announced: what was said of it beforehand, if anything.
+        loss_rows: how many rows of the model's predictions had a gradient, as far as it has come; None where no
+            prediction was met.
+        trains: whether it has added to the gradient of a preconditioned weight.
+    """
+
+    task: int
+    announced: Announcement | None
+    loss_rows: int | Tensor | None = None
+    trains: bool = False
+
+    def scale(self, own_rows: int | Tensor) -> Tensor | None:
+        """c of the gradients that it hands out, 0-dim float64; None where nobody has said.
+
+        Args:
+            own_rows: of the layer that asks, in place of rows of predictions where there are none.
+        """
+        if self.announced is None:
+            return None
+        c = torch.as_tensor(self.announced.gradient_scale, dtype=torch.float64)
+        if not self.announced.is_mean:
+            return c
+        rows = own_rows if self.loss_rows is None else self.loss_rows
+        rows = torch.as_tensor(rows, dtype=torch.float64).clamp(min=1)
+        return c.to(rows.device) / rows
+
+
+def accumulator_of(weight: Tensor | None) -> Node | None:
+    """The node that adds to `weight.grad`; None where no backward pass does, as inside `torch.func`, of a frozen weight
+    and of one that a caller computed in its place (`functional_call`).
+    """
+    if weight is None or not weight.requires_grad or not weight.is_leaf or in_transform():
+        return None
+    return get_gradient_edge(weight).node
+
+
+def will_run(accumulator: Node) -> bool:
+    """Whether the backward pass in progress adds to the gradient of a weight.
+
+    `torch.autograd.grad` does not, nor does `backward(inputs=…)` of other tensors.
+    """
+    try:
+        return bool(torch._C._will_engine_execute_node(accumulator))
+    except RuntimeError:  # the weight is one of the inputs of `torch.autograd.grad`
+        return False
+
+
+def in_transform() -> bool:
+    """Whether this is a call inside `torch.func.grad`, `vmap` and their like."""
+    return bool(torch._C._are_functorch_transforms_active())
+
+
+def current_task() -> int:
+    """Autograd's number of the backward pass in progress."""
+    return int(torch._C._current_graph_task_id())
+
+
+def edge_of_predictions(logits: Tensor) -> GradientEdge:
+    """Where the gradient of these predictions arrives, whether or not a wrapper has cast what the model returned."""
+    edge = get_gradient_edge(logits)
+    while edge.node.name().startswith("ToCopyBackward"):
+        node, number = edge.node.next_functions[0]
+        if node is None:
+            break
+        edge = GradientEdge(node, number)
+    return edge
+
+
+def predictions_in(output: Any) -> Tensor | None:
+    """The logits, (rows, classes) or (batch, sequence, classes), in what a model returns, if they are there."""
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
+    is_table = isinstance(logits, Tensor) and logits.ndim in (2, 3) and logits.is_floating_point()
+    return logits if is_table else None
+
+
+def heads_of(model: nn.Module) -> list[nn.Module]:
+    """The modules whose outputs are the model's predictions, where it names them."""
+    try:
+        head = model.get_output_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return []
+    copies = getattr(head, "modules_to_save", None)  # what PEFT trains in its place
+    found = list(copies.values()) if isinstance(copies, nn.ModuleDict) else [head]
+    return [module for module in found if isinstance(module, nn.Module)]
