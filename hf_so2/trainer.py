@@ -17,7 +17,7 @@ from hf_so2.distributed import is_offloading
 from hf_so2.errors import ConfigurationError
 from hf_so2.mup import apply_mup, read_mup
 from hf_so2.optim import CoverageReport, SecondOrderOptimizer
-from hf_so2.optim.build import build_from_settings
+from hf_so2.optim.build import build_from_settings, with_way_out
 from hf_so2.optim.methods import MUP_SUFFIX
 from hf_so2.optim.sharded import NO_ADAPTIVE_DAMPING
 from hf_so2.resumable import ResumableTrainer
@@ -198,6 +198,9 @@ def _apply_mup(model: nn.Module, args: SecondOrderTrainingArguments) -> None:
     name = str(args.optim.value)
     if not (args.is_ours(name) and name.endswith(MUP_SUFFIX)) or read_mup(model) is not None:
         return
+    if not hasattr(model, "config"):
+        allowed = f"has no config, whose width optim={name} needs: call hf_so2.apply_mup(model, base_model) beforehand"
+        raise ConfigurationError("model", type(model).__name__, allowed)
     base = args.base_config(model.config)
     if base is None:
         raise ConfigurationError("mup_base_width", None, f"optim={name} needs the width at which it was tuned")
@@ -205,6 +208,6 @@ def _apply_mup(model: nn.Module, args: SecondOrderTrainingArguments) -> None:
         apply_mup(model, base)
     except ConfigurationError as error:
         if error.field != "base_config":
-            raise
+            raise with_way_out(error, name) from None
         field = "mup_base_width" if args.mup_base_width is not None else "mup_base_config"
         raise ConfigurationError(field, getattr(args, field), error.allowed) from None

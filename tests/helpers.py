@@ -6,7 +6,7 @@ with ℓ the sum of the losses of single tokens, `A = E[h hᵀ]`, `B = E[δ δ�
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,6 +117,16 @@ def captured_factors(optimizer: hf_so2.SecondOrderOptimizer) -> dict[str, dict[s
         name: {key: layer.state[key] / layer.state["weight"] for key in ("A", "B")}
         for name, layer in optimizer.curvature.layers.items()
     }
+
+
+def rows_that_count(dense: Mapping[str, DenseFactors]) -> dict[str, Tensor]:
+    """Which rows of each layer a loss depends on, (rows,): of all layers whose inputs are equal together."""
+
+    def count(mine: DenseFactors) -> Tensor:
+        readers = [d for d in dense.values() if torch.equal(d.inputs, mine.inputs)]
+        return torch.stack([(d.deltas != 0).any(dim=1) for d in readers]).any(dim=0)
+
+    return {name: count(factors) for name, factors in dense.items()}
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

@@ -70,20 +70,23 @@ def accumulator_of(weight: Tensor | None) -> Node | None:
     return get_gradient_edge(weight).node
 
 
-def will_run(accumulator: Node) -> bool:
+def will_run(accumulator: Node) -> bool | None:
     """Whether the backward pass in progress adds to the gradient of a weight.
 
     `torch.autograd.grad` does not, nor does `backward(inputs=…)` of other tensors.
+
+    Returns:
+        None where the gradient of the weight is handed to the caller of `torch.autograd.grad`, who may use it or not.
     """
     try:
         return bool(torch._C._will_engine_execute_node(accumulator))
-    except RuntimeError:  # the weight is one of the inputs of `torch.autograd.grad`
-        return False
+    except RuntimeError:
+        return None
 
 
 def in_transform() -> bool:
-    """Whether this is a call inside `torch.func.grad`, `vmap` and their like."""
-    return bool(torch._C._are_functorch_transforms_active())
+    """Whether this is a call inside `torch.func.grad`, `vmap` and their like, or one that is being recorded."""
+    return bool(torch._C._are_functorch_transforms_active()) or torch.jit.is_tracing()
 
 
 def current_task() -> int:
@@ -112,9 +115,13 @@ def predictions_in(output: Any) -> Tensor | None:
 def heads_of(model: nn.Module) -> list[nn.Module]:
     """The modules whose outputs are the model's predictions, where it names them."""
     try:
-        head = model.get_output_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
+        return with_trained_copies(model.get_output_embeddings())  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):  # of models that have no such part, and of those that do not say
         return []
-    copies = getattr(head, "modules_to_save", None)  # what PEFT trains in its place
-    found = list(copies.values()) if isinstance(copies, nn.ModuleDict) else [head]
-    return [module for module in found if isinstance(module, nn.Module)]
+
+
+def with_trained_copies(module: nn.Module | None) -> list[nn.Module]:
+    """A module, and what PEFT's `modules_to_save` trains in its place where it has been wrapped for that."""
+    copies = getattr(module, "modules_to_save", None)
+    found = [module, *(copies.values() if isinstance(copies, nn.ModuleDict) else ())]
+    return [part for part in found if isinstance(part, nn.Module)]

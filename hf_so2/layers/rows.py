@@ -79,7 +79,8 @@ def _expanded_inputs(adapter: Adapter, inputs: Tensor, dtype: torch.dtype, live:
         kept = live & (ids != adapter.ignored_index)
         count = kept.sum()
         return InputRows(torch.where(kept, ids, -1), count, count, kept)
-    return InputRows(_zeroed(_with_ones(adapter, inputs.flatten(0, -2).to(dtype)), live, inputs), count, count)
+    h = inputs.reshape(-1, inputs.shape[-1]).to(dtype)
+    return InputRows(_zeroed(_with_ones(adapter, h), live, inputs), count, count)
 
 
 def _expanded_gradients(adapter: Adapter, gradients: Tensor, rows: InputRows) -> Tensor:

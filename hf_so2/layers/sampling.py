@@ -23,8 +23,9 @@ from torch.utils.module_tracker import ModuleTracker
 
 from hf_so2.errors import ConfigurationError
 from hf_so2.layers.backward import Backward, edge_of_predictions
-from hf_so2.layers.capture import Call, Capture, Captured
+from hf_so2.layers.capture import Capture
 from hf_so2.layers.rows import live_rows
+from hf_so2.layers.sums import Call, Captured
 
 REENTRANT = "cannot be used with reentrant gradient checkpointing; pass use_reentrant=False"
 FORGOTTEN = "needs a call of the optimizer's sample_fisher(logits) between every forward pass and its backward"
@@ -71,7 +72,7 @@ class SampledCapture(Capture):
         for (call, _), gradient in zip(notes, gradients, strict=True):
             if gradient is not None:
                 self._collect(call, gradient, backward)
-        self._sum_readers()
+        self._finish()
         forward.sampled, self._captured = self._captured, confirmed
         if forward.returns:
             self._pending.append(forward)
@@ -104,7 +105,7 @@ class SampledCapture(Capture):
                 raise ConfigurationError("fisher", "mc", REENTRANT) from None
             raise
 
-    def take(self) -> Captured:
+    def take(self, *, by_hand: bool = True) -> Captured:
         """As in `Capture`.
 
         Raises:
@@ -116,7 +117,7 @@ class SampledCapture(Capture):
             # A loss that goes round the predictions comes back through none of them.
             for forward in self._pending:
                 self._captured.add(forward.sampled or Captured())
-        return super().take()
+        return super().take(by_hand=by_hand)
 
     def discard(self) -> None:
         super().discard()

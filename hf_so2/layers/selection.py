@@ -11,6 +11,7 @@ from torch import nn
 
 from hf_so2.errors import ConfigurationError
 from hf_so2.layers.adapters import LINEAR, Adapter, adapter_for
+from hf_so2.layers.backward import heads_of, with_trained_copies
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def select(
             model has nothing of a kind that `extent` asks for.
     """
     users = _modules_by_weight(model)
-    heads = _with_trained_copies(getattr(model, "get_output_embeddings", lambda: None)())
+    heads = set(heads_of(model))
     tokens = _token_embeddings(model)
     patterns = [_compiled(pattern) for pattern in skip_modules]
     candidates = [
@@ -161,13 +162,7 @@ def _token_embeddings(model: nn.Module) -> set[nn.Module]:
         named = model.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
         return {module for module in model.modules() if isinstance(module, nn.Embedding)}
-    return _with_trained_copies(named)
-
-
-def _with_trained_copies(module: nn.Module | None) -> set[nn.Module]:
-    """A module, and what PEFT's `modules_to_save` trains in its place where it has been wrapped for that."""
-    copies = getattr(module, "modules_to_save", None)
-    return {module, *(copies.values() if isinstance(copies, nn.ModuleDict) else ())} - {None}
+    return set(with_trained_copies(named))
 
 
 def _why_not(modules: Sequence[nn.Module], tokens: set[nn.Module], heads: set[nn.Module], extent: Extent) -> str | None:

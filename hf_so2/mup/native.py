@@ -93,7 +93,7 @@ def native_factors(model: nn.Module) -> dict[str, tuple[float, float]]:
         if isinstance(scale, (int, float)):
             multiply(names[id(module.weight)], 1.0, float(scale))
     text = model.config.get_text_config(decoder=True)
-    embeddings, heads = _weights(model.get_input_embeddings()), _weights(model.get_output_embeddings())
+    embeddings, heads = (_weights(_named(model, f"get_{end}_embeddings")) for end in ("input", "output"))
     # A tied head's factor belongs to the logits, not to the matrix: see `logits_factor`.
     untied = [weight for weight in heads if all(weight is not embedding for embedding in embeddings)]
     stand_ins = {EMBEDDING: embeddings, HEAD: untied}
@@ -108,6 +108,15 @@ def native_factors(model: nn.Module) -> dict[str, tuple[float, float]]:
             value = float(native.value(text))
             multiply(name, *((value, 1.0) if native.on_input else (1.0, value)))
     return factors
+
+
+def _named(model: nn.Module, getter: str) -> nn.Module | None:
+    """What a model names as its embedding or head; None where it has none or does not say (CLIP, Wav2Vec2)."""
+    try:
+        found: nn.Module | None = getattr(model, getter)()
+    except (AttributeError, NotImplementedError):
+        return None
+    return found
 
 
 def _weights(layer: nn.Module | None) -> list[nn.Parameter]:

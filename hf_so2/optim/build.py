@@ -20,8 +20,8 @@ from hf_so2.layers.selection import Extent
 from hf_so2.mup import ParameterWidth, apply_mup, read_mup, rules
 from hf_so2.optim.coverage import Coverage, CoverageReport
 from hf_so2.optim.damping_overrides import DampingOverrides
-from hf_so2.optim.layer import Layer
-from hf_so2.optim.methods import Method, Site, parse_name
+from hf_so2.optim.layer import Layer, statistics_dtype
+from hf_so2.optim.methods import MUP_SUFFIX, Method, Site, parse_name
 from hf_so2.optim.optimizer import SecondOrderOptimizer
 from hf_so2.optim.settings import Settings
 from hf_so2.optim.statistics import Curvature
@@ -81,6 +81,7 @@ def build_from_settings(
     """`build_optimizer` for settings that have been checked already."""
     method, is_mup = parse_name(name)
     refuse_other_sharding(model)
+    _refuse_gradients_of_other_kinds(model, is_preconditioned=method.block is not None)
     extent = Extent(
         resolved.precondition_embeddings,
         resolved.precondition_head,
@@ -157,8 +158,33 @@ def _widths(name: str, model: nn.Module, base: PretrainedConfig | nn.Module | No
     if record is None:
         if base is None:
             raise ConfigurationError("base_config", None, f"{name} needs the config at whose width it was tuned")
-        record = apply_mup(model, base)
+        try:
+            record = apply_mup(model, base)
+        except ConfigurationError as error:
+            raise with_way_out(error, name) from None
     return record
+
+
+def with_way_out(error: ConfigurationError, name: str) -> ConfigurationError:
+    """The refusal of a model by μP, with what can be done instead."""
+    if error.field != "model":
+        return error
+    without = name.removesuffix(MUP_SUFFIX)
+    return ConfigurationError(error.field, error.value, f"{error.allowed}; {without} trains it at this width as it is")
+
+
+def _refuse_gradients_of_other_kinds(model: nn.Module, *, is_preconditioned: bool) -> None:
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter.is_complex():
+            raise ConfigurationError("model", name, f"is of {parameter.dtype}; must be real")
+        if is_preconditioned and parameter.dtype == torch.float16:
+            allowed = "is of torch.float16; must be float32, bfloat16 or float64 (for fp16, cast by autocast instead)"
+            raise ConfigurationError("model", name, allowed)
+    for name, module in model.named_modules():
+        if getattr(module, "sparse", False) and isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            raise ConfigurationError("model", name, "has sparse gradients; must be built with sparse=False")
 
 
 def _options(
@@ -190,6 +216,8 @@ def _options(
     fallback_ratio = 1.0
     if second_order:
         fallback_ratio = fallback_lr * rules.learning_rate_multiplier(rules.ADAM, width) / scaled_lr
+    if second_order:
+        options["momentum"] = settings.momentum
     return {
         **options,
         "betas": (settings.adam_beta1, settings.adam_beta2),
@@ -241,7 +269,7 @@ def _layer(
     site = Site(shape, width, diagonal, one_sided, tied=bool(treatment.head) and "tokens" in method.uses)
     block = method.block_for(settings, site)
     assert block is not None
-    dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+    dtype = statistics_dtype(parameter.dtype)
     return Layer(
         name,
         site.shape,

@@ -52,7 +52,7 @@ class End:
 
     def observe(self, inputs: Tensor, gradients: Tensor, known: State, fold: Fold | None) -> State:
         """The sums of the block's statistics over rows, see `TokenBlock.observe`."""
-        self.layer.move_to(inputs.device)
+        self.layer.follow(gradients.device, gradients.dtype)
         return self.block.observe(of_end(self.layer.state, self.prefix), inputs, gradients, known, fold)
 
     def no_rows(self) -> State:

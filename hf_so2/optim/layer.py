@@ -46,6 +46,7 @@ class Layer:
         steps: how many second-order updates its weight has had.
         overflows: how many of them were left at zero because the preconditioned gradient was not finite; counted where
             the layer is held.
+        momentum: the decay of its average of gradients at this step, as its parameter group has it.
         rotated: this step's gradient in the coordinates of its block, as long as they are those of the preconditioner.
     """
 
@@ -70,6 +71,7 @@ class Layer:
     steps: int = 0
     overflows: int | Tensor = 0
     rotated: Tensor | None = None
+    momentum: float = 0.0
 
     @cached_property
     def rotating(self) -> RotatingBlock | None:
@@ -108,8 +110,18 @@ class Layer:
         own = {name: saved[name].to(self.device, self.dtype, copy=True) for name in needed}
         self.state = own if self.held else blank | own
 
-    def move_to(self, device: torch.device) -> None:
-        """Follow a model that was moved after its optimizer had been built."""
-        if self.device != device:
-            self.device = device
-            self.state = {name: t if t.is_meta else t.to(device) for name, t in self.state.items()}
+    def follow(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Go with a model that was moved or cast after its optimizer had been built.
+
+        Args:
+            dtype: of the statistics, see `statistics_dtype`.
+        """
+        if (self.device, self.dtype) != (device, dtype):
+            self.device, self.dtype = device, dtype
+            to = {"dtype": dtype, "device": device}
+            self.state = {name: t.to(dtype) if t.is_meta else t.to(**to) for name, t in self.state.items()}
+
+
+def statistics_dtype(weight: torch.dtype) -> torch.dtype:
+    """Of a weight in this one: float32, or float64."""
+    return torch.float64 if weight == torch.float64 else torch.float32

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hf_so2.curvature import State
 from hf_so2.distributed import sum_over_ranks
-from hf_so2.layers.capture import Captured, LayerSums
+from hf_so2.layers.sums import Captured, LayerSums
 from hf_so2.optim.ends import End
 from hf_so2.optim.sharing import Sharing
 

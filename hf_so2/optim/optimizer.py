@@ -222,9 +222,11 @@ class SecondOrderOptimizer(OptimizerWithCurvature):
             self._adaptive.losses = []
 
     def gradients_are_gone(self) -> bool:
-        """Whether nothing has a gradient any more, as after `model.zero_grad()`; of sharded weights nobody can tell."""
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        return all(p.grad is None for p in parameters) and not any(map(is_sharded, parameters))
+        """Whether all gradients are None or zero, as after `model.zero_grad()`; of sharded ones nobody can tell."""
+        parameters = sorted((p for group in self.param_groups for p in group["params"]), key=Tensor.numel)
+        if any(p.grad is not None and bool(local(p.grad).any()) for p in parameters):  # mostly the first and smallest
+            return False
+        return not any(map(is_sharded, parameters))
 
     @property
     def wants_loss(self) -> bool:
@@ -254,6 +256,9 @@ class SecondOrderOptimizer(OptimizerWithCurvature):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._only_creates_state():
+            self._apply_first_order()
+            return loss
         if not are_finite([p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]):
             self.discard_captures()
             self._skipped.add(self.steps + 1)
@@ -268,6 +273,14 @@ class SecondOrderOptimizer(OptimizerWithCurvature):
         self._apply_first_order()
         self._schedule_capture()
         return loss
+
+    def _only_creates_state(self) -> bool:
+        """Whether this is the step at rate 0 with gradients of zero by which torch.distributed.checkpoint has state
+        made before it loads or saves any; it is not one of the training.
+        """
+        if self.steps or any(float(group["lr"]) for group in self.param_groups):
+            return False
+        return not any(bool(local(p.grad).any()) for g in self.param_groups for p in g["params"] if p.grad is not None)
 
     def _update_curvature(self) -> None:
         if self.curvature is None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, NoReturn
 
 import torch
 
 from hf_so2.optim.skipping import SkippedSteps
 from hf_so2.optim.statistics import Curvature
+
+logger = logging.getLogger(__name__)
 
 
 class OptimizerWithCurvature(torch.optim.Optimizer):
@@ -52,10 +55,45 @@ class OptimizerWithCurvature(torch.optim.Optimizer):
             ValueError: the saved state does not fit the model, or holds no curvature.
         """
         if "curvature" not in state_dict and self.curvature_in_state_dict:
-            raise ValueError("state_dict has no key 'curvature': it was not saved by this optimizer")
+            raise ValueError(
+                "state_dict has no key 'curvature': it was not saved by this optimizer's state_dict(), or by"
+                " torch.distributed.checkpoint, which leaves that out; save curvature_state_dict() beside it, and before"
+                " loading set curvature_in_state_dict = False"
+            )
+        self._take_groups_of(state_dict["param_groups"])
         super().load_state_dict(state_dict)
         if "curvature" in state_dict:
             self.load_curvature_state_dict(state_dict["curvature"])
+
+    def _take_groups_of(self, saved: list[dict[str, Any]]) -> None:
+        """Group parameters as a saved state has them, where other hyperparameters have put them together otherwise.
+
+        Its hyperparameters go on, as in torch; of those that were given anew and differ, a warning tells.
+        """
+        parameters = {
+            n: p for group in self.param_groups for n, p in zip(group["param_names"], group["params"], strict=True)
+        }
+        names = [group.get("param_names", []) for group in saved]
+        if sorted(name for group in names for name in group) != sorted(parameters):
+            return  # another model's: torch says so
+        before = {name: group for group in self.param_groups for name in group["param_names"]}
+        for group in saved:
+            self._warn_of_other_settings(group, before[group["param_names"][0]])
+        if names != [group["param_names"] for group in self.param_groups]:
+            self.param_groups[:] = [
+                {**group, "params": [parameters[name] for name in group["param_names"]]} for group in saved
+            ]
+
+    def _warn_of_other_settings(self, saved: dict[str, Any], given: dict[str, Any]) -> None:
+        for key in ("initial_lr", "weight_decay", "momentum", "betas", "eps", "fallback_lr_ratio"):
+            if key in saved and key in given and _plain(saved[key]) != _plain(given[key]):
+                logger.warning(
+                    "%s: the saved %s=%s goes on, not the %s given now",
+                    saved["algorithm"],
+                    key.removeprefix("initial_"),
+                    saved[key],
+                    given[key],
+                )
 
     def curvature_state_dict(self) -> dict[str, Any]:
         """What torch's own state cannot hold: step counters and the layers' statistics, in their own dtype.
@@ -81,3 +119,8 @@ class OptimizerWithCurvature(torch.optim.Optimizer):
         self.steps = int(state["steps"])
         self._skipped = SkippedSteps(int(state["skipped_steps"]), int(state["in_a_row"]))
         self._after_loading()
+
+
+def _plain(value: Any) -> Any:
+    """A saved pair may have become a list."""
+    return tuple(value) if isinstance(value, list) else value

@@ -168,7 +168,7 @@ def _averaged_rotated(gradient: Tensor, layer: Layer, block: RotatingBlock, sett
 
 def _averaged(value: Tensor, buffer: Tensor, layer: Layer, settings: Settings) -> Tensor:
     """The moving average with `value` in it; with Nesterov's momentum one step ahead, as in `torch.optim.Muon`."""
-    beta = settings.momentum
+    beta = layer.momentum
     buffer.lerp_(value.to(buffer.dtype), 1 - beta)
     average = buffer.to(value.dtype)
     if settings.nesterov:
@@ -179,4 +179,4 @@ def _averaged(value: Tensor, buffer: Tensor, layer: Layer, settings: Settings) -
 def momentum_weight(layer: Layer, settings: Settings) -> float:
     """What an average from zero has seen: after t equal gradients it is this share of one of them."""
     # A look ahead is the average of one gradient more.
-    return 1 - settings.momentum ** (layer.steps + settings.nesterov)
+    return 1 - layer.momentum ** (layer.steps + settings.nesterov)

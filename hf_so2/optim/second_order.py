@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_so2.optim.layer import Layer
+from hf_so2.optim.layer import Layer, statistics_dtype
 from hf_so2.optim.norm_control import NORM_CONTROLS, OF_THE_WHOLE_MODEL
 from hf_so2.optim.preconditioned import LayerUpdate, Member, layer_update
 from hf_so2.optim.settings import Settings
@@ -23,7 +23,7 @@ def with_gradients(groups: Iterable[dict[str, Any]], layers: Mapping[str, Layer]
     for group in groups:
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
             if name in layers:
-                layers[name].move_to(parameter.device)
+                layers[name].follow(parameter.device, statistics_dtype(parameter.dtype))
                 if parameter.grad is not None:
                     weights[name] = parameter
     return weights
@@ -55,6 +55,8 @@ def second_order_updates(
         for name in parameters
         if (layer := curvature.layers.get(name)) and not layer.building
     ]
+    for layer, ((group, _), *_) in entries:
+        layer.momentum = group.get("momentum", settings.momentum)  # a checkpoint of an earlier version has none
     control, sharing = settings.norm_control, curvature.sharing
     if control in OF_THE_WHOLE_MODEL or record.enabled or sharing.is_spread or any(map(any_sharded, entries)):
         yield from _together(entries, states, sharing, settings, record, step)

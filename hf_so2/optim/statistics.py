@@ -19,7 +19,7 @@ from hf_so2.layers.sketch import Fold
 from hf_so2.linalg import DecompositionError, matmul_precision
 from hf_so2.optim.costs import refresh_flops
 from hf_so2.optim.ends import End, ends_of
-from hf_so2.optim.layer import COUNTERS, Layer
+from hf_so2.optim.layer import COUNTERS, Layer, statistics_dtype
 from hf_so2.optim.means import means
 from hf_so2.optim.schedule import due, statistics_turns, turns
 from hf_so2.optim.sharing import Sharing
@@ -109,7 +109,13 @@ class Curvature:
             with matmul_precision(self._precision):
                 return end.observe(inputs, gradients, known, fold)
 
-        return Source(end.modules, end.adapter, observe, end.gradient_degrees, lambda: end.layer.dtype)
+        return Source(
+            end.modules,
+            end.adapter,
+            observe,
+            end.gradient_degrees,
+            lambda: statistics_dtype(end.modules[0].weight.dtype),
+        )  # type: ignore[union-attr]
 
     def prepare(self, step: int) -> None:
         """Have the coming forward passes captured as far as they are needed for the statistics of this step."""
@@ -137,7 +143,7 @@ class Curvature:
             return
         self.sharing.settle()
         ends = {name: end for name, end in self._ends.items() if end.layer.name in chosen}
-        observations = means(ends, self.capture.take(), self.sharing)
+        observations = means(ends, self.capture.take(by_hand=bool(weights)), self.sharing)
         of_gradients = [self.layers[name] for name in self._of_gradients if name in chosen and name in weights]
         for layer, gradient in self.sharing.whole_gradients(of_gradients, weights):
             with matmul_precision(self._precision):

@@ -53,13 +53,13 @@ def spied(optimizer: hf_so2.SecondOrderOptimizer) -> dict[str, list[int]]:
     """By name of a weight (and its end): at which steps its tokens are captured from now on."""
     assert optimizer.curvature is not None
     steps: dict[str, list[int]] = {}
-    observe = optimizer.curvature.capture._observe
+    add = optimizer.curvature.capture._add
 
     def counting(name: str, *rest: Any) -> None:
         steps.setdefault(name, []).append(optimizer.steps + 1)
-        observe(name, *rest)
+        add(name, *rest)
 
-    optimizer.curvature.capture._observe = counting  # type: ignore[method-assign]
+    optimizer.curvature.capture._add = counting  # type: ignore[method-assign]
     return steps
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from curvature.dense_fisher import STANDSTILL, linear_layers, mlp_case, relative
-from helpers import captured_factors, dense_factors, gpt2, in_float64, llama
+from helpers import captured_factors, dense_factors, gpt2, in_float64, llama, rows_that_count
 from torch import Tensor, nn
 
 import hf_so2
@@ -58,16 +58,19 @@ def test_factors_of_an_mlp_approach_the_enumeration_of_labels() -> None:
 
 
 def test_factors_of_a_transformer_approach_the_enumeration_of_labels() -> None:
-    """With masked positions, which draw no label's loss but are positions of `A`."""
+    """With masked positions, which draw no label's loss but are positions of `A` where later ones look at them."""
     model = in_float64(llama(vocab_size=5)).train()
     tokens = torch.tensor([[1, 4, 2, 3]])
     counted = torch.tensor([[True, False, True, False]])
     expected = enumerated(model, tokens, counted)
     layers = linear_layers(model)
-    dense = dense_factors(model, layers, lambda out, data: out.logits.sum(), (tokens,))
+    chosen = counted.unsqueeze(2)
+    dense = dense_factors(model, layers, lambda out, data: (out.logits.square() * chosen).sum(), (tokens,))
+    live = rows_that_count(dense)
     for name, factors in sampled(model, tokens.repeat(DRAWS, 1), counted.repeat(DRAWS, 1)).items():
         assert relative(factors["B"].numpy(), expected[name]) < 0.1, name
-        assert relative(factors["A"].numpy(), dense[name].a.numpy()) < 1e-12, name
+        h = dense[name].inputs[live[name]]
+        assert relative(factors["A"].numpy(), (h.T @ h / len(h)).numpy()) < 1e-12, name
 
 
 def batches(count: int = 4) -> list[Tensor]:
@@ -84,7 +87,7 @@ def observed_run(fisher: str, checkpointing: bool) -> Iterator[tuple[Any, ...]]:
     optimizer = hf_so2.build_optimizer("kfac", model, fisher=fisher, factor_update_steps=1, **STANDSTILL)
     for batch in batches():
         outputs = model(input_ids=batch, labels=batch)
-        optimizer.sample_fisher(outputs.logits)
+        optimizer.sample_fisher(outputs.logits, loss=outputs.loss)
         outputs.loss.backward()
         gradients = [p.grad.clone() for p in model.parameters()]
         yield outputs.loss.item(), gradients, torch.get_rng_state(), captured_inputs(optimizer)
@@ -93,7 +96,7 @@ def observed_run(fisher: str, checkpointing: bool) -> Iterator[tuple[Any, ...]]:
 
 
 def captured_inputs(optimizer: hf_so2.SecondOrderOptimizer) -> dict[str, Tensor]:
-    return {name: layer.sums["A"].clone() for name, layer in optimizer.curvature.capture._sums.items()}
+    return {name: layer.sums["A"].clone() for name, layer in optimizer.curvature.capture._captured.layers.items()}
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -166,7 +169,7 @@ def test_micro_batches_add_up_and_draw_labels_of_their_own() -> None:
         outputs = model(input_ids=batch, labels=batch)
         optimizer.sample_fisher(outputs.logits)
         outputs.loss.backward()
-        sums.append({n: layer.sums["B"].clone() for n, layer in optimizer.curvature.capture._sums.items()})
+        sums.append({n: layer.sums["B"].clone() for n, layer in optimizer.curvature.capture._captured.layers.items()})
     optimizer.step()
     for name, factors in captured_factors(optimizer).items():
         assert not torch.allclose(sums[1][name], 2 * sums[0][name])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,18 +12,19 @@ from torch import Tensor, nn
 
 import hf_so2
 from hf_so2.layers.adapters import LINEAR
-from hf_so2.layers.capture import Capture
+from hf_so2.layers.backward import Backward
+from hf_so2.layers.capture import Call, Capture, _Readers
 
 
 def recorded(capture: Capture, known: dict[str, list[str]]) -> None:
     """From now on `known` gets, for every layer, which of its sums it was handed."""
-    for name, observe in list(capture._observers.items()):
+    for name, source in list(capture._sources.items()):
 
-        def spy(h: Tensor, delta: Tensor, given: Any, fold: Any, name: str = name, observe: Any = observe) -> Any:
+        def spy(h: Tensor, delta: Tensor, given: Any, fold: Any, name: str = name, source: Any = source) -> Any:
             known[name] = sorted(given)
-            return observe(h, delta, given, fold)
+            return source.observe(h, delta, given, fold)
 
-        capture._observers[name] = spy  # type: ignore[index]
+        capture._sources[name] = replace(source, observe=spy)  # type: ignore[index]
 
 
 def backward(model: nn.Module) -> None:
@@ -59,7 +61,9 @@ def test_layers_with_one_input_do_not_add_into_each_other() -> None:
     optimizer = hf_so2.build_optimizer("kfac", model)
     inputs: list[Tensor] = []
     attention = model.get_submodule("model.layers.0.self_attn.q_proj")
-    handle = attention.register_forward_hook(lambda _, args, __: inputs.append(args[0].detach().reshape(-1, 16)))
+    handle = attention.register_forward_hook(
+        lambda _, args, __: inputs.append(args[0].detach()[:, :-1].reshape(-1, 16))
+    )
     for _ in range(3):
         backward(model)
     handle.remove()
@@ -72,22 +76,30 @@ def test_layers_with_one_input_do_not_add_into_each_other() -> None:
 
 
 def test_a_tensor_written_to_is_another_tensor() -> None:
-    capture = Capture({}, {}, {}, {})
+    backward = Backward(0, None)
+
+    def readers(given: Tensor) -> _Readers:
+        return _Readers(given, given._version, LINEAR, torch.float32, backward)
+
+    def included(first: _Readers, given: Tensor, during: Backward = backward) -> bool:
+        return first.include(Call("weight", given, None), LINEAR, torch.float32, during)  # type: ignore[arg-type]
+
     inputs = torch.randn(6, 3)
-    first = capture._seen(LINEAR, inputs, torch.float32)
-    assert capture._seen(LINEAR, inputs.detach(), torch.float32) is first
-    assert capture._seen(LINEAR, inputs.view(3, 6), torch.float32) is not first
-    again = capture._seen(LINEAR, inputs, torch.float32)
+    first = readers(inputs)
+    assert included(first, inputs.detach())
+    assert not included(first, inputs.view(3, 6))
+    assert not included(first, inputs, Backward(1, None))
     inputs.add_(1)
-    assert capture._seen(LINEAR, inputs, torch.float32) is not again
+    assert not included(first, inputs)
 
 
 @pytest.mark.parametrize("build", [llama, gpt2])
-def test_nothing_outlives_the_step(build: Any) -> None:
+def test_no_activation_outlives_the_backward_pass(build: Any) -> None:
     model = build().train()
     optimizer = hf_so2.build_optimizer("kfac", model)
     assert optimizer.curvature is not None
     backward(model)
-    assert optimizer.curvature.capture._last_inputs is not None
+    assert optimizer.curvature.capture._readers is None
+    assert optimizer.curvature.capture._captured.layers
     optimizer.step()
-    assert optimizer.curvature.capture._last_inputs is None
+    assert not optimizer.curvature.capture._captured.layers

@@ -91,7 +91,7 @@ def test_padded_means_are_over_what_is_not_padding(tmp_path: Path) -> None:
     fresh = llama()
     means = []
     for row in rows:
-        embedded = fresh.model.embed_tokens(row["input_ids"][row["attention_mask"].bool()])
+        embedded = fresh.model.embed_tokens(row["input_ids"][row["attention_mask"].bool()][:-1])
         means.append(fresh.model.layers[0].input_layernorm(embedded).mean(dim=0).detach().double())
     expected = sum(m.outer(m) for m in means) / len(rows)
     actual = captured_factors(optimizer)["model.layers.0.self_attn.q_proj.weight"]["A"]

@@ -16,6 +16,7 @@ from helpers import (
     llama,
     optimizer_of,
     relative_error,
+    rows_that_count,
     token_rows,
     trained,
 )
@@ -84,7 +85,7 @@ def test_gradient_checkpointing_changes_nothing(family: str, reentrant: bool, tm
 
 @pytest.mark.parametrize("family", MODELS)
 def test_trainer_factors_are_the_dense_ones(family: str, tmp_path: Path) -> None:
-    """One step of 4 micro-batches: `B` averages over tokens with a label, `A` over tokens that are no padding."""
+    """One step of 4 micro-batches: `B` averages over tokens with a label, `A` over those that a loss depends on."""
     rows = token_rows(16, padded=True)
     batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
     reference = in_float64(MODELS[family]()).train()
@@ -108,14 +109,15 @@ def test_trainer_factors_are_the_dense_ones(family: str, tmp_path: Path) -> None
         if isinstance(module, nn.Linear | Conv1D) and "lm_head" not in name
     }
     dense = dense_factors(wrapped, layers, loss_sum, (batch["input_ids"],))
-    present = batch["attention_mask"].flatten().bool()
+    counted, present = rows_that_count(dense), batch["attention_mask"].flatten().bool()
     tokens = int((batch["labels"][:, 1:] != -100).sum())
     assert tokens < int(present.sum()) < present.numel()
 
     trainer = trained(in_float64(MODELS[family]()), rows, tmp_path, max_steps=1, **SPLIT)
     captured = captured_factors(optimizer_of(trainer))
     for name, expected in dense.items():
-        h, delta = expected.inputs[present], expected.deltas
+        assert not bool((counted[name] & ~present).any())
+        h, delta = expected.inputs[counted[name]], expected.deltas
         assert relative_error(captured[name]["A"], h.T @ h / len(h)) < 1e-10, name
         # The Trainer's loss of float64 logits is computed in float32.
         assert relative_error(captured[name]["B"], delta.T @ delta / tokens) < 1e-5, name
@@ -148,13 +150,13 @@ def count_captures(optimizer: hf_so2.SecondOrderOptimizer) -> list[str]:
     """Names of the layers whose statistics are summed from now on, one entry per call."""
     assert optimizer.curvature is not None
     seen: list[str] = []
-    observe = optimizer.curvature.capture._observe
+    add = optimizer.curvature.capture._add
 
     def counting(name: str, *rest: Any) -> None:
         seen.append(name)
-        observe(name, *rest)
+        add(name, *rest)
 
-    optimizer.curvature.capture._observe = counting  # type: ignore[method-assign]
+    optimizer.curvature.capture._add = counting  # type: ignore[method-assign]
     return seen
 
 
@@ -170,7 +172,7 @@ def test_nothing_is_captured_without_a_backward_pass_and_off_update_steps() -> N
     with torch.no_grad():
         model.train()(input_ids=tokens)
     assert not seen
-    assert not optimizer.curvature.capture.take()[0]
+    assert not optimizer.curvature.capture.take().layers
 
     captured: dict[int, set[str]] = {}
     for step in range(1, 13):

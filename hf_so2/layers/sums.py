@@ -1,0 +1,189 @@
+"""From the inputs and output gradients of layers to the sums of their statistics.
+
+Layers that read the same tensor (queries, keys and values; a gated MLP's two halves) get their gradients one after the
+other. They are summed together: which rows count, and what depends on the inputs alone, is found once for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+
+from hf_so2.layers.adapters import Adapter
+from hf_so2.layers.backward import Backward
+from hf_so2.layers.rows import InputRows, WeightSharing, live_rows
+from hf_so2.layers.sketch import Fold, fold_of_sequences
+
+Sums = dict[str, Tensor]
+Observe = Callable[[Tensor, Tensor, Sums, Fold | None], Sums]
+
+
+@dataclass(frozen=True)
+class Source:
+    """How the statistics of one weight are taken.
+
+    Args:
+        modules: those that use it in the same way.
+        adapter: how they store it.
+        observe: maps rows `h` (rows, fan_in) and `δ` (rows, fan_out) to the block's sums, given those of them that are
+            known already and how rows are folded.
+        degrees: of every sum: how often `δ` enters as a factor. Those of degree 0 depend on `h` alone.
+        dtype: of the statistics, as it stands; low-precision activations are cast before the products.
+    """
+
+    modules: Sequence[nn.Module]
+    adapter: Adapter
+    observe: Observe
+    degrees: Mapping[str, int]
+    dtype: Callable[[], torch.dtype]
+
+
+@dataclass
+class LayerSums:
+    """Sums over the rows that one weight has seen since they were last taken, how many rows those were, and from how
+    many positions of sequences.
+    """
+
+    sums: Sums = field(default_factory=dict)
+    rows: int | Tensor = 0
+    positions: int | Tensor = 0
+
+    def add(self, sums: Sums, rows: int | Tensor, positions: int | Tensor) -> None:
+        for name, value in sums.items():
+            self.sums[name] = self.sums[name].add_(value) if name in self.sums else value
+        self.rows, self.positions = self.rows + rows, self.positions + positions
+
+
+@dataclass
+class Captured:
+    """What one optimizer step has seen.
+
+    Args:
+        layers: the sums, by the name of the weight.
+        tokens: how many rows had a loss; None where nobody has said and none were met.
+        is_scaled: whether the factor that backward puts on gradients has been undone.
+    """
+
+    layers: dict[str, LayerSums] = field(default_factory=dict)
+    tokens: int | Tensor | None = None
+    is_scaled: bool = False
+
+    def add(self, other: Captured) -> None:
+        for name, more in other.layers.items():
+            self.layers.setdefault(name, LayerSums()).add(more.sums, more.rows, more.positions)
+        if other.tokens is not None:
+            self.tokens = other.tokens if self.tokens is None else self.tokens + other.tokens
+        self.is_scaled |= other.is_scaled
+
+
+@dataclass
+class Call:
+    """One call of a module that uses a weight.
+
+    Args:
+        name: of the weight.
+        inputs: what it was given, detached.
+        accumulator: adds to the weight's gradient.
+        arrived: whether the gradient of its output has.
+    """
+
+    name: str
+    inputs: Tensor
+    accumulator: Node
+    arrived: bool = False
+
+
+@dataclass
+class Readers:
+    """Layers that read the same tensor, with the gradients of their outputs."""
+
+    given: Tensor
+    version: int
+    adapter: Adapter
+    dtype: torch.dtype
+    backward: Backward
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+
+    def include(self, call: Call, adapter: Adapter, dtype: torch.dtype, backward: Backward) -> bool:
+        """Whether a layer was given the same values: the same memory (`given` keeps it from being used anew), seen the
+        same way and not written to since.
+        """
+        given = call.inputs
+        return (
+            call.name not in self.gradients
+            and (given.data_ptr(), given.shape, given.stride(), given.dtype, given.device)
+            == (self.given.data_ptr(), self.given.shape, self.given.stride(), self.given.dtype, self.given.device)
+            and given._version == self.version
+            and adapter == self.adapter
+            and dtype == self.dtype
+            and backward is self.backward
+        )
+
+
+class Summation:
+    """Sums the statistics of layers, those that read the same tensor together.
+
+    Args:
+        sources: how the statistics of each weight are taken, by qualified name.
+        weight_sharing: what counts as a row.
+        sketch: how many tokens of a sequence are folded into one; 1 leaves all.
+
+    Attributes:
+        step: number of the step; sketches of different steps have different signs.
+        sources: as given.
+        waiting: the layers whose gradients have come, and whose sums are still to be made.
+    """
+
+    def __init__(self, sources: Mapping[str, Source], weight_sharing: WeightSharing, sketch: int) -> None:
+        self.sources, self._weight_sharing, self._sketch = dict(sources), weight_sharing, sketch
+        self.step = 0
+        self.waiting: Readers | None = None
+
+    def collect(self, call: Call, gradient: Tensor, backward: Backward) -> Readers | None:
+        """Take in the gradient of a layer's output; the layers before it, where those read something else."""
+        source = self.sources[call.name]
+        dtype, done = source.dtype(), None
+        if self.waiting is None or not self.waiting.include(call, source.adapter, dtype, backward):
+            done = self.waiting
+            self.waiting = Readers(call.inputs, call.inputs._version, source.adapter, dtype, backward)
+        self.waiting.gradients[call.name] = gradient.detach()
+        return done
+
+    @torch.no_grad()
+    def sum(self, readers: Readers, into: Captured) -> None:
+        """Add the statistics of some layers that read the same tensor."""
+        rows, fold = self._rows_of(readers)
+        scale = readers.backward.scale(rows.positions)
+        shared: Sums = {}
+        # Checkpointing may run a layer inside another micro-batch's autocast region.
+        with torch.autocast(readers.given.device.type, enabled=False):
+            for name, gradient in readers.gradients.items():
+                source = self.sources[name]
+                delta = self._weight_sharing.gradients(readers.adapter, gradient.to(readers.dtype), rows)
+                # Copies: a layer adds the sums of later micro-batches into what it was handed.
+                known = {key: shared[key].clone() for key in source.degrees if key in shared}
+                sums = source.observe(rows.h, delta, known, fold)
+                shared |= {key: sums[key] for key, degree in source.degrees.items() if not degree}
+                if scale is not None:
+                    _undo(scale, sums, source.degrees)
+                into.layers.setdefault(name, LayerSums()).add(sums, rows.count, rows.positions)
+        into.is_scaled |= scale is not None
+
+    def _rows_of(self, readers: Readers) -> tuple[InputRows, Fold | None]:
+        given, adapter = readers.given, readers.adapter
+        live = live_rows(list(readers.gradients.values()))
+        rows = self._weight_sharing.inputs(adapter, given, readers.dtype, live)
+        positions = given.shape if adapter.one_hot else given.shape[:-1]
+        fold = fold_of_sequences(positions, self._sketch, self.step, given.device) if self._sketch > 1 else None
+        return rows, fold
+
+
+def _undo(scale: Tensor, sums: Sums, degrees: Mapping[str, int]) -> None:
+    """Divide sums by the factor that backward has put on gradients, in place, as often as these enter."""
+    for key, degree in degrees.items():
+        if degree:
+            sums[key].mul_(scale.to(sums[key].device) ** -degree)
