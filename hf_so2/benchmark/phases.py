@@ -36,7 +36,7 @@ def _places(optimizer: SecondOrderOptimizer) -> list[tuple[Any, str, str]]:
     if curvature is None:
         return []
     return [
-        (curvature.capture, "_sum_readers", "capture"),
+        (curvature.capture, "_sum", "capture"),
         (curvature.capture, "_reached", "capture"),
         (curvature.sharing, "sum_statistics", "reduce"),
         (curvature.sharing, "send_preconditioners", "reduce"),

@@ -14,7 +14,7 @@ from hf_so2.curvature.tied import EMBEDDING, HEAD, of_end
 from hf_so2.layers import Adapter
 from hf_so2.layers.adapters import LINEAR
 from hf_so2.layers.sketch import Fold
-from hf_so2.optim.layer import Layer
+from hf_so2.optim.layer import Layer, statistics_dtype
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,12 @@ class End:
     def sums_of_outer_products(self) -> list[str]:
         """The statistics that are, wherever they are matrices."""
         return [name for name, statistic in self.block.statistics.items() if statistic.symmetric]
+
+    def statistics_dtype(self) -> torch.dtype:
+        """Of the statistics that are taken now: the weight may have been cast."""
+        weight = self.modules[0].weight
+        assert isinstance(weight, Tensor)
+        return statistics_dtype(weight.dtype)
 
     def observe(self, inputs: Tensor, gradients: Tensor, known: State, fold: Fold | None) -> State:
         """The sums of the block's statistics over rows, see `TokenBlock.observe`."""

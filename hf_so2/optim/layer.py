@@ -118,8 +118,7 @@ class Layer:
         """
         if (self.device, self.dtype) != (device, dtype):
             self.device, self.dtype = device, dtype
-            to = {"dtype": dtype, "device": device}
-            self.state = {name: t.to(dtype) if t.is_meta else t.to(**to) for name, t in self.state.items()}
+            self.state = {n: t.to(dtype) if t.is_meta else t.to(device, dtype) for n, t in self.state.items()}
 
 
 def statistics_dtype(weight: torch.dtype) -> torch.dtype:

@@ -57,8 +57,8 @@ class OptimizerWithCurvature(torch.optim.Optimizer):
         if "curvature" not in state_dict and self.curvature_in_state_dict:
             raise ValueError(
                 "state_dict has no key 'curvature': it was not saved by this optimizer's state_dict(), or by"
-                " torch.distributed.checkpoint, which leaves that out; save curvature_state_dict() beside it, and before"
-                " loading set curvature_in_state_dict = False"
+                " torch.distributed.checkpoint, which leaves that out; save curvature_state_dict() beside it, and set"
+                " curvature_in_state_dict = False before loading"
             )
         self._take_groups_of(state_dict["param_groups"])
         super().load_state_dict(state_dict)

@@ -14,12 +14,12 @@ from hf_so2.curvature import GradientBlock, State
 from hf_so2.damping import Damping
 from hf_so2.errors import TrainingDivergedError
 from hf_so2.layers import Capture, SampledCapture
-from hf_so2.layers.capture import Source
 from hf_so2.layers.sketch import Fold
+from hf_so2.layers.sums import Source
 from hf_so2.linalg import DecompositionError, matmul_precision
 from hf_so2.optim.costs import refresh_flops
 from hf_so2.optim.ends import End, ends_of
-from hf_so2.optim.layer import COUNTERS, Layer, statistics_dtype
+from hf_so2.optim.layer import COUNTERS, Layer
 from hf_so2.optim.means import means
 from hf_so2.optim.schedule import due, statistics_turns, turns
 from hf_so2.optim.sharing import Sharing
@@ -109,17 +109,11 @@ class Curvature:
             with matmul_precision(self._precision):
                 return end.observe(inputs, gradients, known, fold)
 
-        return Source(
-            end.modules,
-            end.adapter,
-            observe,
-            end.gradient_degrees,
-            lambda: statistics_dtype(end.modules[0].weight.dtype),
-        )  # type: ignore[union-attr]
+        return Source(end.modules, end.adapter, observe, end.gradient_degrees, end.statistics_dtype)
 
     def prepare(self, step: int) -> None:
         """Have the coming forward passes captured as far as they are needed for the statistics of this step."""
-        self.capture.step = step
+        self.capture.summation.step = step
         self.capture.due = frozenset(
             name for name, end in self._ends.items() if self._takes_statistics(end.layer, step)
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import hf_so2
+from hf_so2.layers.sums import Captured, Readers
 from hf_so2.optim.schedule import EARLY_STEPS, statistics_turns, turns
 
 COSTS = st.dictionaries(st.text("abc.0123", min_size=1, max_size=6), st.floats(0, 1e18), max_size=40)
@@ -53,13 +53,15 @@ def spied(optimizer: hf_so2.SecondOrderOptimizer) -> dict[str, list[int]]:
     """By name of a weight (and its end): at which steps its tokens are captured from now on."""
     assert optimizer.curvature is not None
     steps: dict[str, list[int]] = {}
-    add = optimizer.curvature.capture._add
+    summation = optimizer.curvature.capture.summation
+    total = summation.sum
 
-    def counting(name: str, *rest: Any) -> None:
-        steps.setdefault(name, []).append(optimizer.steps + 1)
-        add(name, *rest)
+    def counting(readers: Readers, into: Captured) -> None:
+        for name in readers.gradients:
+            steps.setdefault(name, []).append(optimizer.steps + 1)
+        total(readers, into)
 
-    optimizer.curvature.capture._add = counting  # type: ignore[method-assign]
+    summation.sum = counting  # type: ignore[method-assign]
     return steps
 
 

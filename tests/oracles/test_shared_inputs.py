@@ -13,18 +13,19 @@ from torch import Tensor, nn
 import hf_so2
 from hf_so2.layers.adapters import LINEAR
 from hf_so2.layers.backward import Backward
-from hf_so2.layers.capture import Call, Capture, _Readers
+from hf_so2.layers.capture import Capture
+from hf_so2.layers.sums import Call, Readers
 
 
 def recorded(capture: Capture, known: dict[str, list[str]]) -> None:
     """From now on `known` gets, for every layer, which of its sums it was handed."""
-    for name, source in list(capture._sources.items()):
+    for name, source in list(capture.summation.sources.items()):
 
         def spy(h: Tensor, delta: Tensor, given: Any, fold: Any, name: str = name, source: Any = source) -> Any:
             known[name] = sorted(given)
             return source.observe(h, delta, given, fold)
 
-        capture._sources[name] = replace(source, observe=spy)  # type: ignore[index]
+        capture.summation.sources[name] = replace(source, observe=spy)  # type: ignore[index]
 
 
 def backward(model: nn.Module) -> None:
@@ -78,10 +79,10 @@ def test_layers_with_one_input_do_not_add_into_each_other() -> None:
 def test_a_tensor_written_to_is_another_tensor() -> None:
     backward = Backward(0, None)
 
-    def readers(given: Tensor) -> _Readers:
-        return _Readers(given, given._version, LINEAR, torch.float32, backward)
+    def readers(given: Tensor) -> Readers:
+        return Readers(given, given._version, LINEAR, torch.float32, backward)
 
-    def included(first: _Readers, given: Tensor, during: Backward = backward) -> bool:
+    def included(first: Readers, given: Tensor, during: Backward = backward) -> bool:
         return first.include(Call("weight", given, None), LINEAR, torch.float32, during)  # type: ignore[arg-type]
 
     inputs = torch.randn(6, 3)
@@ -99,7 +100,7 @@ def test_no_activation_outlives_the_backward_pass(build: Any) -> None:
     optimizer = hf_so2.build_optimizer("kfac", model)
     assert optimizer.curvature is not None
     backward(model)
-    assert optimizer.curvature.capture._readers is None
+    assert optimizer.curvature.capture.summation.waiting is None
     assert optimizer.curvature.capture._captured.layers
     optimizer.step()
     assert not optimizer.curvature.capture._captured.layers

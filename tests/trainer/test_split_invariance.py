@@ -24,6 +24,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import hf_so2
+from hf_so2.layers.sums import Captured, Readers
 
 MODELS: dict[str, Callable[[], nn.Module]] = {"llama": llama, "gpt2": gpt2}
 WHOLE = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1}
@@ -150,13 +151,14 @@ def count_captures(optimizer: hf_so2.SecondOrderOptimizer) -> list[str]:
     """Names of the layers whose statistics are summed from now on, one entry per call."""
     assert optimizer.curvature is not None
     seen: list[str] = []
-    add = optimizer.curvature.capture._add
+    summation = optimizer.curvature.capture.summation
+    total = summation.sum
 
-    def counting(name: str, *rest: Any) -> None:
-        seen.append(name)
-        add(name, *rest)
+    def counting(readers: Readers, into: Captured) -> None:
+        seen.extend(readers.gradients)
+        total(readers, into)
 
-    optimizer.curvature.capture._add = counting  # type: ignore[method-assign]
+    summation.sum = counting  # type: ignore[method-assign]
     return seen
 
 
