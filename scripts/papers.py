@@ -4,8 +4,8 @@
     python scripts/papers.py all --output_dir out/papers
 
 Prints a sentence for each claim (it holds here, does not hold, or is not decided by so few runs) and leaves NAME.json,
-with every sample and interval, and NAME.png in --output_dir. Exit code 0 when all claims hold, 1 when one does not, 4
-when none fails but one is not decided, 2 for a user's mistake (one line, no traceback). Needs scikit-learn:
+with every sample and interval, NAME.md and NAME.png in --output_dir. Exit code 0 when all claims hold, 1 when one does
+not, 4 when none fails but one is not decided, 2 for a user's mistake (one line, no traceback). Needs scikit-learn:
 pip install -e '.[papers]'.
 """
 

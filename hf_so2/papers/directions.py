@@ -6,7 +6,7 @@ and keeps nothing from earlier steps. So what differs between two of them is the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
 import torch
@@ -15,8 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from hf_so2.curvature import EKFAC, FOOF, KFAC, TokenBlock
 from hf_so2.damping import Damping
-from hf_so2.natural_gradient import Fisher
-from hf_so2.papers.approximations import rows_of
+from hf_so2.papers.approximations import Rows, rows_of
 from hf_so2.papers.training import Step
 
 Named: TypeAlias = Mapping[str, Tensor]
@@ -24,19 +23,36 @@ Direction: TypeAlias = Callable[[nn.Sequential, Tensor, Named, float, torch.Gene
 """(model, curvature examples, gradient by name, damping, generator of labels) -> update by name."""
 
 
-def exact(model: nn.Sequential, images: Tensor, gradients: Named, damping: float, generator: torch.Generator) -> dict:
+def exact(
+    model: nn.Sequential, images: Tensor, gradients: Named, damping: float, generator: torch.Generator
+) -> dict[str, Tensor]:
     """`(F + ρI)⁻¹ g` over the whole network."""
-    return Fisher.of(model, images, kind="mc", generator=generator).solve(gradients, damping)
+    layers = rows_of(model, images, generator)
+    return dict(zip(gradients, kernel_solve(layers, list(gradients.values()), damping), strict=True))
 
 
 def block_diagonal(
     model: nn.Sequential, images: Tensor, gradients: Named, damping: float, generator: torch.Generator
 ) -> dict[str, Tensor]:
     """The same layer by layer."""
-    updates: dict[str, Tensor] = {}
-    for block in Fisher.of(model, images, kind="mc", generator=generator).of_layers():
-        updates |= block.solve(gradients, damping)
-    return updates
+    layers = rows_of(model, images, generator)
+    pairs = zip(layers, gradients.items(), strict=True)
+    return {name: kernel_solve([layer], [g], damping)[0] for layer, (name, g) in pairs}
+
+
+def kernel_solve(layers: Sequence[Rows], gradients: Sequence[Tensor], damping: float) -> list[Tensor]:
+    """What `hf_so2.natural_gradient` does, where the gradients of examples are outer products of rows.
+
+    None of them is written out: of `R` with rows `δ hᵀ / √N`, the kernel `R Rᵀ` is `Σ (H Hᵀ) ∘ (Δ Δᵀ) / N` over layers.
+    """
+    n = len(layers[0].h)
+    kernel = sum((layer.h @ layer.h.mT) * (layer.delta @ layer.delta.mT) for layer in layers) / n
+    along = sum(((layer.delta @ g) * layer.h).sum(dim=1) for layer, g in zip(layers, gradients, strict=True)) / n**0.5
+    assert isinstance(kernel, Tensor)
+    assert isinstance(along, Tensor)
+    kernel.diagonal().add_(damping)
+    weights = torch.cholesky_solve(along.unsqueeze(1), torch.linalg.cholesky(kernel)) / n**0.5
+    return [(g - (layer.delta * weights).mT @ layer.h) / damping for layer, g in zip(layers, gradients, strict=True)]
 
 
 def gradient(

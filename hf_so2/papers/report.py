@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ Experiment = Callable[[], Findings]
 
 
 def carry_out(name: str, experiment: Experiment, folder: Path) -> tuple[Claim, ...]:
-    """Run an experiment, print a sentence for each of its claims, and leave `<name>.json` and `<name>.png`."""
+    """Run an experiment, print a sentence for each of its claims, and leave `<name>.json`, `.md` and `.png`."""
     start = time.perf_counter()
     findings = experiment()
     seconds = time.perf_counter() - start
@@ -45,6 +45,7 @@ def carry_out(name: str, experiment: Experiment, folder: Path) -> tuple[Claim, .
     }
     text = json.dumps(_plain(record), indent=1, allow_nan=False, ensure_ascii=False)
     (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+    (folder / f"{name}.md").write_text(markdown(findings.claims), encoding="utf-8")
     findings.draw(folder / f"{name}.png")
     for claim in findings.claims:
         print(f"{claim.key}: {claim.sentence}", flush=True)
@@ -75,6 +76,24 @@ def _comparison(comparison: Comparison) -> dict[str, Any]:
         "outcome": comparison.outcome.value,
         "samples": list(comparison.samples),
     }
+
+
+def markdown(claims: Sequence[Claim]) -> str:
+    """A table of claims, paper, section, what was run and the outcome; runs are listed once, below it."""
+    runs = list(dict.fromkeys(claim.run for claim in claims))
+    lines = ["| claim | paper | run | outcome | mean, 95 % interval |", "|---|---|---|---|---|"]
+    for claim in claims:
+        place = f"[{claim.paper}](https://arxiv.org/abs/{claim.paper})" + (
+            f", {claim.section}" if claim.section else ""
+        )
+        text = claim.text if claim.can_fail else f"{claim.text} *(an identity)*"
+        outcome = f"**{claim.outcome.value}**"
+        measured = "<br>".join(str(comparison).replace("|", "\\|") for comparison in claim.comparisons)
+        lines.append(
+            f"| {text[0].upper()}{text[1:]} | {place} | {runs.index(claim.run) + 1} | {outcome} | {measured} |"
+        )
+    listed = [f"{number}. {run[0].upper()}{run[1:]}." for number, run in enumerate(runs, 1)]
+    return "\n".join([*lines, "", "Runs:", "", *listed, ""])
 
 
 def _plain(value: Any) -> Any:

@@ -68,9 +68,12 @@ def score(
 
 
 def best_value(curve: Mapping[float, float]) -> float:
-    """Where a curve of scores has its least, by a parabola in the logarithm around the best value tried."""
+    """Where a curve of scores has its least, by a parabola in the logarithm around the best value tried.
+
+    NaN where that lies on an edge of the grid: it proves nothing then.
+    """
     optimum = find_optimum(curve)
-    return math.nan if optimum is None else optimum.value
+    return math.nan if optimum is None or optimum.edge else optimum.value
 
 
 def slope(widths: Sequence[int], values: Sequence[float]) -> float:

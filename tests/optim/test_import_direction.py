@@ -37,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli": set(),
     "models": {"mup", "cli"},
     "benchmark": {"optim", "layers", "curvature", "distributed"},
-    "papers": {"optim", "curvature", "damping", "natural_gradient", "transfer"},
+    "papers": {"linalg", "optim", "curvature", "damping", "natural_gradient", "transfer"},
     "transfer": {"arguments", "trainer", "optim", "cli", "models", *LEAVES},
 }
 

@@ -13,6 +13,7 @@ import torch
 from sklearn.kernel_ridge import KernelRidge
 from torch import nn
 
+from hf_so2.natural_gradient import Fisher
 from hf_so2.papers import approximations, directions, foof, mup_claims, report, tekfac, training, widths
 from hf_so2.papers.digits import Digits, mlp
 from hf_so2.papers.mup_transfer import exponents
@@ -81,6 +82,16 @@ def test_directions_are_what_they_are_called(name: str, digits: Digits) -> None:
         expected = [layer_update(name, *each, damping) for each in zip(layers, per_layer, g, strict=True)]
     for update, right in zip(actual.values(), expected, strict=True):
         torch.testing.assert_close(update.reshape(-1), right, rtol=1e-7, atol=1e-9)
+
+
+def test_the_kernel_of_outer_products_is_that_of_the_package(digits: Digits) -> None:
+    model = mlp(5, 3, 0, torch.float64)
+    images, labels = digits.images[:25], digits.labels[:25]
+    gradients = directions.gradients_of(model, images, labels)
+    fast = directions.exact(model, images, gradients, 1e-3, torch.Generator().manual_seed(0))
+    fisher = Fisher.of(model, images, kind="mc", generator=torch.Generator().manual_seed(0))
+    for update, right in zip(fast.values(), fisher.solve(gradients, 1e-3).values(), strict=True):
+        torch.testing.assert_close(update, right, rtol=1e-8, atol=1e-10)
 
 
 def damped(matrix: torch.Tensor, damping: float, g: torch.Tensor) -> torch.Tensor:
@@ -232,4 +243,5 @@ def test_what_an_experiment_leaves(tmp_path: Path, capsys: pytest.CaptureFixture
     record = json.loads((tmp_path / "new" / "made-up.json").read_text("utf-8"))
     assert record["claims"][0]["outcome"] == "not decided"
     assert record["tables"]["losses"]["1"] == "nan"
+    assert "| It is so |" in (tmp_path / "new" / "made-up.md").read_text("utf-8")
     assert "not decided: it is so" in capsys.readouterr().out
