@@ -45,14 +45,14 @@ MATCH = 0.1  # log10: a loss a quarter higher still counts as the same
 @single_threaded
 def foof() -> Findings:
     """All claims of the paper."""
-    small, large = Digits.load(torch.float64), Digits.load(torch.float64)
-    best, runs = race(DIRECTIONS, lambda name, values, seed: along(name, values, small, seed))
+    digits = Digits.load(torch.float64)
+    best, runs = race(DIRECTIONS, lambda name, values, seed: along(name, values, digits, seed))
     best_large, large_runs = race(
-        LARGE_CONTEST, lambda name, values, seed: along(name, values, large, seed, LARGE), seeds=1
+        LARGE_CONTEST, lambda name, values, seed: along(name, values, digits, seed, LARGE), seeds=1
     )
     product = Digits.load()
     best_product, product_runs = race(PRODUCT, lambda name, values, seed: optimized(name, values, product, seed))
-    angles = [angles_of(seed, best["K-FAC"], small) for seed in SEEDS]
+    angles = [angles_of(seed, best["K-FAC"], digits) for seed in SEEDS]
     tables = {
         "tuned": {"one batch": best, "large Fisher": best_large, "package": best_product},
         "runs": {name: [vars(run) for run in of_method] for name, of_method in runs.items()},
@@ -229,4 +229,4 @@ def draw(
         legend = axes.legend(fontsize=8)
         for line in legend.get_lines():
             line.set_alpha(1)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=100)

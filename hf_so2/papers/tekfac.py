@@ -114,7 +114,7 @@ def compare_all(layers: Sequence[Rows], stale: Sequence[Rows]) -> dict[str, Any]
         result["trace"][name] = sum(float(matrix.trace()) for matrix in dense) / trace
         result["trace_worst_layer"][name] = max(ratios, key=lambda ratio: abs(ratio - 1))
         result["error_of_layers"][name] = [
-            math.sqrt(square) / float(fisher.norm()) for square, fisher in zip(squares, fishers, strict=True)
+            approximations.error(matrix, fisher) for matrix, fisher in zip(dense, fishers, strict=True)
         ]
         approximated[name] = dense
     # EKFAC is the projection of the block on what is diagonal in the basis, in which K-FAC is diagonal too.
@@ -289,4 +289,4 @@ def draw(errors: Sequence[Sequence[Mapping[str, Any]]], runs: Mapping[str, Seque
         axes.grid(alpha=0.3)
         for line in axes.legend(fontsize=8).get_lines():
             line.set_alpha(1)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=100)
