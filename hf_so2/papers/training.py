@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -125,8 +124,6 @@ def tune(
         ranges: lowest and highest value of two hyperparameters, by name.
         seeds: the grid is run with the first, the refinements with all, averaged.
     """
-    # Trials are meant to go too far; how many steps each of them left out says nothing.
-    logging.getLogger("hf_so2").setLevel(logging.ERROR)
     lows = {name: math.log(low) for name, (low, _) in ranges.items()}
     spacing = {name: math.log(high / low) / (COARSE - 1) for name, (low, high) in ranges.items()}
     known: dict[tuple[float, ...], float] = {}
