@@ -11,6 +11,8 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+HIGHEST = 5.0  # nats: runs that diverged must not flatten the rest
+
 
 def draw(tables: Mapping[str, Any], path: Path) -> None:
     """A row for each method: losses over rates under μP and SP, over dampings, and changes of outputs over widths."""
@@ -41,6 +43,7 @@ def _scores(axes: Axes, curves: Mapping[int, Mapping[int, Mapping[float, float]]
             axes.plot(*zip(*finite, strict=True), "o-", color=color, markersize=4, label=f"M = {width}")
             axes.plot(*min(finite, key=lambda point: point[1]), "*", color=color, markersize=15)
     axes.set(xscale="log", yscale="log", xlabel=x, ylabel="training loss (nats)", title=title)
+    axes.set_ylim(top=min(axes.get_ylim()[1], HIGHEST))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
 
