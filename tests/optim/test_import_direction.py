@@ -18,6 +18,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "folders": set(),
     "spelling": set(),
+    "natural_gradient": set(),
     "linalg": set(),
     "damping": {"linalg"},
     "curvature": {"linalg", "damping"},
@@ -36,6 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli": set(),
     "models": {"mup", "cli"},
     "benchmark": {"optim", "layers", "curvature", "distributed"},
+    "papers": {"linalg", "optim", "curvature", "damping", "natural_gradient", "transfer"},
     "transfer": {"arguments", "trainer", "optim", "cli", "models", *LEAVES},
 }
 

@@ -1,0 +1,161 @@
+"""Training runs on the digits, and tuning that is alike for every method."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from hf_so2.errors import TrainingDivergedError
+from hf_so2.linalg import DecompositionError
+from hf_so2.papers.digits import Digits
+
+Step: TypeAlias = Callable[[nn.Module, Tensor, Tensor], None]
+"""Changes the weights of a model for one batch (images, labels)."""
+Ranges: TypeAlias = Mapping[str, tuple[float, float]]
+
+COARSE, REFINEMENTS = 5, (0.5, 0.25)
+TRIALS = COARSE**2 + 9 + 8  # of two hyperparameters: the centre of the second refinement is known
+FLOOR = 1e-6  # nats: below it, float32 losses are round-off
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a training run left.
+
+    Args:
+        steps: when it was looked at.
+        losses: mean cross-entropy on all training images by then, nats; infinite from where it diverged.
+        seconds: spent on training by then, not on looking.
+        accuracy: on the test images at the end.
+    """
+
+    steps: tuple[int, ...]
+    losses: tuple[float, ...]
+    seconds: tuple[float, ...]
+    accuracy: float
+
+    @property
+    def score(self) -> float:
+        """log10 of the last loss: differences are then of the same weight at any level."""
+        return math.log10(max(self.losses[-1], FLOOR)) if math.isfinite(self.losses[-1]) else math.inf
+
+    def score_after(self, seconds: float) -> float:
+        """The same of the last look within so many seconds; infinite before the first."""
+        reached = [loss for loss, second in zip(self.losses, self.seconds, strict=True) if second <= seconds]
+        loss = reached[-1] if reached else math.inf
+        return math.log10(max(loss, FLOOR)) if math.isfinite(loss) else math.inf
+
+
+def train(
+    model: nn.Module, step: Step, digits: Digits, *, steps: int, batch: int, seed: int, looks: Sequence[int] = ()
+) -> Run:
+    """Train for some steps and look at the loss at the start, at the end, and at `looks`."""
+    at = {0, steps, *looks}
+    seen: list[tuple[int, float, float]] = []
+    spent = 0.0
+    batches = digits.batches(steps, batch, seed)
+    for number in range(steps + 1):
+        if number in at:
+            seen.append((number, loss_on_all(model, digits), spent))
+            if not math.isfinite(seen[-1][1]):
+                break
+        if number == steps:
+            break
+        images, labels = next(batches)
+        start = time.perf_counter()
+        try:
+            step(model, images, labels)
+        except (TrainingDivergedError, DecompositionError, torch.linalg.LinAlgError):
+            seen.append((steps, math.inf, spent))
+            break
+        spent += time.perf_counter() - start
+    if seen[-1][0] < steps:
+        seen.append((steps, math.inf, spent))
+    numbers, losses, seconds = zip(*seen, strict=True)
+    with torch.no_grad():
+        accuracy = float((model(digits.test_images).argmax(dim=1) == digits.test_labels).double().mean())
+    return Run(numbers, losses, seconds, accuracy)
+
+
+def loss_on_all(model: nn.Module, digits: Digits) -> float:
+    """Mean cross-entropy on the training images; infinite where it is no number."""
+    with torch.no_grad():
+        loss = float(cross_entropy(model(digits.images), digits.labels))
+    return loss if math.isfinite(loss) else math.inf
+
+
+def optimizer_step(optimizer: Any) -> Step:
+    """A step of a `torch.optim.Optimizer` or one of this package, Fisher samples included."""
+    sample = getattr(optimizer, "sample_fisher", None)
+
+    def step(model: nn.Module, images: Tensor, labels: Tensor) -> None:
+        optimizer.zero_grad()
+        logits = model(images)
+        if not bool(torch.isfinite(logits).all()):
+            raise TrainingDivergedError("a logit is not finite")
+        if sample is not None:
+            sample(logits)
+        cross_entropy(logits, labels).backward()
+        optimizer.step()
+
+    return step
+
+
+def tune(
+    score: Callable[[Mapping[str, float], int], float], ranges: Ranges, seeds: Sequence[int] = (100, 101)
+) -> dict[str, float]:
+    """The best values of a coarse grid, refined twice; the same number of trials whatever the method: `TRIALS`.
+
+    The grid has five values of each hyperparameter, evenly on a logarithmic scale; then come the neighbours of the best
+    at half the distance, and once more, so that an optimum on the edge of the ranges is followed beyond it. Good rates
+    of curvature methods lie on a narrow ridge over the damping, which random trials on the same ranges often miss.
+
+    Args:
+        score: of some values and a seed; less is better, infinity where training diverged.
+        ranges: lowest and highest value of two hyperparameters, by name.
+        seeds: the grid is run with the first, the refinements with all, averaged.
+    """
+    lows = {name: math.log(low) for name, (low, _) in ranges.items()}
+    spacing = {name: math.log(high / low) / (COARSE - 1) for name, (low, high) in ranges.items()}
+    known: dict[tuple[float, ...], float] = {}
+
+    def best_of(points: Iterable[tuple[float, ...]], used: Sequence[int]) -> tuple[float, ...]:
+        scores = {}
+        for point in points:
+            values = {name: math.exp(x) for name, x in zip(ranges, point, strict=True)}
+            if point not in known or len(used) == 1:
+                known[point] = sum(score(values, seed) for seed in used) / len(used)
+            scores[point] = known[point]
+        return min(scores, key=scores.__getitem__)
+
+    axes = [[lows[name] + index * spacing[name] for index in range(COARSE)] for name in ranges]
+    best = best_of(itertools.product(*axes), seeds[:1])
+    known.clear()
+    for share in REFINEMENTS:
+        axes = [[x + sign * share * spacing[name] for sign in (-1, 0, 1)] for name, x in zip(ranges, best, strict=True)]
+        best = best_of(itertools.product(*axes), seeds)
+    return {name: math.exp(x) for name, x in zip(ranges, best, strict=True)}
+
+
+def single_threaded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """One thread while it runs: these matrices are small, and times then do not depend on the machine's load so."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            torch.set_num_threads(threads)
+
+    return wrapped
