@@ -7,6 +7,7 @@ rank updates its part, and keeps the state of that part alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -34,6 +35,24 @@ class _Entry(NamedTuple):
         return all(
             t.device.type == "cpu" and t.is_contiguous() and t.dtype == self.parameter.dtype for t in tensors
         ) and self.parameter.dtype in (torch.float32, torch.float64)
+
+
+def largest_gradient(group: Mapping[str, Any], dtype: torch.dtype) -> float:
+    """The magnitude up to which no entry of a gradient can make the first-order state infinite, for ever.
+
+    An average of numbers in range stays there, so that what enters it is all there is to look at; a sum that shrinks
+    by `momentum` at every step stays there while what is added is at most `1 - momentum` of the range. Half of that is
+    left to weight decay, which is added to the gradient before.
+
+    Args:
+        group: with the algorithm and its constants.
+        dtype: of the parameter, and so of its state.
+    """
+    largest: float = torch.finfo(dtype).max
+    if group["algorithm"] != "sgd":
+        return math.sqrt(largest)
+    # Without momentum there is no state, and what a rate above 1 makes of the weight is all that can overflow.
+    return largest * (1 - group["momentum"]) / 2 / max(1.0, group["lr"])
 
 
 def first_order_step(
