@@ -40,19 +40,24 @@ class _Entry(NamedTuple):
 def largest_gradient(group: Mapping[str, Any], dtype: torch.dtype) -> float:
     """The magnitude up to which no entry of a gradient can make the first-order state infinite, for ever.
 
-    An average of numbers in range stays there, so that what enters it is all there is to look at; a sum that shrinks
-    by `momentum` at every step stays there while what is added is at most `1 - momentum` of the range. Half of that is
-    left to weight decay, which is added to the gradient before.
+    An average of squares in range stays there, so that what enters it is all there is to look at. A sum that shrinks by
+    `momentum` at every step stays there while what is added is at most `1 - momentum` of the range; half of that is
+    left to weight decay, which is added to the gradient before. In SGD, whose step is as long as its gradient, one
+    whose square leaves float32 would throw the weights to where no gradient is finite.
 
     Args:
         group: with the algorithm and its constants.
         dtype: of the parameter, and so of its state.
     """
-    largest: float = torch.finfo(dtype).max
+    largest = torch.finfo(dtype).max
     if group["algorithm"] != "sgd":
         return math.sqrt(largest)
-    # Without momentum there is no state, and what a rate above 1 makes of the weight is all that can overflow.
-    return largest * (1 - group["momentum"]) / 2 / max(1.0, group["lr"])
+    return min(largest * (1 - group["momentum"]) / 2, of_finite_square(dtype))
+
+
+def of_finite_square(dtype: torch.dtype) -> float:
+    """The largest magnitude with a finite square, in float32 for what is narrower."""
+    return math.sqrt(max(torch.finfo(dtype).max, torch.finfo(torch.float32).max))
 
 
 def first_order_step(

@@ -181,6 +181,9 @@ OF_THE_WHOLE_MODEL = frozenset({"kl_clip"})
 # These look at the gradient of the step; the others at what was preconditioned and what became of it.
 OF_RAW_GRADIENTS = frozenset({"graft_adam"})
 
+# Under these the length of a step does not follow that of the gradient, however large it is.
+OF_FIXED_LENGTH = frozenset({"graft_adam", "spectral"})
+
 # These look at the updates alone.
 OF_UPDATES = frozenset({"none", "spectral"})
 

@@ -214,7 +214,7 @@ class SecondOrderOptimizer(OptimizerWithCurvature):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not are_in_range(*gradients_and_limits(self.param_groups, self.curvature)):
+        if not are_in_range(*gradients_and_limits(self.param_groups, self.curvature, self.settings.norm_control)):
             self.discard_captures()
             self._skipped.add(self.steps + 1)
             return loss

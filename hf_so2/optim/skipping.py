@@ -12,7 +12,8 @@ from torch import Tensor
 
 from hf_so2.distributed import is_sharded, local, true_on_all_ranks
 from hf_so2.errors import TrainingDivergedError
-from hf_so2.optim.fallback import largest_gradient
+from hf_so2.optim.fallback import largest_gradient, of_finite_square
+from hf_so2.optim.norm_control import OF_FIXED_LENGTH
 from hf_so2.optim.statistics import Curvature
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ class SkippedSteps:
 
 
 def gradients_and_limits(
-    groups: Iterable[Mapping[str, Any]], curvature: Curvature | None
+    groups: Iterable[Mapping[str, Any]], curvature: Curvature | None, norm_control: str
 ) -> tuple[list[Tensor], list[float]]:
     """Every gradient, and how large its entries may be before they would make what the state keeps infinite."""
     gradients, limits = [], []
@@ -56,7 +57,8 @@ def gradients_and_limits(
             gradients.append(parameter.grad)
             if curvature is not None and curvature.preconditions(name):
                 # An average takes the difference of what is in it and what enters; statistics are looked at apart.
-                limits.append(torch.finfo(parameter.dtype).max / 2)
+                most = torch.finfo(parameter.dtype).max / 2
+                limits.append(most if norm_control in OF_FIXED_LENGTH else min(most, of_finite_square(parameter.dtype)))
             else:
                 limits.append(largest_gradient(group, parameter.dtype))
     return gradients, limits
