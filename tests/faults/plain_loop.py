@@ -202,6 +202,10 @@ FAULTS: dict[str, tuple[Act, str]] = {
 }
 
 
+# Faults that make a gradient of any size.
+SIZES = ("gradient", "activation", "loss", "scale")
+
+
 def settings_of(name: str, chance: random.Random) -> dict[str, Any]:
     if name.removesuffix("_mup") in ("adamw", "sgd"):
         return {"lr": 1e-3}
@@ -239,5 +243,8 @@ def run(name: str, fault: str, seed: int) -> str:
         for step in (step for step in range(STEPS) if step != AT):
             straight.step(step)
         assert not (odd := differing(loop.values(), straight.values())), f"{where}: {odd}"
-    assert math.isfinite(float(loop.loss(0).detach())), where
+    # A step as long as its gradient, which plain SGD's is by definition, can take finite weights out of sight.
+    follows = settings.get("norm_control") not in ("spectral", "graft_adam") and not name.startswith("adamw")
+    if not (follows and fault in SIZES):
+        assert math.isfinite(float(loop.loss(0).detach())), where
     return "made" if was_made else "left out"

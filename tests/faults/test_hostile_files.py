@@ -51,23 +51,8 @@ def test_a_python_tag_in_a_recipe_or_a_settings_file_is_never_run(tag: str, tmp_
     assert not made.exists()
 
 
-VALUES: list[Any] = [
-    None,
-    True,
-    -1,
-    0,
-    1e400,
-    float("nan"),
-    "",
-    "x" * 50,
-    [],
-    [1],
-    {},
-    {"a": [{}]},
-    10**30,
-    "\x00",
-    "é",
-]
+SCALARS = [None, True, -1, 0, 1e400, float("nan"), "", "x" * 50, 10**30, "\x00", "é"]
+VALUES: list[Any] = [*SCALARS, [], [1], {}, {"a": [{}]}]
 
 
 def garbled(text: str, chance: random.Random) -> bytes:
@@ -84,12 +69,12 @@ def garbled(text: str, chance: random.Random) -> bytes:
     if how == 1:
         section[key] = chance.choice(VALUES)
     else:
-        section[chance.choice([*VALUES[:7], "unknown", 3.5])] = section.pop(key)
+        section[chance.choice([*SCALARS[:7], "unknown", 3.5])] = section.pop(key)
     return yaml.safe_dump(content).encode()
 
 
 def read_garbled(count: int, path: Path, text: str, read: Any) -> None:
-    refused = 0
+    refused, codes = 0, {2}
     for seed in range(count):
         path.write_bytes(garbled(text, random.Random(seed)))
         try:
@@ -98,9 +83,10 @@ def read_garbled(count: int, path: Path, text: str, read: Any) -> None:
             one_line(error)
             refused += 1
         except SystemExit as error:  # what the parser answers, after one line
-            assert error.code == 2
             refused += 1
+            codes.add(error.code)
     print(f"\n{count} garbled files, {refused} refused, the others read")
+    assert codes == {2}
     assert 0 < refused < count
 
 
@@ -204,12 +190,8 @@ def test_the_package_has_no_way_to_run_what_it_loads() -> None:
             owner = getattr(getattr(node.func, "value", None), "id", "")
             assert owner not in ("pickle", "yaml", "marshal", "dill", "joblib"), (path, node.lineno)
             if owner == "torch":
-                flags = {
-                    keyword.arg: ast.literal_eval(keyword.value)
-                    for keyword in node.keywords
-                    if keyword.arg == "weights_only"
-                }
-                assert flags == {"weights_only": True}, (path, node.lineno)
+                given = {keyword.arg: keyword.value for keyword in node.keywords}
+                assert ast.literal_eval(given["weights_only"]) is True, (path, node.lineno)
         for name in ("loads", "unsafe_load", "full_load"):
             for node in calls(tree, name):
                 assert getattr(getattr(node.func, "value", None), "id", "") == "json", (path, node.lineno)
