@@ -1,7 +1,7 @@
 """Tune once, train wide: second-order optimizers with μP for Hugging Face Transformers."""
 
 from hf_so2.arguments import SecondOrderTrainingArguments
-from hf_so2.errors import ConfigurationError, TrainingDivergedError
+from hf_so2.errors import BrokenStepError, ConfigurationError, TrainingDivergedError
 from hf_so2.mup import apply_mup, scale_width
 from hf_so2.optim import OPTIMIZERS, SecondOrderOptimizer, build_optimizer
 from hf_so2.trainer import SecondOrderTrainer
@@ -9,6 +9,7 @@ from hf_so2.transfer.coordinates import coordinate_check
 
 __all__ = [
     "OPTIMIZERS",
+    "BrokenStepError",
     "ConfigurationError",
     "SecondOrderOptimizer",
     "SecondOrderTrainer",

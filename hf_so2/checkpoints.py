@@ -1,32 +1,57 @@
 """A checkpoint's curvature, and how to tell a complete checkpoint from a torn one.
 
 The Trainer writes the files of a checkpoint one after the other into the folder that they stay in, the state of the run
-last. A process that dies on the way leaves a folder that looks like a checkpoint. Here a manifest with the sizes of all
-other files comes just before that last one; a checkpoint is complete when its state can be read and its manifest holds.
+last. A process that dies on the way leaves a folder that looks like a checkpoint. Here a manifest with sizes and
+checksums comes just before that last one; a checkpoint is complete when its state can be read and its manifest holds.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
+import pickle
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
+from transformers import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_so2.distributed import assign, world
+from hf_so2.distributed import assign, gather_objects, world
 from hf_so2.errors import ConfigurationError
+from hf_so2.manifest import (
+    MANIFEST,
+    STATE,
+    fault_of_contents,
+    fault_of_sizes,
+    has_checksums,
+    read_json,
+    write_manifest,
+    write_whole,
+)
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
-STATE = "trainer_state.json"
 CURVATURE_FILES = "curvature-*-of-*.pt"
+# What reading a damaged, foreign or hostile file raises.
+DAMAGE = (
+    pickle.UnpicklingError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    LookupError,
+    OSError,
+    OverflowError,
+    RecursionError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 OPTIMIZER_FILES = "optimizer-*-of-*.pt"  # of sharded parameters
 
 
@@ -48,24 +73,26 @@ def to_resume(wanted: str | os.PathLike[str] | bool | None, output_dir: str | os
     folder = Path(str(wanted))
     if not folder.is_dir():
         raise ConfigurationError("resume_from_checkpoint", str(wanted), "must be the folder of a checkpoint, or `last`")
-    fault = fault_of(folder)
+    fault = _agreed_fault(folder)
     if fault is not None:
         raise ConfigurationError(
             "resume_from_checkpoint", str(wanted), f"is not a complete checkpoint: {fault}; `last` finds one that is"
         )
+    _note_on_checksums(folder)
     return str(wanted)
 
 
 def _newest_complete(wanted: str, output_dir: Path) -> str:
-    found = [
-        path for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir() and _step(path).isdecimal()
-    ]
+    mine = {path.name for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()}
+    # The same ones on every rank, which look at them together.
+    found = [output_dir / name for name in set().union(*gather_objects(mine))]
     torn: list[str] = []
-    for folder in sorted(found, key=lambda path: int(_step(path)), reverse=True):
-        fault = fault_of(folder)
+    for folder in sorted((p for p in found if _step(p).isdecimal()), key=lambda path: int(_step(path)), reverse=True):
+        fault = _agreed_fault(folder)
         if fault is None:
             if torn and world()[0] == 0:
                 logger.warning("torn checkpoints are passed over (%s): resuming from %s", "; ".join(torn), folder)
+            _note_on_checksums(folder)
             return str(folder)
         torn.append(f"{folder.name}: {fault}")
     of_those = f" ({'; '.join(torn)})" if torn else ""
@@ -74,40 +101,55 @@ def _newest_complete(wanted: str, output_dir: Path) -> str:
     )
 
 
+def _note_on_checksums(folder: Path) -> None:
+    if (folder / MANIFEST).is_file() and not has_checksums(folder) and world()[0] == 0:
+        logger.warning(
+            "%s has no checksums, as one of an earlier version: only the sizes of its files were checked", folder
+        )
+
+
 def _step(checkpoint: Path) -> str:
     return checkpoint.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
 
 
 def fault_of(folder: Path) -> str | None:
-    """What a crash, or somebody, has left undone in a checkpoint; None for a complete one.
+    """What a crash, a disk or somebody has done to a checkpoint; None for a complete one. Every file is read.
 
     A checkpoint without a manifest (of transformers' own Trainer, or `save_only_model`) is judged by its last file
-    alone.
+    alone, and one whose manifest has no checksums by sizes.
     """
+    return _fault_of_names(folder) or fault_of_contents(folder)
+
+
+def _fault_of_names(folder: Path) -> str | None:
     if not (folder / STATE).is_file():
         return f"{STATE} is missing"
-    if _read_json(folder / STATE) is None:
-        return f"{STATE} is cut short"
     if not (folder / MANIFEST).is_file():
-        return f"{MANIFEST} is missing" if any(folder.glob(CURVATURE_FILES)) else None
-    manifest = _read_json(folder / MANIFEST)
-    if manifest is None:
-        return f"{MANIFEST} is cut short"
-    for name, size in manifest["bytes"].items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} of {size} bytes"
-    return None
+        fault = f"{MANIFEST} is missing" if any(folder.glob(CURVATURE_FILES)) else None
+    else:
+        fault = fault_of_sizes(folder)
+    return fault or (None if _is_state(folder / STATE) else f"{STATE} is cut short or damaged")
 
 
-def _read_json(path: Path) -> Any:
-    """None where it is cut short: neither file holds `null`."""
+def _is_state(path: Path) -> bool:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return None
+        TrainerState.load_from_json(str(path))
+    except (TypeError, ValueError, AttributeError, RecursionError):
+        return False
+    return True
+
+
+def _agreed_fault(folder: Path) -> str | None:
+    """The same on all ranks, which together read every file once per machine. A collective."""
+    fault = _fault_of_names(folder)
+    if fault is None:
+        fault = fault_of_contents(folder, _share_of_machine if world()[1] > 1 else list)
+    return next((found for found in gather_objects(fault) if found is not None), None)
+
+
+def _share_of_machine(names: Sequence[str]) -> Sequence[str]:
+    """As launchers number the processes of a machine, whose disk may be its own."""
+    return names[int(os.environ.get("LOCAL_RANK", 0)) :: int(os.environ.get("LOCAL_WORLD_SIZE", 1))]
 
 
 def clear(folder: Path) -> None:
@@ -132,19 +174,13 @@ def seal(folder: Path, ranks: int, parts: int) -> None:
             raise ConfigurationError(
                 "output_dir", str(folder), f"must be one folder for all {ranks} processes, or set save_on_each_node"
             )
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    for path in files:
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
-    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
-    content = json.dumps({"world_size": ranks, "bytes": sizes}, indent=2)
-    _write_whole(folder / MANIFEST, lambda file: file.write(content.encode()))
+    write_manifest(folder, ranks)
 
 
 def world_size_of(folder: Path) -> int | None:
     """How many processes saved a complete checkpoint; None where it has no manifest."""
     path = folder / MANIFEST
-    return int(_read_json(path)["world_size"]) if path.is_file() else None
+    return int((read_json(path) or {})["world_size"]) if path.is_file() else None
 
 
 def is_sharded(folder: Path) -> bool:
@@ -175,7 +211,7 @@ def write_curvature(folder: Path, state: Mapping[str, Any], part: int, parts: in
 def write_part(folder: Path, pattern: str, content: Mapping[str, Any], part: int, parts: int) -> None:
     """Write one of several files."""
     folder.mkdir(parents=True, exist_ok=True)
-    _write_whole(folder / part_file(pattern, part, parts), lambda file: torch.save(content, file))
+    write_whole(folder / part_file(pattern, part, parts), lambda file: torch.save(content, file))
 
 
 def _bytes(tensors: Mapping[str, Tensor]) -> int:
@@ -205,14 +241,47 @@ def _read_parts(folder: Path, pattern: str) -> list[dict[str, Any]]:
     parts = int(found.stem.rpartition("-")[2])
     paths = [folder / part_file(pattern, part, parts) for part in range(parts)]
     # Mapped, not read: every rank opens all of them, and copies what it keeps.
-    return [torch.load(path, map_location="cpu", weights_only=True, mmap=True) for path in paths]
+    with readable(folder):
+        return [torch.load(path, map_location="cpu", weights_only=True, mmap=True) for path in paths]
 
 
-def _write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """A file of that name is there with all of its content, or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+@contextmanager
+def readable(folder: Path) -> Iterator[None]:
+    """Loading inside ends in one line where a file is not what it should be.
+
+    Checksums find what was damaged, but not every checkpoint has them, nor was every file written here: what
+    `weights_only` refuses to run ends here as well.
+
+    Raises:
+        ConfigurationError: a file cannot be read.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (*DAMAGE, SafetensorError) as error:
+        if isinstance(error, ConfigurationError):
+            raise
+        reason = (str(error).splitlines() or [""])[0][:200]
+        allowed = f"cannot be read: {type(error).__name__}: {reason}"
+        raise ConfigurationError("resume_from_checkpoint", str(folder), allowed) from error
+
+
+@contextmanager
+def writable(folder: Path) -> Iterator[None]:
+    """Saving inside ends in one line where the disk is full or gone; what is there then is torn, and passed over.
+
+    Raises:
+        ConfigurationError: a file cannot be written.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # torch's writer has an error of its own for a full disk, but none with a name.
+        if isinstance(error, RuntimeError) and not any(
+            sign in str(error) for sign in ("StreamWriter", "unexpected pos")
+        ):
+            raise
+        reason = (str(error).splitlines() or [""])[0][:200]
+        allowed = f"cannot be written to: {reason}; the checkpoint before this one is complete"
+        raise ConfigurationError("output_dir", str(folder), allowed) from error

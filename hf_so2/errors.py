@@ -25,3 +25,21 @@ class ConfigurationError(ValueError):
 
 class TrainingDivergedError(RuntimeError):
     """Training cannot go on: too many steps in a row had a non-finite gradient, or a factor cannot be decomposed."""
+
+
+class BrokenStepError(RuntimeError):
+    """A step ended half-way, so that weights and state are of two steps: loading a state is the only way on.
+
+    Args:
+        step: its number.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        super().__init__(
+            f"step {step} was broken off when some weights had moved and others had not: load a checkpoint, of"
+            " the model and of the optimizer, to go on"
+        )
+
+    def __reduce__(self) -> tuple[type[BrokenStepError], tuple[int]]:
+        return type(self), (self.step,)

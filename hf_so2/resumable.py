@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from hf_so2 import checkpoints
 from hf_so2.callbacks import second_order_optimizer
 from hf_so2.errors import ConfigurationError
+from hf_so2.manifest import write_state
 from hf_so2.optim import SecondOrderOptimizer
 from hf_so2.optim.sharded_state import is_of_parts, load_state, share_of_state
 
@@ -52,7 +54,14 @@ class ResumableTrainer(Trainer):
         if self.args.should_save:
             checkpoints.clear(folder)
         self.accelerator.wait_for_everyone()
-        super()._save_checkpoint(model, trial)
+        state = self.state
+        # The one moment at which the Trainer's last file is known and has not got its name.
+        state.save_to_json = lambda path: write_state(Path(path), partial(type(state).save_to_json, state))
+        try:
+            with checkpoints.writable(folder):
+                super()._save_checkpoint(model, trial)
+        finally:
+            del state.save_to_json
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         optimizer = self._second_order_optimizer()
@@ -95,24 +104,33 @@ class ResumableTrainer(Trainer):
         return self.args.process_index, self.args.world_size
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        with checkpoints.readable(Path(resume_from_checkpoint)):
+            self._load_model(resume_from_checkpoint, model)
+
+    def _load_model(self, checkpoint: str, model: nn.Module | None) -> None:
         try:
-            super()._load_from_checkpoint(resume_from_checkpoint, model=model)
+            super()._load_from_checkpoint(checkpoint, model=model)
         except RuntimeError as error:
             if "size mismatch" not in str(error) and "key(s) in state_dict" not in str(error):
                 raise
             reason = str(error).splitlines()[1 if "\n" in str(error) else 0].strip()
             allowed = f"is of another model: {reason}"
-            raise ConfigurationError("resume_from_checkpoint", resume_from_checkpoint, allowed) from None
+            raise ConfigurationError("resume_from_checkpoint", checkpoint, allowed) from None
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        try:
-            self._load_states(checkpoint)
-        except ConfigurationError:
-            raise
-        except ValueError as error:  # what optimizers answer to the state of another one
-            name = getattr(self.args.optim, "value", self.args.optim)
-            allowed = f"is of another optimizer or model than optim={name}: {error}"
-            raise ConfigurationError("resume_from_checkpoint", checkpoint, allowed) from None
+        with checkpoints.readable(Path(checkpoint or "")):
+            try:
+                self._load_states(checkpoint)
+            except ConfigurationError:
+                raise
+            except ValueError as error:  # what optimizers answer to the state of another one
+                name = getattr(self.args.optim, "value", self.args.optim)
+                allowed = f"is of another optimizer or model than optim={name}: {error}"
+                raise ConfigurationError("resume_from_checkpoint", checkpoint, allowed) from None
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with checkpoints.readable(Path(checkpoint or "")):
+            super()._load_rng_state(checkpoint)
 
     def _load_states(self, checkpoint: str | None) -> None:
         optimizer = self._second_order_optimizer()

@@ -3,7 +3,7 @@
 from hf_so2.linalg.basis import follow_basis, has_null_space, off_diagonal_share
 from hf_so2.linalg.congruence import common_basis
 from hf_so2.linalg.eigen import eigh, is_finite, largest_eigenvalue, mean_over_eigenspaces
-from hf_so2.linalg.errors import DecompositionError
+from hf_so2.linalg.errors import FAILURES, DecompositionError
 from hf_so2.linalg.newton import newton_root
 from hf_so2.linalg.power_iteration import spectral_norm
 from hf_so2.linalg.precision import MATMUL_PRECISIONS, matmul_precision
@@ -11,6 +11,7 @@ from hf_so2.linalg.products import symmetric_product
 from hf_so2.linalg.roots import damped_inverse, damped_root
 
 __all__ = [
+    "FAILURES",
     "MATMUL_PRECISIONS",
     "DecompositionError",
     "common_basis",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hf_so2.linalg.errors import DecompositionError
+
 # Squares of entries between this and its inverse, and sums of them, are far from the ends of float32's range.
 SAFE = 1e8
 
@@ -24,7 +26,21 @@ def spectral_norm(matrix: Tensor, basis: Tensor, iterations: int) -> tuple[Tenso
     Returns:
         The norm (0-dim, 0 for a zero matrix) and the orthonormal basis for the next call. A zero matrix hands `basis`
         back unchanged, so that an update of zero does not lose the warm start.
+
+    Raises:
+        DecompositionError: a decomposition of the candidates fails, in float64 too.
     """
+    try:
+        return _spectral_norm(matrix, basis, iterations)
+    except torch.linalg.LinAlgError:
+        try:
+            norm, candidates = _spectral_norm(matrix.double(), basis.double(), iterations)
+        except torch.linalg.LinAlgError as error:
+            raise DecompositionError(f"a {tuple(matrix.shape)} matrix has no spectral norm: {error}") from error
+        return norm.to(matrix.dtype), candidates.to(matrix.dtype)
+
+
+def _spectral_norm(matrix: Tensor, basis: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
     matrix, unit = _in_range(matrix)
     image, candidates = matrix @ basis, basis
     is_lost = ~image.any()

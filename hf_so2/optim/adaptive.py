@@ -109,11 +109,7 @@ class AdaptiveDamping:
                 raise ConfigurationError("adaptive_damping", True, allowed)
 
     def apply(self, updates: Sequence[LayerUpdate], step: int) -> None:
-        """Apply the updates, with the loss taken on either side, and set the damping of each layer's next refresh.
-
-        Raises:
-            ConfigurationError: no loss was given for this step.
-        """
+        """Apply the updates, with the loss taken on either side, and set the damping of each layer's next refresh."""
         predicted = predicted_change(updates)
         before = self._loss()
         for update in updates:
@@ -130,6 +126,17 @@ class AdaptiveDamping:
         elif not self.ratio >= POOR:  # not a number after an overflow
             self._scale(DECAY**-waited)
 
+    def require_losses(self) -> None:
+        """See to it before anything moves that the step can be measured.
+
+        Raises:
+            ConfigurationError: no loss was given for this step.
+        """
+        if not self.losses:
+            raise ConfigurationError(
+                "adaptive_damping", True, "needs `optimizer.reevaluate_with(loss)` before every step that `wants_loss`"
+            )
+
     def telemetry(self) -> dict[str, float]:
         """The factor as it stands, and the ratio that was measured last, for the log."""
         measured = {"curvature/reduction_ratio": self.ratio} if math.isfinite(self.ratio) else {}
@@ -140,10 +147,6 @@ class AdaptiveDamping:
 
     def _loss(self) -> float:
         """Of the whole step: summed over micro-batches, averaged over ranks, and so the same number on each."""
-        if not self.losses:
-            raise ConfigurationError(
-                "adaptive_damping", True, "needs `optimizer.reevaluate_with(loss)` before every step that `wants_loss`"
-            )
         mine = sum(float(loss()) for loss in self.losses)
         _, ranks = world()
         if ranks == 1:

@@ -7,6 +7,7 @@ rank updates its part, and keeps the state of that part alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -34,6 +35,29 @@ class _Entry(NamedTuple):
         return all(
             t.device.type == "cpu" and t.is_contiguous() and t.dtype == self.parameter.dtype for t in tensors
         ) and self.parameter.dtype in (torch.float32, torch.float64)
+
+
+def largest_gradient(group: Mapping[str, Any], dtype: torch.dtype) -> float:
+    """The magnitude up to which no entry of a gradient can make the first-order state infinite, for ever.
+
+    An average of squares in range stays there, so that what enters it is all there is to look at. A sum that shrinks by
+    `momentum` at every step stays there while what is added is at most `1 - momentum` of the range; half of that is
+    left to weight decay, which is added to the gradient before. In SGD, whose step is as long as its gradient, one
+    whose square leaves float32 would throw the weights to where no gradient is finite.
+
+    Args:
+        group: with the algorithm and its constants.
+        dtype: of the parameter, and so of its state.
+    """
+    largest = torch.finfo(dtype).max
+    if group["algorithm"] != "sgd":
+        return math.sqrt(largest)
+    return min(largest * (1 - group["momentum"]) / 2, of_finite_square(dtype))
+
+
+def of_finite_square(dtype: torch.dtype) -> float:
+    """The largest magnitude with a finite square, in float32 for what is narrower."""
+    return math.sqrt(max(torch.finfo(dtype).max, torch.finfo(torch.float32).max))
 
 
 def first_order_step(

@@ -44,8 +44,8 @@ class Layer:
         refreshes: how many preconditioners have been built; until the first, the weight is in the fallback.
         failures: how many refreshes in a row have failed.
         steps: how many second-order updates its weight has had.
-        overflows: how many of them were left at zero because the preconditioned gradient was not finite; counted where
-            the layer is held.
+        overflows: how many of them were left at zero because the preconditioned gradient was not finite, or linear
+            algebra failed in the norm control; counted where the layer is held.
         momentum: the decay of its average of gradients at this step, as its parameter group has it.
         rotated: this step's gradient in the coordinates of its block, as long as they are those of the preconditioner.
     """

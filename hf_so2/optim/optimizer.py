@@ -23,9 +23,10 @@ from hf_so2.optim.sampled_labels import generator_for, sampled_loss
 from hf_so2.optim.schedule import due
 from hf_so2.optim.second_order import second_order_updates, with_gradients
 from hf_so2.optim.settings import Settings
-from hf_so2.optim.skipping import SkippedSteps, are_finite
+from hf_so2.optim.skipping import SkippedSteps, are_in_range, gradients_and_limits
 from hf_so2.optim.statistics import Curvature
 from hf_so2.optim.telemetry import LEVELS, StepRecord, report
+from hf_so2.optim.whole import WholeStep
 
 
 class SecondOrderOptimizer(OptimizerWithCurvature):
@@ -55,7 +56,7 @@ class SecondOrderOptimizer(OptimizerWithCurvature):
         report: CoverageReport,
     ) -> None:
         self.settings, self.curvature, self._report = settings, curvature, report
-        self.steps, self._skipped = 0, SkippedSteps()
+        self.steps, self._skipped, self._whole = 0, SkippedSteps(), WholeStep()
         self.curvature_in_state_dict = True
         self._generator: torch.Generator | None = None
         self._record = StepRecord()
@@ -93,7 +94,7 @@ class SecondOrderOptimizer(OptimizerWithCurvature):
 
     @property
     def skipped_steps(self) -> int:
-        """How many steps were left out because a gradient was not finite."""
+        """How many steps were left out because a gradient, or what the state would keep of it, was not finite."""
         return self._skipped.total
 
     @property
@@ -251,6 +252,7 @@ class SecondOrderOptimizer(OptimizerWithCurvature):
 
         Raises:
             TrainingDivergedError: too many skipped steps, or failed decompositions, in a row.
+            BrokenStepError: an earlier step was broken off half-way, and no state has been loaded since.
         """
         loss = None
         if closure is not None:
@@ -259,10 +261,24 @@ class SecondOrderOptimizer(OptimizerWithCurvature):
         if self._only_creates_state():
             self._apply_first_order()
             return loss
-        if not are_finite([p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]):
+        if not are_in_range(*gradients_and_limits(self.param_groups, self.curvature, self.settings.norm_control)):
             self.discard_captures()
             self._skipped.add(self.steps + 1)
             return loss
+        adaptive = self._adaptive if self.wants_loss else None
+        if adaptive is not None and with_gradients(self.param_groups, adaptive.curvature.layers):
+            adaptive.require_losses()
+        with self._whole.making(self.steps + 1):
+            try:
+                self._make_step()
+            except BaseException:
+                if not self._whole.moving:
+                    self.steps -= 1
+                    self.discard_captures()
+                raise
+        return loss
+
+    def _make_step(self) -> None:
         self._generator = None
         self.steps += 1
         self._skipped.in_a_row = 0
@@ -270,9 +286,9 @@ class SecondOrderOptimizer(OptimizerWithCurvature):
         self._apply_second_order()
         if self._adaptive is not None:
             self._adaptive.losses = []
+        self._whole.moving = True
         self._apply_first_order()
         self._schedule_capture()
-        return loss
 
     def _only_creates_state(self) -> bool:
         """Whether this is the step at rate 0 with gradients of zero by which torch.distributed.checkpoint has state
@@ -309,9 +325,12 @@ class SecondOrderOptimizer(OptimizerWithCurvature):
         found = {name: (group, parameter) for group, name, parameter in self._parameters(second_order=True)}
         updates = second_order_updates(found, self.state, self.curvature, self.settings, self._record, self.steps)
         if found and self._adaptive is not None and due(self.steps, self.settings.preconditioner_update_steps):
-            self._adaptive.apply(list(updates), self.steps)
+            made = list(updates)
+            self._whole.moving = True
+            self._adaptive.apply(made, self.steps)
             return
         for update in updates:
+            self._whole.moving = True
             update.apply()
 
     def _apply_first_order(self) -> None:

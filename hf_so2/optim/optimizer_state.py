@@ -9,6 +9,7 @@ import torch
 
 from hf_so2.optim.skipping import SkippedSteps
 from hf_so2.optim.statistics import Curvature
+from hf_so2.optim.whole import WholeStep
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,7 @@ class OptimizerWithCurvature(torch.optim.Optimizer):
     steps: int
     curvature_in_state_dict: bool
     _skipped: SkippedSteps
+    _whole: WholeStep
 
     def _after_loading(self) -> None:
         """Bring what follows from the counters and the curvature in line with those just loaded."""
@@ -42,7 +44,11 @@ class OptimizerWithCurvature(torch.optim.Optimizer):
         """As in torch, with the key `curvature` beside `state` and `param_groups`.
 
         With a `gradient_worker_fraction` below 1 it is a collective: every rank has to call it, and gets it complete.
+
+        Raises:
+            BrokenStepError: a step was broken off half-way, and what it left must not take a good checkpoint's place.
         """
+        self._whole.require()
         state = super().state_dict()
         if self.curvature_in_state_dict:
             state["curvature"] = self.curvature_state_dict()
@@ -101,6 +107,7 @@ class OptimizerWithCurvature(torch.optim.Optimizer):
         It is the same on every rank and loads at any number of ranks and any `gradient_worker_fraction`. With one below
         1 it is a collective: every rank has to call it.
         """
+        self._whole.require()
         counters = {
             "steps": self.steps,
             "skipped_steps": self._skipped.total,
@@ -118,6 +125,7 @@ class OptimizerWithCurvature(torch.optim.Optimizer):
             self.curvature.load_state_dict(state["curvature"])
         self.steps = int(state["steps"])
         self._skipped = SkippedSteps(int(state["skipped_steps"]), int(state["in_a_row"]))
+        self._whole.broken_at = None
         self._after_loading()
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_so2.curvature.base import RotatingBlock
 from hf_so2.distributed import local, sum_over_ranks, world
-from hf_so2.linalg import matmul_precision
+from hf_so2.linalg import FAILURES, matmul_precision
 from hf_so2.optim.layer import Layer
 
 if TYPE_CHECKING:  # the settings name the norm controls of the table, and so come after it
@@ -144,12 +144,17 @@ def over_parts(updates: Sequence[LayerUpdate], sums: Tensor) -> Tensor:
 
 
 def _preconditioned(layer: Layer, gradient: Tensor, settings: Settings) -> Tensor:
-    """`P(G)`; zero where that leaves the range of the dtype, as a finite but huge gradient can make it. Counted."""
-    with matmul_precision(settings.curvature_matmul_precision):
-        if (block := layer.rotating) is None:
-            update = layer.block.precondition(layer.state, gradient)
-        else:
-            update = block.precondition_rotated(layer.state, _averaged_rotated(gradient, layer, block, settings))
+    """`P(G)`; zero where that leaves the range of the dtype, as a finite but huge gradient can make it, and where
+    linear algebra fails. Counted.
+    """
+    try:
+        with matmul_precision(settings.curvature_matmul_precision):
+            if (block := layer.rotating) is None:
+                update = layer.block.precondition(layer.state, gradient)
+            else:
+                update = block.precondition_rotated(layer.state, _averaged_rotated(gradient, layer, block, settings))
+    except FAILURES:
+        update = torch.full_like(gradient, torch.nan)
     is_finite = torch.isfinite(update.sum())
     layer.overflows = layer.overflows + ~is_finite  # on the device: nobody waits for it
     if update.device.type == "cpu":  # where looking costs nothing, and a copy does

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from hf_so2.optim.layer import Layer, statistics_dtype
-from hf_so2.optim.norm_control import NORM_CONTROLS, OF_THE_WHOLE_MODEL
+from hf_so2.optim.norm_control import OF_THE_WHOLE_MODEL, control
 from hf_so2.optim.preconditioned import LayerUpdate, Member, layer_update
 from hf_so2.optim.settings import Settings
 from hf_so2.optim.sharded import Entry, any_sharded, sharded_updates
@@ -57,13 +57,18 @@ def second_order_updates(
     ]
     for layer, ((group, _), *_) in entries:
         layer.momentum = group.get("momentum", settings.momentum)  # a checkpoint of an earlier version has none
-    control, sharing = settings.norm_control, curvature.sharing
-    if control in OF_THE_WHOLE_MODEL or record.enabled or sharing.is_spread or any(map(any_sharded, entries)):
+    sharing = curvature.sharing
+    if (
+        settings.norm_control in OF_THE_WHOLE_MODEL
+        or record.enabled
+        or sharing.is_spread
+        or any(map(any_sharded, entries))
+    ):
         yield from _together(entries, states, sharing, settings, record, step)
         return
     for layer, members in entries:
         update = layer_update(layer, members, states, settings)
-        NORM_CONTROLS[control]([update], settings)
+        control([update], settings)
         yield update
 
 
@@ -76,15 +81,15 @@ def _together(
     step: int,
 ) -> list[LayerUpdate]:
     """All updates at once; a collective where weights or layers are spread over ranks."""
-    control = settings.norm_control
+    at_the_end = settings.norm_control in OF_THE_WHOLE_MODEL
     whole = [entry for entry in entries if not any_sharded(entry)]
     updates = [layer_update(layer, members, states, settings) for layer, members in whole]
-    if control not in OF_THE_WHOLE_MODEL:
-        NORM_CONTROLS[control]([update for update in updates if update.layer.held], settings)
+    if not at_the_end:
+        control([update for update in updates if update.layer.held], settings)
     sharing.send_updates((update.layer, update.update) for update in updates)
     updates += sharded_updates(sharing, filter(any_sharded, entries), states, settings)
     record.before_norm_control(updates)
-    if control in OF_THE_WHOLE_MODEL:
-        NORM_CONTROLS[control](updates, settings)
+    if at_the_end:
+        control(updates, settings)
     record.after_norm_control(updates, step)
     return updates

@@ -16,7 +16,7 @@ from torch import Tensor
 from hf_so2.distributed import Part, is_sharded, local, split_of
 from hf_so2.errors import ConfigurationError
 from hf_so2.optim.layer import Layer
-from hf_so2.optim.norm_control import NORM_CONTROLS, OF_RAW_GRADIENTS, OF_THE_WHOLE_MODEL
+from hf_so2.optim.norm_control import OF_RAW_GRADIENTS, OF_THE_WHOLE_MODEL, control
 from hf_so2.optim.preconditioned import LayerUpdate, Member, direction, matrix_of, moments
 from hf_so2.optim.sharing import Sharing
 
@@ -98,10 +98,9 @@ class _Step:
 
 def _made(sharing: Sharing, steps: Sequence[_Step], settings: Settings) -> list[LayerUpdate]:
     """Gather, precondition and hand out the layers of one round."""
-    control = settings.norm_control
     averages = _whole(sharing, steps, [step.averages for step in steps])
     gradients = averages
-    if control in OF_RAW_GRADIENTS and settings.momentum_order == "before":
+    if settings.norm_control in OF_RAW_GRADIENTS and settings.momentum_order == "before":
         gradients = _whole(sharing, steps, [step.gradients for step in steps])
     made: list[Tensor | None] = []
     held = []
@@ -112,8 +111,8 @@ def _made(sharing: Sharing, steps: Sequence[_Step], settings: Settings) -> list[
         update = direction(step.layer, average, settings)
         held.append(LayerUpdate(step.layer, gradient, average, update, step.members[0][0]))
         made += step.by_member(update)
-    if control not in OF_THE_WHOLE_MODEL:
-        NORM_CONTROLS[control](held, settings)
+    if settings.norm_control not in OF_THE_WHOLE_MODEL:
+        control(held, settings)
     spread = [part for step in steps for part in step.parts(step.averages)]
     own = iter(sharing.scatter_from_holders(made, spread))
     return [step.part_of_update([next(own) for _ in step.members]) for step in steps]

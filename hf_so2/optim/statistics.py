@@ -16,7 +16,7 @@ from hf_so2.errors import TrainingDivergedError
 from hf_so2.layers import Capture, SampledCapture
 from hf_so2.layers.sketch import Fold
 from hf_so2.layers.sums import Source
-from hf_so2.linalg import DecompositionError, matmul_precision
+from hf_so2.linalg import FAILURES, matmul_precision
 from hf_so2.optim.costs import refresh_flops
 from hf_so2.optim.ends import End, ends_of
 from hf_so2.optim.layer import COUNTERS, Layer
@@ -140,9 +140,7 @@ class Curvature:
         observations = means(ends, self.capture.take(by_hand=bool(weights)), self.sharing)
         of_gradients = [self.layers[name] for name in self._of_gradients if name in chosen and name in weights]
         for layer, gradient in self.sharing.whole_gradients(of_gradients, weights):
-            with matmul_precision(self._precision):
-                block = self._of_gradients[layer.name]
-                observations[layer.name] = block.observe_gradient(layer.state, gradient) if gradient is not None else {}
+            observations[layer.name] = self._observed(layer, gradient) if gradient is not None else {}
             layer.rotated = observations[layer.name].pop("rotated", None)
         dropped = self._not_finite(observations)
         for name, observation in observations.items():
@@ -154,6 +152,13 @@ class Curvature:
             if layer.held:
                 layer.block.update(layer.state, observation)
             layer.updates += 1
+
+    def _observed(self, layer: Layer, gradient: Tensor) -> State:
+        try:
+            with matmul_precision(self._precision):
+                return self._of_gradients[layer.name].observe_gradient(layer.state, gradient)
+        except FAILURES:
+            return {"failed": gradient.new_full((), torch.nan)}  # is left out like any that is not finite
 
     def refresh(self, step: int) -> None:
         """Rebuild the preconditioners that are due, of layers that have statistics; each rank does its share and the
@@ -190,7 +195,7 @@ class Curvature:
         """Rebuild one preconditioner; what went wrong, if anything did."""
         try:
             layer.block.refresh(layer.state, self.damping_of(layer))
-        except DecompositionError as error:
+        except FAILURES as error:
             return str(error)
         return None
 

@@ -30,8 +30,9 @@ ALLOWED: dict[str, set[str]] = {
     "optim": {"linalg", "damping", "curvature", "layers", "mup", "distributed"},
     "callbacks": {"optim"},
     "arguments": {"optim", "mup"},
-    "checkpoints": {"distributed"},
-    "resumable": {"checkpoints", "callbacks", "optim"},
+    "manifest": set(),
+    "checkpoints": {"manifest", "distributed"},
+    "resumable": {"manifest", "checkpoints", "callbacks", "optim"},
     "trainer": {"arguments", "callbacks", "resumable", "optim", "layers", "mup", "distributed", "data", "metrics"},
     # The command line's own parts: used by scripts only.
     "cli": set(),

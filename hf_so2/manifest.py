@@ -1,0 +1,161 @@
+"""The manifest of a checkpoint: what files it has, how large they are, and what is in them.
+
+Sizes find what a killed process left, checksums what a disk or a hand has changed since. Neither is a signature: who
+can write the folder can write the manifest.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, Any
+
+import xxhash
+
+MANIFEST = "manifest.json"
+STATE = "trainer_state.json"
+
+CHECKSUMS = "xxh3_128"
+SELF = "xxh3_128_of_this"
+CHUNK = 1 << 22
+
+# What loading looks for by name: of these none may lie in the folder that the manifest does not know.
+LOADED = (
+    "curvature-*",
+    "optimizer*",
+    "scheduler.pt",
+    "rng_state*",
+    "model*.safetensors*",
+    "pytorch_model*",
+    "adapter_*",
+    "scaler.pt",
+)
+
+
+def checksum(path: Path) -> str:
+    """128 bits in hexadecimal."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """A file of that name is there with all of its content, or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def write_manifest(folder: Path, ranks: int) -> None:
+    """Of every file that is there by now; all is on the disk before it is.
+
+    Args:
+        folder: the checkpoint, without its `trainer_state.json`.
+        ranks: the number of processes that train.
+    """
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    # A disk takes its time, during which a processor can read what is still in memory.
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        found = pool.map(checksum, paths)
+        for path in paths:
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+        checksums = dict(zip(names, found, strict=True))
+    sizes = {name: path.stat().st_size for name, path in zip(names, paths, strict=True)}
+    _write(folder, {"world_size": ranks, "bytes": sizes, CHECKSUMS: checksums})
+
+
+def write_state(path: Path, write: Callable[[str], object]) -> None:
+    """Write the last file of a checkpoint, which is how anybody knows that the others are there.
+
+    Its checksum goes into the manifest, if there is one, just before it gets its name: the manifest itself comes
+    earlier, and what it says of this file would have to be known before callbacks have had their say.
+
+    Args:
+        path: `trainer_state.json`.
+        write: writes it to the path that it is given.
+    """
+    partial = path.with_name(path.name + ".partial")
+    write(str(partial))
+    with partial.open("rb+") as file:
+        os.fsync(file.fileno())
+    manifest = read_json(path.with_name(MANIFEST))
+    if manifest is not None:
+        del manifest[SELF]
+        manifest[CHECKSUMS][STATE] = checksum(partial)
+        _write(path.parent, manifest)
+    partial.replace(path)
+
+
+def _write(folder: Path, content: dict[str, Any]) -> None:
+    text = json.dumps({**content, SELF: _digest_of(content)}, indent=2)
+    write_whole(folder / MANIFEST, lambda file: file.write(text.encode()))
+
+
+def _digest_of(content: dict[str, Any]) -> str:
+    return xxhash.xxh3_128(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """None where there is no file or it holds no JSON object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, FileNotFoundError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def has_checksums(folder: Path) -> bool:
+    """False for a checkpoint of an earlier version."""
+    return CHECKSUMS in (read_json(folder / MANIFEST) or {})
+
+
+def fault_of_sizes(folder: Path) -> str | None:
+    """What is wrong with the manifest itself, or with names and sizes of the files that it lists; None if nothing."""
+    manifest = read_json(folder / MANIFEST)
+    if manifest is None:
+        return f"{MANIFEST} is cut short or damaged"
+    own = manifest.pop(SELF, None)
+    # One of an earlier version has two keys and no checksums.
+    known = {"world_size", "bytes"} if own is None else {"world_size", "bytes", CHECKSUMS}
+    if own is not None and STATE not in manifest.get(CHECKSUMS, {}):
+        return f"{MANIFEST} is not finished or damaged"
+    if manifest.keys() != known or (own is not None and own != _digest_of(manifest)) or not _is_sound(manifest):
+        return f"{MANIFEST} is damaged"
+    for name, size in manifest["bytes"].items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} of {size} bytes"
+    unknown = [path.name for pattern in LOADED for path in folder.glob(pattern) if path.is_file()]
+    unknown = sorted(name for name in unknown if name not in manifest["bytes"])
+    return f"{unknown[0]} is not of this checkpoint" if unknown else None
+
+
+def _is_sound(manifest: dict[str, Any]) -> bool:
+    sizes, ranks = manifest["bytes"], manifest["world_size"]
+    return isinstance(ranks, int) and isinstance(sizes, dict) and all(isinstance(size, int) for size in sizes.values())
+
+
+def fault_of_contents(folder: Path, share: Callable[[Sequence[str]], Sequence[str]] = list) -> str | None:
+    """The first file whose content is not what was saved; None if there is none, or there are no checksums.
+
+    Args:
+        folder: with names and sizes as they should be.
+        share: the names to look at here, out of all.
+    """
+    checksums = (read_json(folder / MANIFEST) or {}).get(CHECKSUMS, {})
+    for name in share(sorted(checksums)):
+        if checksum(folder / name) != checksums[name]:
+            return f"{name} is damaged: its checksum is another one"
+    return None
