@@ -1,4 +1,4 @@
-"""`SecondOrderTrainer`: transformers' Trainer with our optimizers and μP."""
+"""`SecondOrderMixin`, our optimizers and μP for any Trainer, and `SecondOrderTrainer`, transformers' with them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from hf_so2.arguments import SecondOrderTrainingArguments
-from hf_so2.callbacks import DiscardStaleCaptures, ObserveLoggedSteps
+from hf_so2.arguments import SecondOrderArgumentsMixin, SecondOrderTrainingArguments
+from hf_so2.callbacks import DiscardStaleCaptures, ObserveLoggedSteps, keep_curvature_off_the_console
 from hf_so2.distributed import is_offloading
 from hf_so2.errors import ConfigurationError
 from hf_so2.mup import apply_mup, read_mup
@@ -20,42 +20,43 @@ from hf_so2.optim import CoverageReport, SecondOrderOptimizer
 from hf_so2.optim.build import build_from_settings
 from hf_so2.optim.methods import MUP_SUFFIX
 from hf_so2.optim.sharded import NO_ADAPTIVE_DAMPING
-from hf_so2.resumable import ResumableTrainer
+from hf_so2.resumable import ResumableMixin
 
 IGNORED_LABEL = -100
 
 
-class SecondOrderTrainer(ResumableTrainer):
-    """A `transformers.Trainer` whose `args.optim` may be a name of `hf_so2.OPTIMIZERS`.
-
-    For a `_mup` name, μP is applied to the model when the Trainer is made (and to every model of `model_init`), unless
-    the model carries a μP record already; a pretrained model is not re-initialised. Other optimizers behave as in
-    transformers.
+class SecondOrderMixin(ResumableMixin):
+    """Stands before a kind of `transformers.Trainer`, whose `args.optim` may then be a name of `hf_so2.OPTIMIZERS`.
 
     Raises:
-        ConfigurationError: as `SecondOrderTrainingArguments` and `build_optimizer`.
+        ConfigurationError: see :class:`SecondOrderTrainer`.
     """
 
-    args: SecondOrderTrainingArguments
+    args: SecondOrderArgumentsMixin
 
-    def __init__(
-        self,
-        model: PreTrainedModel | nn.Module | None = None,
-        args: SecondOrderTrainingArguments | None = None,
-        *positional: Any,
-        **kwargs: Any,
-    ) -> None:
-        if not isinstance(args, SecondOrderTrainingArguments):
-            raise ConfigurationError("args", type(args).__name__, "must be SecondOrderTrainingArguments")
+    def __init__(self, *positional: Any, **kwargs: Any) -> None:
+        # Trainers differ in the order of their arguments, and some hide it behind *args.
+        given = [*kwargs.values(), *positional]
+        args = kwargs.get("args", next((value for value in given if isinstance(value, TrainingArguments)), None))
+        if not isinstance(args, SecondOrderArgumentsMixin):
+            raise ConfigurationError("args", type(args).__name__, f"must be {_arguments_for(type(self))}")
+        model = kwargs.get("model", positional[0] if positional else None)
         # Before the Trainer makes its output folder, so that a refusal leaves nothing behind.
-        if model is not None:
+        if isinstance(model, nn.Module):
             _apply_mup(model, args)
-        super().__init__(model, args, *positional, **kwargs)
+        super().__init__(*positional, **kwargs)
+        if isinstance(model, str):  # the name of a checkpoint, which TRL's trainers load
+            _apply_mup(self.model, args)
         self.add_callback(DiscardStaleCaptures())
         if args.curvature_log != "none":
             self.add_callback(ObserveLoggedSteps())
+        keep_curvature_off_the_console(self.callback_handler.callbacks)
 
     def create_accelerator_and_postprocess(self) -> None:
+        args: Any = self.args
+        if not isinstance(args, SecondOrderArgumentsMixin):  # TRL's trainers make what they expect out of others
+            allowed = f"must be second_order_arguments({type(args).__name__})"
+            raise ConfigurationError("args", "SecondOrderTrainingArguments", allowed)
         super().create_accelerator_and_postprocess()
         if self.args.is_ours(self.args.optim):
             _check_fsdp(self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None, self.args)
@@ -169,6 +170,23 @@ class SecondOrderTrainer(ResumableTrainer):
         super().log(logs, start_time)
 
 
+class SecondOrderTrainer(SecondOrderMixin, Trainer):
+    """A `transformers.Trainer` whose `args.optim` may be a name of `hf_so2.OPTIMIZERS`.
+
+    For a `_mup` name, μP is applied to the model when the Trainer is made (and to every model of `model_init`), unless
+    the model carries a μP record already; a pretrained model is not re-initialised. Other optimizers behave as in
+    transformers. For other kinds of Trainer see `hf_so2.second_order`.
+
+    Raises:
+        ConfigurationError: as `SecondOrderTrainingArguments` and `build_optimizer`.
+    """
+
+
+def _arguments_for(trainer: type) -> str:
+    """What the user of this kind of Trainer should have written."""
+    return SecondOrderTrainingArguments.__name__ if trainer is SecondOrderTrainer else "made by second_order_arguments"
+
+
 def _counted_positions(inputs: Mapping[str, Any]) -> Tensor | None:
     """Where the logits of a causal LM meet a label, (batch, sequence); None where there is no label per token."""
     labels = inputs["shift_labels"] if "shift_labels" in inputs else inputs.get("labels")
@@ -185,7 +203,7 @@ def _padding_mask(inputs: Mapping[str, Any]) -> Tensor | None:
     return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
-def _check_fsdp(plugin: Any, args: SecondOrderTrainingArguments) -> None:
+def _check_fsdp(plugin: Any, args: SecondOrderArgumentsMixin) -> None:
     """Raise where FSDP is set up in a way that the optimizers do not support, or was asked for in vain."""
     if plugin is None:
         if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
@@ -199,7 +217,7 @@ def _check_fsdp(plugin: Any, args: SecondOrderTrainingArguments) -> None:
         raise ConfigurationError("adaptive_damping", True, NO_ADAPTIVE_DAMPING)
 
 
-def _apply_mup(model: nn.Module, args: SecondOrderTrainingArguments) -> None:
+def _apply_mup(model: nn.Module, args: SecondOrderArgumentsMixin) -> None:
     """Put a model into μP where the optimizer's name asks for it and nobody has done so."""
     name = str(args.optim.value)
     if not (args.is_ours(name) and name.endswith(MUP_SUFFIX)) or read_mup(model) is not None:

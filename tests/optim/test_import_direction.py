@@ -28,10 +28,12 @@ ALLOWED: dict[str, set[str]] = {
     "metrics": set(),
     "optim": {"linalg", "damping", "curvature", "layers", "mup", "distributed"},
     "callbacks": {"optim"},
-    "arguments": {"optim", "mup"},
+    "argument_fields": {"optim"},
+    "arguments": {"argument_fields", "optim", "mup"},
     "checkpoints": {"distributed"},
     "resumable": {"checkpoints", "callbacks", "optim"},
     "trainer": {"arguments", "callbacks", "resumable", "optim", "layers", "mup", "distributed", "data", "metrics"},
+    "factories": {"arguments", "trainer"},
     # The command line's own parts: used by scripts only.
     "cli": set(),
     "models": {"mup", "cli"},
