@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +39,11 @@ class SecondOrderMixin(ResumableMixin):
         # Trainers differ in the order of their arguments, and some hide it behind *args.
         given = [*kwargs.values(), *positional]
         args = kwargs.get("args", next((value for value in given if isinstance(value, TrainingArguments)), None))
-        if not isinstance(args, SecondOrderArgumentsMixin):
-            raise ConfigurationError("args", type(args).__name__, f"must be {_arguments_for(type(self))}")
+        expected = _expected_arguments(type(self))
+        if not (isinstance(args, SecondOrderArgumentsMixin) and isinstance(args, expected)):
+            made = expected is not TrainingArguments
+            allowed = f"second_order_arguments({expected.__name__})" if made else SecondOrderTrainingArguments.__name__
+            raise ConfigurationError("args", type(args).__name__, f"must be {allowed}")
         model = kwargs.get("model", positional[0] if positional else None)
         # Before the Trainer makes its output folder, so that a refusal leaves nothing behind.
         if isinstance(model, nn.Module):
@@ -53,10 +57,6 @@ class SecondOrderMixin(ResumableMixin):
         keep_curvature_off_the_console(self.callback_handler.callbacks)
 
     def create_accelerator_and_postprocess(self) -> None:
-        args: Any = self.args
-        if not isinstance(args, SecondOrderArgumentsMixin):  # TRL's trainers make what they expect out of others
-            allowed = f"must be second_order_arguments({type(args).__name__})"
-            raise ConfigurationError("args", "SecondOrderTrainingArguments", allowed)
         super().create_accelerator_and_postprocess()
         if self.args.is_ours(self.args.optim):
             _check_fsdp(self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None, self.args)
@@ -182,9 +182,19 @@ class SecondOrderTrainer(SecondOrderMixin, Trainer):
     """
 
 
-def _arguments_for(trainer: type) -> str:
-    """What the user of this kind of Trainer should have written."""
-    return SecondOrderTrainingArguments.__name__ if trainer is SecondOrderTrainer else "made by second_order_arguments"
+def _expected_arguments(trainer: type) -> type:
+    """The class of arguments that a kind of Trainer names in its signature; TRL's make their own out of all others,
+    which knows nothing of our fields.
+    """
+    for kind in trainer.__mro__:
+        if issubclass(kind, SecondOrderMixin) or "__init__" not in vars(kind):
+            continue
+        parameter = inspect.signature(kind.__init__).parameters.get("args")
+        named = () if parameter is None else (parameter.annotation, *get_args(parameter.annotation))
+        for name in named:
+            if isinstance(name, type) and issubclass(name, TrainingArguments) and name is not TrainingArguments:
+                return name
+    return TrainingArguments
 
 
 def _counted_positions(inputs: Mapping[str, Any]) -> Tensor | None:

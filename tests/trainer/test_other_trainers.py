@@ -150,7 +150,7 @@ def test_what_is_no_trainer_is_refused(wrong: Any) -> None:
 
 def test_plain_arguments_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
-        hf_so2.ConfigurationError, match=r"^args='TrainingArguments': must be made by second_order_argum"
+        hf_so2.ConfigurationError, match=r"^args='TrainingArguments': must be SecondOrderTrainingArguments$"
     ):
         OwnTrainer(0.0, model=llama(), args=TrainingArguments(str(tmp_path), use_cpu=True))
 
