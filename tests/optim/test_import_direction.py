@@ -18,6 +18,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "folders": set(),
     "spelling": set(),
+    "versions": set(),
     "linalg": set(),
     "damping": {"linalg"},
     "curvature": {"linalg", "damping"},
