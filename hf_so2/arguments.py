@@ -7,16 +7,17 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, make_dataclass
-from typing import Any, get_type_hints
+from dataclasses import fields, is_dataclass
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig, TrainingArguments, get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.training_args import OptimizerNames
-from transformers.utils import ExplicitEnum, logging
+from transformers.utils import logging
 
+from hf_so2.argument_fields import TRAINER_FIELDS, OptimizerName, with_own_fields
 from hf_so2.errors import ConfigurationError
 from hf_so2.mup import scale_width
 from hf_so2.optim.methods import MUP_SUFFIX, OPTIMIZERS, parse_name
@@ -26,79 +27,21 @@ from hf_so2.optim.telemetry import LEVELS
 
 logger = logging.get_logger(__name__)
 
-# A superset of transformers' own enum: the type of the field is what argparse, JSON and Optuna check and cast with.
-OptimizerName: Any = ExplicitEnum(
-    "OptimizerName",
-    {
-        **{entry.name: entry.value for entry in OptimizerNames},
-        **{f"SO2_{name.upper()}": name for name in OPTIMIZERS},
-    },
-    module=__name__,
-)
-
-# Fields that the Trainer has already; None is made to mean "the method's default" for them too.
-TRAINER_FIELDS = {"lr": "learning_rate", "weight_decay": "weight_decay"} | {
-    name: name for name in ("adam_beta1", "adam_beta2", "adam_epsilon")
-}
+# Any base does for the type checker, which does not look into transformers; what comes behind it differs by class.
+_Arguments: Any = TrainingArguments if TYPE_CHECKING else object
 
 
-def _own_fields() -> list[tuple[str, Any, Any]]:
-    hints = get_type_hints(Settings)
-    own = []
-    for entry in fields(Settings):
-        if entry.name not in TRAINER_FIELDS:
-            # argparse expands % in help texts; lists are what its parser can read.
-            kind = list[str] if entry.name in LIST_SETTINGS else hints[entry.name]
-            text = entry.metadata["help"].replace("%", "%%") + " Default: the method's own."
-            own.append((entry.name, kind | None, field(default=None, metadata={"help": text})))
-    return own
-
-
-_OwnFields: Any = make_dataclass("_OwnFields", _own_fields(), bases=(TrainingArguments,))
-
-
-@dataclass
-class SecondOrderTrainingArguments(_OwnFields):
-    """`transformers.TrainingArguments` plus every field of `hf_so2.optim.Settings` and the μP base.
-
-    `optim` takes every name of transformers and of `hf_so2.OPTIMIZERS`. A setting left at None takes the method's
-    default. `optim_args="damping=0.01,momentum=0.95"` overrides the fields.
+class SecondOrderArgumentsMixin(_Arguments):
+    """What our fields mean; stands before the class of arguments that has them (`with_own_fields`).
 
     Raises:
-        ConfigurationError: an unknown optimizer, a value out of range, a setting that the optimizer would ignore, or a
-            launcher that is not supported (DeepSpeed).
+        ConfigurationError: see :class:`SecondOrderTrainingArguments`.
     """
 
+    if TYPE_CHECKING:  # declared otherwise, they would hide the types of the dataclass's fields from argparse
+        optim: Any = "kfac_mup"
+        mup_base_config: Any
     _argument_group_name = "training, from transformers, and the optimizer's settings behind it"
-
-    optim: OptimizerName = field(
-        default="kfac_mup",
-        metadata={"help": "The optimizer: a name of hf_so2.OPTIMIZERS or of transformers."},
-    )
-    learning_rate: float | None = field(
-        default=None, metadata={"help": "Peak learning rate, at the base width. Default: the method's own."}
-    )
-    adam_beta1: float | None = field(default=None, metadata={"help": "First beta of AdamW. Default: the method's own."})
-    adam_beta2: float | None = field(
-        default=None, metadata={"help": "Second beta of AdamW. Default: the method's own."}
-    )
-    adam_epsilon: float | None = field(default=None, metadata={"help": "Epsilon of AdamW. Default: the method's own."})
-    mup_base_width: int | None = field(
-        default=None,
-        metadata={"help": "Width (hidden size) at which the settings of a _mup optimizer were tuned."},
-    )
-    mup_base_config: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "Instead of mup_base_width: directory or JSON file of the base model's config."},
-    )
-
-    curvature_log: str = field(
-        default="role",
-        metadata={
-            "help": "What the log of training steps says of curvature: none, role (damping, trace, condition number and"
-            " size of updates for attention, mlp, ...) or layer (of every layer)."
-        },
-    )
 
     def __post_init__(self) -> None:
         if self.curvature_log not in ("none", *LEVELS):
@@ -164,7 +107,7 @@ class SecondOrderTrainingArguments(_OwnFields):
             reason = " ".join(str(error).splitlines()[:2])
             raise ConfigurationError("mup_base_config", given, f"must be a readable model config ({reason})") from None
 
-    def set_optimizer(self, name: str = "kfac_mup", *args: Any, **kwargs: Any) -> SecondOrderTrainingArguments:
+    def set_optimizer(self, name: str = "kfac_mup", *args: Any, **kwargs: Any) -> SecondOrderArgumentsMixin:
         """As in transformers, with our names besides."""
         known = _known_optimizer(name)
         super().set_optimizer("adamw_torch", *args, **kwargs)
@@ -187,9 +130,10 @@ class SecondOrderTrainingArguments(_OwnFields):
             for ours, theirs in TRAINER_FIELDS.items():
                 setattr(self, theirs, getattr(settings, ours))
             return
-        for entry in fields(TrainingArguments):
-            if entry.name in TRAINER_FIELDS.values() and getattr(self, entry.name) is None:
-                setattr(self, entry.name, entry.default)
+        theirs_by_default = _defaults_behind(type(self))
+        for field_name in TRAINER_FIELDS.values():
+            if getattr(self, field_name) is None:
+                setattr(self, field_name, theirs_by_default[field_name])
         for own in fields(Settings):
             value = getattr(self, own.name, None)
             if own.name not in TRAINER_FIELDS and value is not None:
@@ -205,6 +149,28 @@ class SecondOrderTrainingArguments(_OwnFields):
             logger.warning("the μP base is not used: optim=%s is in the standard parametrization", name)
 
 
+_OwnFields: Any = with_own_fields(TrainingArguments)
+
+
+class SecondOrderTrainingArguments(SecondOrderArgumentsMixin, _OwnFields):
+    """`transformers.TrainingArguments` plus every field of `hf_so2.optim.Settings` and the μP base.
+
+    `optim` takes every name of transformers and of `hf_so2.OPTIMIZERS`. A setting left at None takes the method's
+    default. `optim_args="damping=0.01,momentum=0.95"` overrides the fields. For the arguments of another Trainer see
+    `hf_so2.second_order_arguments`.
+
+    Raises:
+        ConfigurationError: an unknown optimizer, a value out of range, a setting that the optimizer would ignore, or a
+            launcher that is not supported (DeepSpeed).
+    """
+
+
+def _defaults_behind(kind: type) -> dict[str, Any]:
+    """The defaults of the class of arguments that our fields were put on."""
+    behind = next(c for c in kind.__mro__ if is_dataclass(c) and not {"mup_base_width"} & {f.name for f in fields(c)})
+    return {entry.name: entry.default for entry in fields(behind)}
+
+
 def _known_optimizer(name: Any) -> str:
     text = str(getattr(name, "value", name))
     if text not in {entry.value for entry in OptimizerNames}:
@@ -212,7 +178,7 @@ def _known_optimizer(name: Any) -> str:
     return text
 
 
-def _refuse_unsupported_launchers(name: str, args: SecondOrderTrainingArguments) -> None:
+def _refuse_unsupported_launchers(name: str, args: SecondOrderArgumentsMixin) -> None:
     if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("1", "true"):
         raise ConfigurationError("deepspeed", args.deepspeed or True, f"is not supported with optim={name}; use DDP")
 
@@ -224,7 +190,7 @@ def _parsed_config(text: str) -> Any:
         raise ConfigurationError("mup_base_config", text, f"must be valid JSON: {error}") from None
 
 
-def _check_scheduler(args: SecondOrderTrainingArguments) -> None:
+def _check_scheduler(args: SecondOrderArgumentsMixin) -> None:
     """Make the schedule once, as the Trainer will when the model and the data are there."""
     stand_in = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.learning_rate or 1.0)
     try:

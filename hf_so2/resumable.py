@@ -1,11 +1,11 @@
-"""`ResumableTrainer`: transformers' Trainer with curvature in its checkpoints, which are complete or refused."""
+"""`ResumableMixin`: any Trainer with curvature in its checkpoints, which are complete or refused."""
 
 from __future__ import annotations
 
 import logging
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import save_fsdp_model
@@ -25,8 +25,13 @@ logger = logging.getLogger(__name__)
 SCHEDULER = "scheduler.pt"  # as transformers' Trainer names it
 
 
-class ResumableTrainer(Trainer):
-    """A `transformers.Trainer` whose checkpoints are sealed with a manifest and hold what a resumed run needs.
+# Any base does for the type checker, which does not look into transformers; what comes behind it differs by class.
+_Trainer: Any = Trainer if TYPE_CHECKING else object
+
+
+class ResumableMixin(_Trainer):
+    """Stands before a kind of `transformers.Trainer`: its checkpoints are sealed with a manifest and hold what a
+    resumed run needs.
 
     Beside transformers' files lies the curvature, in one file per process with its share of the layers. Any number of
     processes can go on from them.

@@ -1,18 +1,19 @@
-"""`SecondOrderTrainer`: transformers' Trainer with our optimizers and μP."""
+"""`SecondOrderMixin`, our optimizers and μP for any Trainer, and `SecondOrderTrainer`, transformers' with them."""
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from hf_so2.arguments import SecondOrderTrainingArguments
-from hf_so2.callbacks import DiscardStaleCaptures, ObserveLoggedSteps
+from hf_so2.arguments import SecondOrderArgumentsMixin, SecondOrderTrainingArguments
+from hf_so2.callbacks import DiscardStaleCaptures, ObserveLoggedSteps, keep_curvature_off_the_console
 from hf_so2.distributed import is_offloading
 from hf_so2.errors import ConfigurationError
 from hf_so2.mup import apply_mup, read_mup
@@ -20,39 +21,39 @@ from hf_so2.optim import CoverageReport, SecondOrderOptimizer
 from hf_so2.optim.build import build_from_settings, with_way_out
 from hf_so2.optim.methods import MUP_SUFFIX
 from hf_so2.optim.sharded import NO_ADAPTIVE_DAMPING
-from hf_so2.resumable import ResumableTrainer
+from hf_so2.resumable import ResumableMixin
 
 
-class SecondOrderTrainer(ResumableTrainer):
-    """A `transformers.Trainer` whose `args.optim` may be a name of `hf_so2.OPTIMIZERS`.
-
-    For a `_mup` name, μP is applied to the model when the Trainer is made (and to every model of `model_init`), unless
-    the model carries a μP record already; a pretrained model is not re-initialised. Other optimizers behave as in
-    transformers.
+class SecondOrderMixin(ResumableMixin):
+    """Stands before a kind of `transformers.Trainer`, whose `args.optim` may then be a name of `hf_so2.OPTIMIZERS`.
 
     Raises:
-        ConfigurationError: as `SecondOrderTrainingArguments` and `build_optimizer`.
+        ConfigurationError: see :class:`SecondOrderTrainer`.
     """
 
-    args: SecondOrderTrainingArguments
+    args: SecondOrderArgumentsMixin
 
-    def __init__(
-        self,
-        model: PreTrainedModel | nn.Module | None = None,
-        args: SecondOrderTrainingArguments | None = None,
-        *positional: Any,
-        **kwargs: Any,
-    ) -> None:
-        if not isinstance(args, SecondOrderTrainingArguments):
-            raise ConfigurationError("args", type(args).__name__, "must be SecondOrderTrainingArguments")
+    def __init__(self, *positional: Any, **kwargs: Any) -> None:
+        # Trainers differ in the order of their arguments, and some hide it behind *args.
+        given = [*kwargs.values(), *positional]
+        args = kwargs.get("args", next((value for value in given if isinstance(value, TrainingArguments)), None))
+        expected = _expected_arguments(type(self))
+        if not (isinstance(args, SecondOrderArgumentsMixin) and isinstance(args, expected)):
+            made = expected is not TrainingArguments
+            allowed = f"second_order_arguments({expected.__name__})" if made else SecondOrderTrainingArguments.__name__
+            raise ConfigurationError("args", type(args).__name__, f"must be {allowed}")
+        model = kwargs.get("model", positional[0] if positional else None)
         # Before the Trainer makes its output folder, so that a refusal leaves nothing behind.
-        if model is not None:
+        if isinstance(model, nn.Module):
             _apply_mup(model, args)
-        super().__init__(model, args, *positional, **kwargs)
         self._loss_divides: bool | None = None
+        super().__init__(*positional, **kwargs)
+        if isinstance(model, str):  # the name of a checkpoint, which TRL's trainers load
+            _apply_mup(self.model, args)
         self.add_callback(DiscardStaleCaptures())
         if args.curvature_log != "none":
             self.add_callback(ObserveLoggedSteps())
+        keep_curvature_off_the_console(self.callback_handler.callbacks)
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -179,7 +180,34 @@ class SecondOrderTrainer(ResumableTrainer):
         super().log(logs, start_time)
 
 
-def _check_fsdp(plugin: Any, args: SecondOrderTrainingArguments) -> None:
+class SecondOrderTrainer(SecondOrderMixin, Trainer):
+    """A `transformers.Trainer` whose `args.optim` may be a name of `hf_so2.OPTIMIZERS`.
+
+    For a `_mup` name, μP is applied to the model when the Trainer is made (and to every model of `model_init`), unless
+    the model carries a μP record already; a pretrained model is not re-initialised. Other optimizers behave as in
+    transformers. For other kinds of Trainer see `hf_so2.second_order`.
+
+    Raises:
+        ConfigurationError: as `SecondOrderTrainingArguments` and `build_optimizer`.
+    """
+
+
+def _expected_arguments(trainer: type) -> type:
+    """The class of arguments that a kind of Trainer names in its signature; TRL's make their own out of all others,
+    which knows nothing of our fields.
+    """
+    for kind in trainer.__mro__:
+        if issubclass(kind, SecondOrderMixin) or "__init__" not in vars(kind):
+            continue
+        parameter = inspect.signature(kind.__init__).parameters.get("args")
+        named = () if parameter is None else (parameter.annotation, *get_args(parameter.annotation))
+        for name in named:
+            if isinstance(name, type) and issubclass(name, TrainingArguments) and name is not TrainingArguments:
+                return name
+    return TrainingArguments
+
+
+def _check_fsdp(plugin: Any, args: SecondOrderArgumentsMixin) -> None:
     """Raise where FSDP is set up in a way that the optimizers do not support, or was asked for in vain."""
     if plugin is None:
         if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
@@ -193,7 +221,7 @@ def _check_fsdp(plugin: Any, args: SecondOrderTrainingArguments) -> None:
         raise ConfigurationError("adaptive_damping", True, NO_ADAPTIVE_DAMPING)
 
 
-def _apply_mup(model: nn.Module, args: SecondOrderTrainingArguments) -> None:
+def _apply_mup(model: nn.Module, args: SecondOrderArgumentsMixin) -> None:
     """Put a model into μP where the optimizer's name asks for it and nobody has done so."""
     name = str(args.optim.value)
     if not (args.is_ours(name) and name.endswith(MUP_SUFFIX)) or read_mup(model) is not None:

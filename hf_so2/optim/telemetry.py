@@ -33,8 +33,10 @@ LEVELS = ("role", "layer")
 # The first pattern found in a parameter's name; whatever matches none is of the role "other". BERT and its kin name the
 # two halves of an MLP as parts of the layer itself.
 ROLES = {
-    "attention": re.compile(r"attn|attention"),
-    "mlp": re.compile(r"mlp|ffn|feed_forward|experts?\b|\bff\b|\bfc|\blayer\.\d+\.(intermediate|output)\."),
+    "attention": re.compile(r"attn|[aA]ttention"),
+    "mlp": re.compile(
+        r"mlp|ffn|feed_forward|DenseReluDense|experts?\b|\bff\b|\bfc|\blayer\.\d+\.(intermediate|output)\."
+    ),
 }
 
 

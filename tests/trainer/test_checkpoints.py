@@ -20,7 +20,7 @@ from transformers import trainer as transformers_trainer
 
 import hf_so2
 from hf_so2 import checkpoints
-from hf_so2.resumable import ResumableTrainer
+from hf_so2.resumable import ResumableMixin
 
 RUN = {"max_steps": 6, "per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 2}
 CURVATURE = "curvature-0-of-1.pt"
@@ -113,7 +113,7 @@ class KillFrom(TrainerCallback):
 
 # Where the process dies in the save of step 4, and the newest complete checkpoint that it leaves.
 DEATHS: dict[str, tuple[Any, str, int]] = {
-    "before the optimizer": (ResumableTrainer, "_save_optimizer_and_scheduler", 2),
+    "before the optimizer": (ResumableMixin, "_save_optimizer_and_scheduler", 2),
     "before the curvature has its name": (Path, "replace", 2),
     "before the manifest": (checkpoints, "seal", 2),
     "before the state": (TrainerState, "save_to_json", 2),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import arguments, assert_same_parameters, llama, optimizer_of, token_rows
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 import hf_so2
 
@@ -102,3 +102,32 @@ def test_tensorboard_shows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     events = accumulator.EventAccumulator(str(tmp_path / "runs")).Reload()
     assert "train/curvature/attention/condition_A" in events.Tags()["scalars"]
     assert torch.isfinite(torch.tensor([e.value for e in events.Scalars("train/curvature/mlp/update_rms")])).all()
+
+
+@pytest.mark.parametrize("bar", [True, False], ids=["bar", "printed"])
+def test_console_shows_the_loss_and_not_the_curvature(
+    bar: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What trackers and `trainer_state.json` are for would drown it."""
+    trainer, logs = run(tmp_path, disable_tqdm=not bar, max_steps=1)
+    written = "".join(capsys.readouterr())
+    assert "'loss'" in written
+    assert "'learning_rate'" in written
+    assert "curvature/" not in written
+    assert "curvature/mlp/update_rms" in logs[1]
+    assert "curvature/mlp/update_rms" in trainer.state.log_history[0]
+
+
+def test_a_callback_of_the_users_own_keeps_what_it_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Verbose(PrinterCallback):
+        pass
+
+    trainer = hf_so2.SecondOrderTrainer(
+        model=llama(), args=arguments(tmp_path, **(LOGGED | {"max_steps": 1})), train_dataset=token_rows()
+    )
+    trainer.remove_callback(PrinterCallback)  # found by the name that the user knows
+    trainer.add_callback(Verbose)
+    trainer.train()
+    written = capsys.readouterr().out
+    assert written.count("'loss'") == 1
+    assert "curvature/" in written
