@@ -45,7 +45,7 @@ def kill(output: Path, chance: random.Random) -> bool:
     process = context.Process(target=train, args=(output,))
     process.start()
     limit = time.monotonic() + PATIENCE
-    while not (output / "checkpoint-1").is_dir() and process.is_alive():
+    while not (output / "checkpoint-2").is_dir() and process.is_alive():
         assert time.monotonic() < limit
         time.sleep(0.001)
     time.sleep(chance.uniform(0.0, 1.0))
@@ -72,8 +72,8 @@ def killed_runs(count: int, whole: Any, folder: Path) -> None:
             resumed = trained(llama(), token_rows(24), output, resume=True, **RUN)
             assert_same_parameters(resumed.model, whole.model)
         shutil.rmtree(output)
-    print(f"\n{count} runs: {outcomes}; all of them ended as without the kill")
-    assert outcomes["killed"] > count // 2
+    print(f"\n{count} runs: {outcomes}; all others ended as without the kill")
+    assert outcomes["killed"] > count // 4
 
 
 @pytest.mark.slow
