@@ -38,6 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     # The command line's own parts: used by scripts only.
     "cli": set(),
     "models": {"mup", "cli"},
+    "commands": {"arguments", "trainer", "checkpoints", "cli", "models", "transfer", *LEAVES},
     "benchmark": {"optim", "layers", "curvature", "distributed"},
     "transfer": {"arguments", "trainer", "optim", "cli", "models", *LEAVES},
 }
