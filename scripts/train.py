@@ -1,115 +1,12 @@
-"""Trains a causal language model with a second-order (or any other) optimizer.
-
-    accelerate launch scripts/train.py configs/quickstart.yaml --optim kfac_mup
-
-takes every flag of transformers' TrainingArguments and those of hf_so2; a first argument that ends in .yaml
-or .json gives defaults, and so does --recipe with the file that scripts/sweep.py leaves. Leaves in --output_dir
-the model and its tokenizer, all_results.json, trainer_state.json, mup_report.txt and loss_curve.png. Exit code 2
-and one line for a user's mistake.
-"""
-
-from __future__ import annotations
+"""The clone's own door to `hf-so2 train`."""
 
 import sys
-from pathlib import Path
 
-import datasets
-from transformers import PreTrainedModel
-from transformers.utils import logging
+from hf_so2 import cli
+from hf_so2.commands import train
+from hf_so2.commands.train import main
 
-from hf_so2 import SecondOrderTrainer, SecondOrderTrainingArguments, checkpoints, cli
-from hf_so2.data import Corpus, DataArguments, collate_blocks, load_corpus
-from hf_so2.errors import ConfigurationError
-from hf_so2.folders import require_folder
-from hf_so2.metrics import causal_lm_metrics, summarize_logits
-from hf_so2.models import ModelArguments, build_model_and_config, require_positions
-from hf_so2.mup import read_mup
-from hf_so2.mup.widths import text_width
-from hf_so2.transfer.plots import plot_loss_curve
-from hf_so2.transfer.wide_run import comparison, read_flags_and_recipe, share_batch
-
-TYPES = (ModelArguments, DataArguments, SecondOrderTrainingArguments)
-
-
-def main() -> None:
-    """Data, model, Trainer; then train, evaluate and save."""
-    flags, recipe, messages = read_flags_and_recipe(TYPES)
-    model_args, data_args, args = cli.build(TYPES, flags)
-    if recipe is not None:
-        share_batch(args, recipe, messages)
-    require_folder("output_dir", args.output_dir)
-    checkpoint = checkpoints.to_resume(args.resume_from_checkpoint, args.output_dir)
-    if args.process_index != 0:
-        datasets.disable_progress_bars()
-    logging.set_verbosity(args.get_process_log_level())
-    args.dataloader_pin_memory &= args.device.type != "cpu"  # or every loader warns that it cannot
-
-    with args.main_process_first(desc="data preparation"):
-        corpus = load_corpus(data_args, model_args.model_name_or_path)
-    model, config = build_model_and_config(model_args, corpus.tokenizer, seed=args.seed, cache_dir=data_args.cache_dir)
-    require_positions(config, data_args.max_seq_length)
-
-    trainer, report = build_trainer(args, model, corpus)
-    if trainer.is_world_process_zero():
-        print("\n".join([*messages, report]), flush=True)
-
-    try:
-        result = trainer.train(resume_from_checkpoint=checkpoint)
-    except ConfigurationError:  # a checkpoint that does not fit
-        if args.should_save and not any(Path(args.output_dir).iterdir()):
-            Path(args.output_dir).rmdir()
-        raise
-    trainer.save_model()
-    trainer.log_metrics("train", result.metrics)
-    trainer.save_metrics("train", result.metrics)
-    metrics = trainer.evaluate()
-    for name in ("perplexity", "token_accuracy"):
-        if f"eval_{name}" in metrics:  # not under --prediction_loss_only
-            metrics[name] = metrics.pop(f"eval_{name}")
-    trainer.log_metrics("eval", metrics)
-    trainer.save_metrics("eval", metrics)
-    trainer.save_state()
-    if trainer.is_world_process_zero():
-        output = Path(args.output_dir)
-        (output / "mup_report.txt").write_text(report + "\n", encoding="utf-8")
-        title = f"{config.model_type}, {model.num_parameters() / 1e6:.1f} M parameters, {args.optim.value}"
-        plot_loss_curve(trainer.state.log_history, output / "loss_curve.png", title)
-        if recipe is not None and "eval_loss" in metrics:
-            print(comparison(recipe, text_width(config), metrics["eval_loss"]))
-        print(f"Saved the model and its reports in {output}")
-
-
-def build_trainer(
-    args: SecondOrderTrainingArguments, model: PreTrainedModel, corpus: Corpus
-) -> tuple[SecondOrderTrainer, str]:
-    """The Trainer with its optimizer made, and the report of what that does with every weight."""
-    output = Path(args.output_dir)
-    is_new = not output.exists()
-    try:
-        trainer = SecondOrderTrainer(
-            model=model,
-            args=args,
-            train_dataset=corpus.train,
-            eval_dataset=corpus.evaluation,
-            data_collator=collate_blocks,
-            processing_class=corpus.tokenizer,
-            compute_metrics=causal_lm_metrics,
-            preprocess_logits_for_metrics=summarize_logits,
-        )
-        return trainer, coverage_report(trainer)
-    except ConfigurationError:
-        # transformers makes the folder before μP and the optimizer have looked at their settings.
-        if is_new and args.should_save and output.is_dir():
-            output.rmdir()
-        raise
-
-
-def coverage_report(trainer: SecondOrderTrainer) -> str:
-    """Which weights are preconditioned, which fall back and why; before that, roles and multipliers in μP."""
-    mup, coverage = read_mup(trainer.model), trainer.coverage()
-    parts = [str(part) for part in (mup, coverage) if part is not None]
-    return "\n\n".join(parts) or f"{trainer.args.optim.value} updates every weight; no μP multipliers."
-
+__doc__ = train.__doc__  # what --help shows
 
 if __name__ == "__main__":
     sys.exit(cli.main(main))

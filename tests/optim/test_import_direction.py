@@ -40,6 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     # The command line's own parts: used by scripts only.
     "cli": set(),
     "models": {"mup", "cli"},
+    "commands": {"arguments", "trainer", "checkpoints", "cli", "models", "transfer", *LEAVES},
     "benchmark": {"optim", "layers", "curvature", "distributed"},
     "papers": {"linalg", "optim", "curvature", "damping", "natural_gradient", "transfer"},
     "transfer": {"arguments", "trainer", "optim", "cli", "models", *LEAVES},
