@@ -56,21 +56,11 @@ def second_order_arguments(arguments: Any) -> Any:
     )
 
 
-class _CallsLossByKeyword:
-    """Between us and somebody else's Trainer: its `compute_loss` may take the options in any order or as **kwargs."""
-
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        behind: Any = super()
-        return behind.compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
-
-
 @cache
 def _second_order(trainer: Any) -> type:
     if trainer is Trainer:
         return SecondOrderTrainer
-    return _made(second_order, trainer, (SecondOrderMixin, _CallsLossByKeyword, trainer))
+    return _made(second_order, trainer, (SecondOrderMixin, trainer))
 
 
 @cache

@@ -131,10 +131,12 @@ class SecondOrderMixin(ResumableMixin):
         optimizer = self._second_order_optimizer()
         samples = optimizer is not None and optimizer.capturing and optimizer.settings.fisher == "mc"
         if not samples or not (model.training and torch.is_grad_enabled()):
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            return super().compute_loss(
+                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+            )
         assert optimizer is not None
         labels = inputs.get("labels")  # a label smoother takes them out
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         logits = outputs["logits"] if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
         if not isinstance(logits, Tensor):
             raise ConfigurationError("fisher", "mc", f"needs a model that returns logits, not {type(outputs).__name__}")
