@@ -114,7 +114,7 @@ def captured_factors(optimizer: hf_so2.SecondOrderOptimizer) -> dict[str, dict[s
     """Bias-corrected averages of every layer, by parameter name."""
     assert optimizer.curvature is not None
     return {
-        name: {key: layer.state[key] / layer.state["weight"] for key in ("A", "B")}
+        name: {key: layer.state[key] / layer.state["weight"] for key in ("A", "B") if key in layer.state}
         for name, layer in optimizer.curvature.layers.items()
     }
 

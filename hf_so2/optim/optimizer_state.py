@@ -91,7 +91,8 @@ class OptimizerWithCurvature(torch.optim.Optimizer):
             ]
 
     def _warn_of_other_settings(self, saved: dict[str, Any], given: dict[str, Any]) -> None:
-        for key in ("initial_lr", "weight_decay", "momentum", "betas", "eps", "fallback_lr_ratio"):
+        rate = "initial_lr" if "initial_lr" in saved else "lr"  # of a schedule, the rate that it multiplies
+        for key in (rate, "weight_decay", "momentum", "betas", "eps", "fallback_lr_ratio"):
             if key in saved and key in given and _plain(saved[key]) != _plain(given[key]):
                 logger.warning(
                     "%s: the saved %s=%s goes on, not the %s given now",

@@ -57,7 +57,6 @@ class Loop:
 
     def backward(self, step: int, scale: float = 1.0) -> None:
         self.optimizer.zero_grad()
-        self.optimizer.discard_captures()
         (self.loss(step) * scale).backward()
 
     def step(self, step: int) -> None:
