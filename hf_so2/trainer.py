@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, get_args
 
@@ -102,14 +102,21 @@ class SecondOrderMixin(ResumableMixin):
             optimizer.reevaluate_with(partial(self._loss_again, dict(inputs), num_items_in_batch))
         return super().training_step(model, inputs, num_items_in_batch)
 
-    def _loss_again(self, inputs: dict[str, Any], num_items: Tensor | int | None) -> Tensor:
-        """The loss of a micro-batch as `training_step` differentiates it, without dropout and without a graph."""
+    def _loss_again(
+        self, inputs: dict[str, Any], num_items: Tensor | int | None, compute_loss: Callable[..., Any] | None = None
+    ) -> Tensor:
+        """The loss of a micro-batch as `training_step` differentiates it, without dropout and without a graph.
+
+        Args:
+            compute_loss: in place of the method, which a subclass may have keep a log.
+        """
         was_training = self.model.training
         self.model.eval()
         try:
             with torch.no_grad(), self.compute_loss_context_manager():
                 prepared = self._prepare_inputs(dict(inputs))
-                loss: Tensor = self.compute_loss(self.model, prepared, num_items_in_batch=num_items)
+                compute = self.compute_loss if compute_loss is None else partial(compute_loss, self)
+                loss: Tensor = compute(self.model, prepared, num_items_in_batch=num_items)
         finally:
             self.model.train(was_training)
         return loss if self._is_of_whole_step(num_items) else loss / self.current_gradient_accumulation_steps
@@ -153,7 +160,9 @@ class SecondOrderMixin(ResumableMixin):
     ) -> None:
         """Tell the optimizer which factor backward will put on the gradient of each row's own loss."""
         is_mean, scale = True, torch.ones((), dtype=torch.float64)
-        if num_items is not None and (self.model_accepts_loss_kwargs or self.compute_loss_func is not None):
+        takes_count = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
+        # A subclass that says so has a mean of its own.
+        if num_items is not None and takes_count and getattr(self, "loss_is_scaled_for_ga", None) is not False:
             if self.args.average_tokens_across_devices:
                 scale = scale * self.accelerator.num_processes
             is_mean = not self._divides_by(num_items, inputs)
@@ -170,8 +179,11 @@ class SecondOrderMixin(ResumableMixin):
         Most models do, but those whose class builds a loss of its own (BERT's) take the count and leave it.
         """
         if self._loss_divides is None:
-            once, twice = (self._loss_again(inputs, factor * num_items) for factor in (1, 2))
-            self._loss_divides = not torch.equal(once, twice)
+            try:
+                once, twice = (self._loss_again(inputs, n, Trainer.compute_loss) for n in (num_items, 2 * num_items))
+                self._loss_divides = not torch.equal(once, twice)
+            except (TypeError, ValueError, KeyError):  # inputs that only a subclass knows how to take
+                self._loss_divides = True
         return self._loss_divides
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -35,11 +35,15 @@ def run() -> int:
     from hf_so2.papers.report import carry_out, experiments
     from hf_so2.papers.verdict import exit_code
 
-    # Trials are meant to go too far; how many steps each of them left out says nothing.
-    logging.getLogger("hf_so2").setLevel(logging.ERROR)
     chosen = NAMES if args.name == "all" else (args.name,)
-    known = experiments()
-    return exit_code([claim for name in chosen for claim in carry_out(name, known[name], Path(args.output_dir))])
+    known, logger = experiments(), logging.getLogger("hf_so2")
+    # Trials are meant to go too far; how many steps each of them left out says nothing.
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        return exit_code([claim for name in chosen for claim in carry_out(name, known[name], Path(args.output_dir))])
+    finally:
+        logger.setLevel(level)
 
 
 if __name__ == "__main__":

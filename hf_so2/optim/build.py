@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PretrainedConfig
 from transformers.trainer_pt_utils import get_parameter_names
@@ -81,7 +80,7 @@ def build_from_settings(
     """`build_optimizer` for settings that have been checked already."""
     method, is_mup = parse_name(name)
     refuse_other_sharding(model)
-    _refuse_gradients_of_other_kinds(model, is_preconditioned=method.block is not None)
+    _refuse_gradients_of_other_kinds(model)
     extent = Extent(
         resolved.precondition_embeddings,
         resolved.precondition_head,
@@ -173,15 +172,10 @@ def with_way_out(error: ConfigurationError, name: str) -> ConfigurationError:
     return ConfigurationError(error.field, error.value, f"{error.allowed}; {without} trains it at this width as it is")
 
 
-def _refuse_gradients_of_other_kinds(model: nn.Module, *, is_preconditioned: bool) -> None:
+def _refuse_gradients_of_other_kinds(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if parameter.is_complex():
+        if parameter.requires_grad and parameter.is_complex():
             raise ConfigurationError("model", name, f"is of {parameter.dtype}; must be real")
-        if is_preconditioned and parameter.dtype == torch.float16:
-            allowed = "is of torch.float16; must be float32, bfloat16 or float64 (for fp16, cast by autocast instead)"
-            raise ConfigurationError("model", name, allowed)
     for name, module in model.named_modules():
         if getattr(module, "sparse", False) and isinstance(module, nn.Embedding | nn.EmbeddingBag):
             raise ConfigurationError("model", name, "has sparse gradients; must be built with sparse=False")

@@ -23,6 +23,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import hf_so2
+from hf_so2 import checkpoints
 from hf_so2.distributed import Split
 
 PROGRAM = Path(__file__).with_name("sharded_program.py")
@@ -167,7 +168,7 @@ def test_a_checkpoint_goes_on_with_or_without_fsdp_as_it_was_saved(
     monkeypatch.setattr(trainer, "is_fsdp_enabled", True)
     with pytest.raises(hf_so2.ConfigurationError, match=r"was saved without FSDP; go on without it$"):
         trainer.train(resume_from_checkpoint=str(folder))
-    (folder / "pytorch_model_fsdp.bin").touch()
+    monkeypatch.setattr(checkpoints, "is_sharded", lambda folder: True)
     monkeypatch.setattr(trainer, "is_fsdp_enabled", False)
     with pytest.raises(hf_so2.ConfigurationError, match=r"was saved with FSDP; go on with it$"):
         trainer.train(resume_from_checkpoint=str(folder))

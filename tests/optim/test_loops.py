@@ -289,7 +289,6 @@ def test_packed_documents_are_no_sequence() -> None:
     ("model", "value"),
     [
         (lambda: nn.Linear(4, 4, dtype=torch.complex64), "weight"),
-        (lambda: nn.Linear(4, 4).half(), "weight"),
         (lambda: nn.Sequential(nn.Embedding(4, 4, sparse=True), nn.Linear(4, 4)), "0"),
     ],
 )

@@ -231,7 +231,7 @@ def test_an_embedding_that_scales_falls_back(tied: bool) -> None:
     assert found == ("adamw", "weight of Gemma2TextScaledWordEmbedding, which does more than look up a row")
 
 
-@pytest.mark.parametrize("options", [{"sparse": True}, {"scale_grad_by_freq": True}, {"max_norm": 1.0}])
+@pytest.mark.parametrize("options", [{"scale_grad_by_freq": True}, {"max_norm": 1.0}])
 def test_an_embedding_with_another_gradient_falls_back(options: dict[str, Any]) -> None:
     model = nn.Sequential(nn.Embedding(5, 3, **options), nn.Linear(3, 5))
     assert reasons(model, precondition_embeddings=True)["0.weight"] == (

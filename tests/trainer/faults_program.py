@@ -74,11 +74,19 @@ def poison(module: nn.Module) -> list[Any]:
 
 
 def overflow(module: nn.Module) -> list[Any]:
-    """Inputs whose squares are no numbers any more; output and gradient stay what they are."""
-    huge = 1e170
+    """Inputs whose squares are just beyond all numbers; what follows gets the output that it would have got.
+
+    The output's own gradient is as much smaller, and not so small that its square is zero.
+    """
+    factors: list[float] = []
+
+    def enlarge(module: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        factors.append(2e154 / float(inputs[0].abs().max()))
+        return (inputs[0] * factors[-1],)
+
     return [
-        module.register_forward_pre_hook(lambda module, inputs: (inputs[0] * huge,)),
-        module.register_forward_hook(lambda module, inputs, output: output / huge),
+        module.register_forward_pre_hook(enlarge),
+        module.register_forward_hook(lambda module, inputs, output: output / factors[-1]),
     ]
 
 
