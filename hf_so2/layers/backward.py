@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,6 +103,14 @@ def edge_of_predictions(logits: Tensor) -> GradientEdge:
             break
         edge = GradientEdge(node, number)
     return edge
+
+
+def tell_of_gradient(logits: Tensor, tell: Callable[[Tensor | None], object]) -> None:
+    """Call `tell` with the gradient of these predictions, or None where the loss goes round them, when it arrives."""
+    edge = edge_of_predictions(logits)
+    # The number alone: a hook that holds its own node keeps the whole graph until Python looks for cycles.
+    number = edge.output_nr
+    edge.node.register_prehook(lambda gradients: tell(gradients[number]))
 
 
 def predictions_in(output: Any) -> Tensor | None:

@@ -23,10 +23,10 @@ from hf_so2.layers.backward import (
     Backward,
     accumulator_of,
     current_task,
-    edge_of_predictions,
     heads_of,
     in_transform,
     predictions_in,
+    tell_of_gradient,
     will_run,
 )
 from hf_so2.layers.hooks import Hook
@@ -170,8 +170,7 @@ class Capture:
         if predictions is None or not predictions.requires_grad or not self.due or in_transform():
             return
         if torch.is_grad_enabled():
-            edge = edge_of_predictions(predictions)
-            edge.node.register_prehook(lambda gradients: self._reached(gradients[edge.output_nr]))
+            tell_of_gradient(predictions, self._reached)
 
     @torch.no_grad()
     def _reached(self, gradient: Tensor | None) -> None:

@@ -14,6 +14,7 @@ import contextlib
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.module_tracker import ModuleTracker
 
 from hf_so2.errors import ConfigurationError
-from hf_so2.layers.backward import Backward, edge_of_predictions
+from hf_so2.layers.backward import Backward, edge_of_predictions, tell_of_gradient
 from hf_so2.layers.capture import Capture
 from hf_so2.layers.rows import live_rows
 from hf_so2.layers.sums import Call, Captured
@@ -137,9 +138,8 @@ class SampledCapture(Capture):
     def _count(self, predictions: Tensor | None) -> None:
         if not self._forward.notes or predictions is None or not predictions.requires_grad:
             return
-        forward, edge = self._forward, edge_of_predictions(predictions)
-        forward.returns = True
-        edge.node.register_prehook(lambda gradients: self._came_back(forward, gradients[edge.output_nr]))
+        self._forward.returns = True
+        tell_of_gradient(predictions, partial(self._came_back, self._forward))
 
     def _came_back(self, forward: _Forward, gradient: Tensor | None) -> None:
         if gradient is None or self._is_busy or forward.sampled is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import logging
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -208,15 +209,28 @@ def test_a_batch_left_out_draws_no_labels(when: str) -> None:
         torch.testing.assert_close(found[1][name]["A"], factors["A"], rtol=1e-10, atol=0.0)
 
 
-def test_an_evaluation_with_gradients_on_keeps_no_graph() -> None:
+@pytest.mark.parametrize("head", [False, True])
+@pytest.mark.parametrize("fisher", ["empirical", "mc"])
+def test_an_evaluation_with_gradients_on_keeps_no_graph(fisher: str, head: bool) -> None:
+    """It goes with what the model returned, as without an optimizer, and waits for no search of cycles by Python."""
     model = llama().train()
-    optimizer = hf_so2.build_optimizer("kfac", model, fisher="mc")
-    outputs = model(input_ids=torch.ones(2, 8, dtype=torch.long))
-    held = [len(optimizer.curvature.capture._forward.notes)]
-    del outputs
+    optimizer = hf_so2.build_optimizer("kfac", model, fisher=fisher, precondition_head=head)
+    hidden: list[weakref.ref[Tensor]] = []
+    handle = model.model.layers[0].register_forward_hook(lambda _, __, output: hidden.append(weakref.ref(output)))
     gc.collect()
-    held.append(len(optimizer.curvature.capture._forward.notes))
-    assert held == [14, 0]
+    gc.disable()
+    try:
+        outputs = model(input_ids=torch.ones(2, 8, dtype=torch.long))
+        assert hidden[0]() is not None
+        if fisher == "mc":
+            assert len(optimizer.curvature.capture._forward.notes) == 14 + head
+        del outputs
+        assert hidden[0]() is None
+    finally:
+        gc.enable()
+        handle.remove()
+    if fisher == "mc":
+        assert not optimizer.curvature.capture._forward.notes
 
 
 def test_a_second_backward_pass_through_one_forward_pass_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
