@@ -113,9 +113,14 @@ def tell_of_gradient(logits: Tensor, tell: Callable[[Tensor | None], object]) ->
     edge.node.register_prehook(lambda gradients: tell(gradients[number]))
 
 
+def logits_in(output: Any) -> Any:
+    """What a model that returns more than one thing calls its logits; else all that it returns."""
+    return output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
+
+
 def predictions_in(output: Any) -> Tensor | None:
     """The logits, (rows, classes) or (batch, sequence, classes), in what a model returns, if they are there."""
-    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
+    logits = logits_in(output)
     is_table = isinstance(logits, Tensor) and logits.ndim in (2, 3) and logits.is_floating_point()
     return logits if is_table else None
 

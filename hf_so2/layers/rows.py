@@ -103,7 +103,7 @@ def _zeroed(h: Tensor, live: Tensor, given: Tensor) -> Tensor:
     return own.index_fill_(0, dead, 0)
 
 
-def are_sequences(adapter: Adapter, tensor: Tensor) -> bool:
+def _are_sequences(adapter: Adapter, tensor: Tensor) -> bool:
     """Whether there is a dimension of positions to reduce: a classifier and an expert's selection of tokens have none,
     and an embedding's mean of one-hot inputs would no longer be diagonal. These are expanded.
     """
@@ -112,7 +112,7 @@ def are_sequences(adapter: Adapter, tensor: Tensor) -> bool:
 
 def _reduced_inputs(adapter: Adapter, inputs: Tensor, dtype: torch.dtype, live: Tensor) -> InputRows:
     """Every sequence is a row, the mean over its positions that count."""
-    if not are_sequences(adapter, inputs):
+    if not _are_sequences(adapter, inputs):
         return _expanded_inputs(adapter, inputs, dtype, live)
     h = _zeroed(_with_ones(adapter, inputs.flatten(0, -2).to(dtype)), live, inputs)
     lengths = live.reshape(len(inputs), -1).sum(dim=1)
@@ -121,7 +121,7 @@ def _reduced_inputs(adapter: Adapter, inputs: Tensor, dtype: torch.dtype, live: 
 
 
 def _reduced_gradients(adapter: Adapter, gradients: Tensor, rows: InputRows) -> Tensor:
-    if not are_sequences(adapter, gradients):
+    if not _are_sequences(adapter, gradients):
         return _expanded_gradients(adapter, gradients, rows)
     return gradients.flatten(1, -2).sum(dim=1)
 

@@ -23,7 +23,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.module_tracker import ModuleTracker
 
 from hf_so2.errors import ConfigurationError
-from hf_so2.layers.backward import Backward, edge_of_predictions, tell_of_gradient
+from hf_so2.layers.backward import Backward, edge_of_predictions, logits_in, tell_of_gradient
 from hf_so2.layers.capture import Capture
 from hf_so2.layers.rows import live_rows
 from hf_so2.layers.sums import Call, Captured
@@ -130,7 +130,7 @@ class SampledCapture(Capture):
             self._forward = _Forward()
 
     def returned(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
-        logits = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", out)
+        logits = logits_in(out)
         if self._forward.notes and isinstance(logits, Tensor):
             weakref.finalize(logits, self._forward.notes.clear).atexit = False
         super().returned(module, args, kwargs, out)

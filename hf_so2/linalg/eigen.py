@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from hf_so2.linalg.errors import DecompositionError
+from hf_so2.linalg.errors import DecompositionError, retried_in_float64
 
 # Eigenvalues are exact to about one unit of round-off of the largest; measured on null spaces of up to 512 dimensions.
 RESOLUTION = 8.0
@@ -49,13 +49,7 @@ def is_finite(matrix: Tensor) -> bool:
 def _decomposed(decompose: Callable[[Tensor], Any], matrix: Tensor) -> Any:
     if not is_finite(matrix):
         raise DecompositionError(f"a {tuple(matrix.shape)} factor is not finite")
-    try:
-        return decompose(matrix)
-    except torch.linalg.LinAlgError:
-        try:
-            return decompose(matrix.double())
-        except torch.linalg.LinAlgError as error:
-            raise DecompositionError(f"a {tuple(matrix.shape)} factor has no eigendecomposition: {error}") from error
+    return retried_in_float64(decompose, matrix, missing=f"a {tuple(matrix.shape)} factor has no eigendecomposition")
 
 
 def mean_over_eigenspaces(matrix: Tensor, values: Tensor) -> Tensor:

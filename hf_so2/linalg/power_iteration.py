@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from hf_so2.linalg.errors import DecompositionError
+from hf_so2.linalg.errors import retried_in_float64
 
 # Squares of entries between this and its inverse, and sums of them, are far from the ends of float32's range.
 SAFE = 1e8
@@ -30,17 +32,12 @@ def spectral_norm(matrix: Tensor, basis: Tensor, iterations: int) -> tuple[Tenso
     Raises:
         DecompositionError: a decomposition of the candidates fails, in float64 too.
     """
-    try:
-        return _spectral_norm(matrix, basis, iterations)
-    except torch.linalg.LinAlgError:
-        try:
-            norm, candidates = _spectral_norm(matrix.double(), basis.double(), iterations)
-        except torch.linalg.LinAlgError as error:
-            raise DecompositionError(f"a {tuple(matrix.shape)} matrix has no spectral norm: {error}") from error
-        return norm.to(matrix.dtype), candidates.to(matrix.dtype)
+    missing = f"a {tuple(matrix.shape)} matrix has no spectral norm"
+    norm, candidates = retried_in_float64(partial(_spectral_norm, iterations), matrix, basis, missing=missing)
+    return norm.to(matrix.dtype), candidates.to(matrix.dtype)
 
 
-def _spectral_norm(matrix: Tensor, basis: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+def _spectral_norm(iterations: int, matrix: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     matrix, unit = _in_range(matrix)
     image, candidates = matrix @ basis, basis
     is_lost = ~image.any()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from hf_so2.errors import TrainingDivergedError
-from hf_so2.linalg import DecompositionError
+from hf_so2.linalg import FAILURES
 from hf_so2.papers.digits import Digits
 
 Step: TypeAlias = Callable[[nn.Module, Tensor, Tensor], None]
@@ -74,7 +74,7 @@ def train(
         start = time.perf_counter()
         try:
             step(model, images, labels)
-        except (TrainingDivergedError, DecompositionError, torch.linalg.LinAlgError):
+        except (TrainingDivergedError, *FAILURES):
             seen.append((steps, math.inf, spent))
             break
         spent += time.perf_counter() - start
