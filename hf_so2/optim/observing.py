@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_so2.distributed import is_sharded, local, world
+from hf_so2.distributed import is_sharded, world
 from hf_so2.layers import SampledCapture
 from hf_so2.optim.adaptive import AdaptiveDamping, Loss
 from hf_so2.optim.optimizer_state import OptimizerWithCurvature
 from hf_so2.optim.sampled_labels import generator_for, sampled_loss
 from hf_so2.optim.schedule import due
 from hf_so2.optim.settings import Settings
+from hf_so2.optim.skipping import have_no_gradient
 
 
 class ObservingOptimizer(OptimizerWithCurvature):
@@ -118,10 +119,8 @@ class ObservingOptimizer(OptimizerWithCurvature):
 
     def gradients_are_gone(self) -> bool:
         """Whether all gradients are None or zero, as after `model.zero_grad()`; of sharded ones nobody can tell."""
-        parameters = sorted((p for group in self.param_groups for p in group["params"]), key=Tensor.numel)
-        if any(p.grad is not None and bool(local(p.grad).any()) for p in parameters):  # mostly the first and smallest
-            return False
-        return not any(map(is_sharded, parameters))
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        return not any(map(is_sharded, parameters)) and have_no_gradient(parameters)
 
     @property
     def wants_loss(self) -> bool:

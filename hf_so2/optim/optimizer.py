@@ -21,7 +21,7 @@ from hf_so2.optim.observing import ObservingOptimizer
 from hf_so2.optim.schedule import due
 from hf_so2.optim.second_order import second_order_updates, with_gradients
 from hf_so2.optim.settings import Settings
-from hf_so2.optim.skipping import SkippedSteps, are_in_range, gradients_and_limits
+from hf_so2.optim.skipping import SkippedSteps, are_in_range, gradients_and_limits, have_no_gradient
 from hf_so2.optim.statistics import Curvature
 from hf_so2.optim.telemetry import LEVELS, StepRecord, report
 from hf_so2.optim.whole import WholeStep
@@ -179,7 +179,7 @@ class SecondOrderOptimizer(ObservingOptimizer):
         """
         if self.steps or any(float(group["lr"]) for group in self.param_groups):
             return False
-        return not any(bool(local(p.grad).any()) for g in self.param_groups for p in g["params"] if p.grad is not None)
+        return have_no_gradient(parameter for group in self.param_groups for parameter in group["params"])
 
     def _update_curvature(self) -> None:
         if self.curvature is None:

@@ -45,6 +45,15 @@ class SkippedSteps:
             )
 
 
+def have_no_gradient(parameters: Iterable[Tensor]) -> bool:
+    """Whether every gradient is None or zero; alike on all ranks, so that with sharded parameters it is a collective."""
+    ordered = sorted(parameters, key=Tensor.numel)  # mostly the first and smallest decides
+    nothing = not any(p.grad is not None and bool(local(p.grad).any()) for p in ordered)
+    if any(map(is_sharded, ordered)):
+        return true_on_all_ranks(torch.tensor(nothing, device=local(ordered[0]).device))
+    return nothing
+
+
 def gradients_and_limits(
     groups: Iterable[Mapping[str, Any]], curvature: Curvature | None, norm_control: str
 ) -> tuple[list[Tensor], list[float]]:

@@ -18,6 +18,7 @@ from torch.func import grad as func_grad
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
 import hf_so2
+from hf_so2.optim.skipping import have_no_gradient
 
 Odd = Callable[[int, nn.Module, hf_so2.SecondOrderOptimizer], object]
 NAMES = ["kfac", "ekfac", "tkfac", "foof"]
@@ -376,3 +377,11 @@ def test_a_refusal_by_mup_names_the_way_out() -> None:
     model.is_quantized = True
     with pytest.raises(hf_so2.ConfigurationError, match="kfac trains it at this width as it is"):
         hf_so2.build_optimizer("kfac_mup", model, base_config=model.config)
+
+
+@pytest.mark.parametrize(("entry", "expected"), [(None, True), (0.0, True), (1e-40, False), (float("nan"), False)])
+def test_zeros_are_no_gradient(entry: float | None, expected: bool) -> None:
+    parameters = [nn.Parameter(torch.zeros(size)) for size in (3, 2)]
+    if entry is not None:
+        parameters[0].grad = torch.tensor([0.0, entry, 0.0])
+    assert have_no_gradient(parameters) is expected
