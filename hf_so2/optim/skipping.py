@@ -46,7 +46,7 @@ class SkippedSteps:
 
 
 def have_no_gradient(parameters: Iterable[Tensor]) -> bool:
-    """Whether every gradient is None or zero; alike on all ranks, so that with sharded parameters it is a collective."""
+    """Whether every gradient is None or zero. The same on all ranks: with sharded parameters a collective."""
     ordered = sorted(parameters, key=Tensor.numel)  # mostly the first and smallest decides
     nothing = not any(p.grad is not None and bool(local(p.grad).any()) for p in ordered)
     if any(map(is_sharded, ordered)):
