@@ -144,21 +144,25 @@ def _masked(loop: Loop, chance: random.Random, patch: pytest.MonkeyPatch) -> Non
     loop.optimizer.step()
 
 
-def _lapack(loop: Loop, chance: random.Random, patch: pytest.MonkeyPatch) -> None:
-    """From a random call on every routine fails, once or for the whole step."""
+def failing_routines(patch: pytest.MonkeyPatch, chance: random.Random, error: type[BaseException]) -> None:
+    """From a random call on every routine of LAPACK's fails, once or until `patch` is undone."""
     calls, first, for_long = [0], chance.randrange(12), chance.random() < 0.5
 
     def failing(routine: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             calls[0] += 1
             if calls[0] - 1 == first or (for_long and calls[0] > first):
-                raise torch.linalg.LinAlgError("made to fail")
+                raise error("made to fail")
             return routine(*args, **kwargs)
 
         return call
 
     for owner, name in ROUTINES:
         patch.setattr(owner, name, failing(getattr(owner, name)))
+
+
+def _lapack(loop: Loop, chance: random.Random, patch: pytest.MonkeyPatch) -> None:
+    failing_routines(patch, chance, torch.linalg.LinAlgError)
     loop.step(AT)
     patch.undo()
 
