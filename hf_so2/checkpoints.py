@@ -11,6 +11,7 @@ import logging
 import os
 import pickle
 import shutil
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -277,11 +278,16 @@ def writable(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        # torch's writer has an error of its own for a full disk, but none with a name.
-        if isinstance(error, RuntimeError) and not any(
-            sign in str(error) for sign in ("StreamWriter", "unexpected pos")
-        ):
+        if isinstance(error, RuntimeError) and not _is_of_torchs_writer(error):
             raise
         reason = (str(error).splitlines() or [""])[0][:200]
         allowed = f"cannot be written to: {reason}; the checkpoint before this one is complete"
         raise ConfigurationError("output_dir", str(folder), allowed) from error
+
+
+def _is_of_torchs_writer(error: RuntimeError) -> bool:
+    """Errors of torch's writer of files have no name, and as many texts as there are places where a disk can be full:
+    what tells them from others is who called it.
+    """
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(frames) and frames[-1].f_globals.get("__name__") == "torch.serialization"

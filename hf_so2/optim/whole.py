@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from hf_so2.distributed import world
 from hf_so2.errors import BrokenStepError
 
 
@@ -51,10 +52,7 @@ class WholeStep:
                     self.broken_at = step
                     error.add_note(str(BrokenStepError(step)))
                 else:
-                    error.add_note(
-                        f"step {step} was broken off before any weight had moved; the averages of curvature and"
-                        " momentum may have: training can go on"
-                    )
+                    error.add_note(_nothing_moved(step, world()[1]))
                 raise
 
 
@@ -81,3 +79,16 @@ def _interrupts_held_back() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
         if held:
             handler(*held[0])
+
+
+def _nothing_moved(step: int, ranks: int) -> str:
+    if ranks == 1:
+        return (
+            f"step {step} was broken off before any weight had moved; the averages of curvature and momentum may have:"
+            " training can go on"
+        )
+    # What happened to the others is not known here, and asking them could wait for one that is gone.
+    return (
+        f"step {step} was broken off before any weight had moved in this process, one of {ranks}; in others weights may"
+        " have, or they are gone: see what they say, and start all of them anew from a checkpoint"
+    )

@@ -211,3 +211,19 @@ def test_an_error_before_any_weight_moved_lets_training_go_on(monkeypatch: pytes
     backward(model, 1)
     optimizer.step()
     assert optimizer.steps == 1
+
+
+def test_a_step_that_one_of_several_processes_breaks_off_is_not_said_to_be_harmless(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The others may have made it, so that what is left is of two steps."""
+    model = mlp()
+    optimizer = hf_so2.build_optimizer("kfac", model)
+    backward(model)
+    monkeypatch.setattr("hf_so2.optim.whole.world", lambda: (0, 2))
+    monkeypatch.setattr(optimizer.curvature, "refresh", no_convergence)
+    with pytest.raises(torch.linalg.LinAlgError) as caught:
+        optimizer.step()
+    (note,) = caught.value.__notes__
+    assert "training can go on" not in note
+    assert "start all of them anew from a checkpoint" in note

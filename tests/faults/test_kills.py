@@ -25,7 +25,7 @@ RUN = {
     "save_total_limit": 2,
 }
 PATIENCE = 120.0  # seconds, after which it hangs
-KILLS = 20
+KILLS = 100
 
 
 def train(output: Path) -> None:
