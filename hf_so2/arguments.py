@@ -11,7 +11,6 @@ from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig, TrainingArguments, get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.training_args import OptimizerNames
@@ -20,6 +19,7 @@ from transformers.utils import logging
 from hf_so2.argument_fields import TRAINER_FIELDS, OptimizerName, with_own_fields
 from hf_so2.errors import ConfigurationError
 from hf_so2.mup import scale_width
+from hf_so2.mup.widths import REFUSALS
 from hf_so2.optim.methods import MUP_SUFFIX, OPTIMIZERS, parse_name
 from hf_so2.optim.resolution import resolve
 from hf_so2.optim.settings import LIST_SETTINGS, SETTING_NAMES, Settings
@@ -101,9 +101,11 @@ class SecondOrderArgumentsMixin(_Arguments):
         given = self.mup_base_config
         if given is None:
             return None
+        if not isinstance(given, dict | str | os.PathLike):
+            raise ConfigurationError("mup_base_config", given, "must be a directory, a file or a mapping")
         try:
             return AutoConfig.for_model(**given) if isinstance(given, dict) else AutoConfig.from_pretrained(given)
-        except (OSError, ValueError, TypeError, StrictDataclassError) as error:
+        except (OSError, *REFUSALS) as error:
             reason = " ".join(str(error).splitlines()[:2])
             raise ConfigurationError("mup_base_config", given, f"must be a readable model config ({reason})") from None
 

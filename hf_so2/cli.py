@@ -25,6 +25,8 @@ from hf_so2.spelling import did_you_mean
 
 USAGE_ERROR = 2
 DIVERGED = 3
+# What transformers' arguments raise beside ValueError for values that they look into or compare: files, names, types.
+UNFORESEEN = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, TypeError)
 SETTINGS_SUFFIXES = (".yaml", ".yml", ".json")
 
 
@@ -108,14 +110,35 @@ def build(dataclass_types: Iterable[type], flags: Mapping[str, Any]) -> tuple[An
     built = []
     for dataclass_type in dataclass_types:
         names = {field.name for field in dataclasses.fields(dataclass_type) if field.init}
+        given = {name: value for name, value in flags.items() if name in names}
         try:
-            built.append(dataclass_type(**{name: value for name, value in flags.items() if name in names}))
+            built.append(dataclass_type(**given))
         except ConfigurationError:
             raise
         except ValueError as error:  # what transformers' arguments raise for settings that contradict each other
             _print_error(error)
             raise SystemExit(USAGE_ERROR) from error
+        except UNFORESEEN as error:
+            name = _at_fault(dataclass_type, given, error)
+            raise ConfigurationError(name, given.get(name), f"cannot be used: {_reason(error)}") from error
     return tuple(built)
+
+
+def _at_fault(dataclass_type: type, given: Mapping[str, Any], error: Exception) -> str:
+    """The first flag that with those before it ends in this error: one that nobody foresaw does not name it."""
+    before: dict[str, Any] = {}
+    for name, value in given.items():
+        before[name] = value
+        try:
+            dataclass_type(**before)
+        except (ValueError, *UNFORESEEN) as other:
+            if _reason(other) == _reason(error):
+                return name
+    return dataclass_type.__name__
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

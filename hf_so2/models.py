@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,6 +21,7 @@ from transformers.utils import logging
 
 from hf_so2.errors import ConfigurationError
 from hf_so2.mup import scale_width
+from hf_so2.mup.widths import REFUSALS
 from hf_so2.spelling import did_you_mean
 
 logger = logging.get_logger(__name__)
@@ -82,7 +82,9 @@ def build_model_and_config(
     set_seed(seed)
     try:
         model = AutoModelForCausalLM.from_config(config)
-    except (ValueError, AssertionError) as error:  # how modeling files refuse a config
+    except torch.OutOfMemoryError:
+        raise
+    except REFUSALS as error:
         raise ConfigurationError("config_overrides", arguments.config_overrides, _one_line(error)) from error
     _require_vocabulary(model, tokenizer, "config_overrides", arguments.config_overrides)
     return model, model.config
@@ -113,7 +115,8 @@ def build_config(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) 
     settings = {name: value for name, value in from_tokenizer.items() if name in known} | overrides
     try:
         config = AutoConfig.for_model(model_type, **settings)
-    except (StrictDataclassError, ValueError, TypeError) as error:
+        config.to_dict()  # a value that a checkpoint could not hold is refused here, not when the first one is saved
+    except REFUSALS as error:
         raise ConfigurationError("config_overrides", arguments.config_overrides, _one_line(error)) from error
     _require_whole_heads(config)
     if arguments.width is None:
@@ -198,4 +201,4 @@ def _value(text: str) -> Any:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+    return " ".join(str(error).split()) or type(error).__name__

@@ -8,6 +8,8 @@ from pathlib import Path
 from datasets import Dataset
 from huggingface_hub.constants import HF_HOME
 
+from hf_so2.manifest import checksum, write_whole
+
 # Part of every key: raise it when the tokenizer's training or the packing changes, and old caches are no
 # longer found.
 FORMAT_VERSION = 1
@@ -22,6 +24,24 @@ def cache_key(*parts: object) -> str:
     """A short hexadecimal key of ``parts`` (by their ``str``) and of this module's format version."""
     described = "\x1f".join(str(part) for part in (FORMAT_VERSION, *parts))
     return hashlib.sha256(described.encode()).hexdigest()[:24]
+
+
+def is_sound(path: Path) -> bool:
+    """Whether a file is there and is what :func:`seal` saw; what is not is to be made anew.
+
+    A cache is read by nobody but the next run, so that a flipped bit would go unseen: other tokens would be trained on.
+    """
+    seal_file = _seal_of(path)
+    return path.is_file() and seal_file.is_file() and seal_file.read_bytes() == checksum(path).encode()
+
+
+def seal(path: Path) -> None:
+    """Write down beside a file what is in it."""
+    write_whole(_seal_of(path), lambda file: file.write(checksum(path).encode()))
+
+
+def _seal_of(path: Path) -> Path:
+    return path.with_name(path.name + ".xxh3_128")
 
 
 def documents_digest(documents: Dataset) -> str:

@@ -21,6 +21,8 @@ from hf_so2.errors import ConfigurationError
 
 SPLIT_SEED = 0  # not the training seed: every run, whatever its seed, is judged on the same held-out documents
 LOADERS = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+# What reading a file raises that is not what its name says.
+DAMAGE = (DatasetGenerationError, OSError, RuntimeError, LookupError, TypeError, ValueError)
 # Folders inside the standard library's that hold tests, or packages that do not belong to it.
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
@@ -166,8 +168,9 @@ def _load_files(name: str, pattern: str, arguments: DataArguments) -> Dataset:
             cache_dir=_datasets_cache(arguments),
             **options,
         )
-    except DatasetGenerationError as error:
-        raise ConfigurationError(name, pattern, f"cannot be read as {loader}: {error.__cause__ or error}") from error
+    except DAMAGE as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise ConfigurationError(name, pattern, f"cannot be read as {loader}: {reason}") from error
     return _text_only(documents, "text" if loader == "text" else arguments.text_column, name, pattern)
 
 
@@ -207,6 +210,11 @@ def _text_only(documents: Dataset, column: str, source_field: str, source: str |
     kind = getattr(documents.features["text"], "dtype", None)
     if kind not in ("string", "large_string", "null"):
         raise ConfigurationError("text_column", column, f"must hold strings, not {kind}")
+    try:
+        for column_of_table in documents.data.columns:
+            column_of_table.validate(full=True)  # Parquet's strings can be anything; reading them would fail later
+    except ValueError as error:
+        raise ConfigurationError(source_field, source, f"must hold UTF-8: {' '.join(str(error).split())}") from None
     if not any(text and not text.isspace() for text in documents["text"]):
         raise ConfigurationError(source_field, source, "must hold some text")
     return documents

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from hf_so2.data.cache import cache_directory, cache_key, documents_digest
+from hf_so2.data.cache import cache_directory, cache_key, documents_digest, is_sound, seal
 
 TOKEN = np.int32
 
@@ -45,7 +45,7 @@ def pack_documents(
     The stream runs on over document and batch boundaries, so nothing is lost or repeated but the last,
     incomplete block (fewer than ``block_size`` tokens of the whole corpus). The blocks are cached as an Arrow
     file under a key of the texts, the tokenizer and the block size, written by ``datasets`` under a temporary
-    name first.
+    name first; one that is damaged is made anew.
 
     Args:
         documents: data set with the column ``text``; empty documents are skipped.
@@ -66,16 +66,23 @@ def pack_documents(
     key = cache_key("blocks", block_size, _tokenizer_description(tokenizer), documents_digest(documents))
     folder = cache_directory(cache_dir) / "packed"
     folder.mkdir(parents=True, exist_ok=True)
-    return documents.map(
+    path = folder / f"{key}.arrow"
+    was_sound = is_sound(path)
+    if not was_sound:
+        path.unlink(missing_ok=True)
+    blocks = documents.map(
         tokenize_and_pack,
         batched=True,
         batch_size=100,
         remove_columns=documents.column_names,
         features=Features({"input_ids": SequenceFeature(Value("int32"), length=block_size)}),
-        cache_file_name=str(folder / f"{key}.arrow"),
+        cache_file_name=str(path),
         new_fingerprint=key,  # the packer has state, so its own hash would say nothing
         desc=f"Tokenizing into blocks of {block_size}",
     )
+    if not was_sound and path.is_file():
+        seal(path)
+    return blocks
 
 
 def collate_blocks(examples: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Tensor]:

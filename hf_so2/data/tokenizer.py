@@ -11,7 +11,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from hf_so2.data.cache import cache_directory, cache_key, documents_digest
+from hf_so2.data.cache import cache_directory, cache_key, documents_digest, is_sound, seal
 from hf_so2.errors import ConfigurationError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -44,7 +44,7 @@ def corpus_tokenizer(documents: Dataset, vocab_size: int, cache_dir: str | None 
         )
     key = cache_key("byte-level-bpe", vocab_size, documents_digest(documents))
     path = cache_directory(cache_dir) / "tokenizers" / f"{key}.json"
-    if not path.exists():
+    if not is_sound(path):
         trained = Tokenizer(models.BPE())
         trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         trained.decoder = decoders.ByteLevel()
@@ -56,6 +56,7 @@ def corpus_tokenizer(documents: Dataset, vocab_size: int, cache_dir: str | None 
         )
         trained.train_from_iterator(_beginning(documents), trainer)
         _write_atomically(path, trained.to_str())
+        seal(path)
     return PreTrainedTokenizerFast(
         tokenizer_file=str(path), bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=PADDING
     )

@@ -23,6 +23,19 @@ from hf_so2.errors import ConfigurationError
 HeadGrowth: TypeAlias = Literal["count", "size"]
 Path: TypeAlias = tuple[str | int, ...]
 
+# What the code of a family raises where it has not thought of a value in its config.
+REFUSALS = (
+    StrictDataclassError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
 RECORD_FIELD = "so2_mup"
 """Name of the configuration field that records what `apply_mup` did."""
 
@@ -228,8 +241,8 @@ def _differences_in_depth(
 def _construct(config_class: type[PretrainedConfig], fields: Mapping[str, Any]) -> PretrainedConfig:
     try:
         return config_class(**fields)
-    except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
-        reason = str(error).strip().splitlines()[-1].strip()
+    except REFUSALS as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
         raise ConfigurationError("config", config_class.__name__, f"rejects these widths: {reason}") from error
 
 

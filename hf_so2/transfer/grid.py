@@ -55,15 +55,16 @@ class GridStore:
         self._lock = Lock()
         self.runs: list[dict[str, Any]] = []
         if path.is_file():
-            lines = enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+            lines = enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1)
             self.runs = [self._read(number, line) for number, line in lines if line.strip()]
 
     def _read(self, number: int, line: str) -> dict[str, Any]:
         try:
             run = json.loads(line)
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, RecursionError):
             run = None
-        if not isinstance(run, dict) or not {"settings", "flags", "metrics"} <= run.keys():
+        kinds = {"settings": str, "flags": dict, "metrics": dict}
+        if not isinstance(run, dict) or not all(isinstance(run.get(key), kind) for key, kind in kinds.items()):
             allowed = f"must hold one finished run per line, which line {number} is not; remove it or name another file"
             raise ConfigurationError("output", str(self.path), allowed)
         return run

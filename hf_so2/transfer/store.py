@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,18 @@ from hf_so2.transfer.trials import Outcome, Trial
 
 # Keys of a trial's and of a study's attributes.
 PARAMS, SEED, DIVERGED, SETTINGS = "params", "seed", "diverged", "settings"
+
+# What Optuna and SQLAlchemy answer to a data base that others have written to.
+DAMAGE = (
+    SQLAlchemyError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 Wanted = tuple[Params | None, int]
 """Params (None: to be sampled) and seed of a trial to run."""
@@ -49,7 +62,11 @@ class SweepStore:
             self._lock.acquire(timeout=0)
         except Timeout:
             raise ConfigurationError("output_dir", str(folder), "is in use by another sweep that is running") from None
-        self._storage = storage or _opened(self.url)
+        try:
+            self._storage = storage or _opened(self.url)
+        except ConfigurationError:
+            self.close()
+            raise
         self.studies: dict[tuple[str, int], optuna.Study] = {}
 
     def open(self, optim: str, width: int, settings: Mapping[str, Any]) -> None:
@@ -63,9 +80,11 @@ class SweepStore:
         Raises:
             ConfigurationError: the study was made with other settings.
         """
-        study = optuna.create_study(
-            study_name=study_name(optim, width), storage=self._storage, direction="minimize", load_if_exists=True
-        )
+        with _sound(self.url):
+            self.studies[optim, width] = self._open(study_name(optim, width), settings)
+
+    def _open(self, name: str, settings: Mapping[str, Any]) -> optuna.Study:
+        study = optuna.create_study(study_name=name, storage=self._storage, direction="minimize", load_if_exists=True)
         settings = json.loads(json.dumps(settings))
         known = study.user_attrs.get(SETTINGS)
         if known is None:
@@ -79,11 +98,14 @@ class SweepStore:
             )
         for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             study.tell(trial.number, state=TrialState.FAIL)
-        self.studies[optim, width] = study
+        return study
 
     def queue(self, optim: str, width: int, wanted: Iterable[Wanted]) -> None:
         """Queues those of the wanted trials that are neither finished nor queued; of given-up ones a new run."""
-        study = self.studies[optim, width]
+        with _sound(self.url):
+            self._queue(self.studies[optim, width], wanted)
+
+    def _queue(self, study: optuna.Study, wanted: Iterable[Wanted]) -> None:
         trials = study.get_trials(deepcopy=False)
         alive = [trial for trial in trials if trial.state != TrialState.FAIL]
         # A sampled trial that was given up runs again with the values that it had.
@@ -95,13 +117,15 @@ class SweepStore:
 
     def waiting(self, optim: str, width: int) -> int:
         """How many trials are queued."""
-        return len(self.studies[optim, width].get_trials(deepcopy=False, states=(TrialState.WAITING,)))
+        with _sound(self.url):
+            return len(self.studies[optim, width].get_trials(deepcopy=False, states=(TrialState.WAITING,)))
 
     def trials(self, optim: str, width: int) -> list[Trial]:
         """The finished trials, in the order in which they were queued."""
         states = TrialState.COMPLETE, TrialState.PRUNED
-        finished = self.studies[optim, width].get_trials(deepcopy=False, states=states)
-        return [_as_trial(optim, width, trial) for trial in finished]
+        with _sound(self.url):
+            finished = self.studies[optim, width].get_trials(deepcopy=False, states=states)
+            return [_as_trial(optim, width, trial) for trial in finished]
 
     def close(self) -> None:
         """Lets another sweep in."""
@@ -111,9 +135,28 @@ class SweepStore:
 def _opened(url: str) -> optuna.storages.BaseStorage:
     try:
         return optuna.storages.get_storage(url)
-    except (SQLAlchemyError, ImportError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigurationError("storage", url, f"cannot be opened as an Optuna storage: {reason}") from None
+    except (*DAMAGE, ImportError) as error:
+        raise ConfigurationError("storage", url, f"cannot be opened as an Optuna storage: {_reason(error)}") from None
+
+
+@contextmanager
+def _sound(url: str) -> Iterator[None]:
+    """Reading inside ends in one line where the data base holds what no sweep has written.
+
+    Raises:
+        ConfigurationError: it does.
+    """
+    try:
+        yield
+    except ConfigurationError:
+        raise
+    except DAMAGE as error:
+        allowed = f"holds a damaged sweep ({_reason(error)}); use another output_dir"
+        raise ConfigurationError("storage", url, allowed) from error
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
 
 def study_name(optim: str, width: int) -> str:

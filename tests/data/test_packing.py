@@ -56,7 +56,7 @@ def test_blocks_are_reused_until_text_tokenizer_or_size_changes(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     def files() -> dict[str, int]:
-        return {path.name: path.stat().st_mtime_ns for path in (tmp_path / "packed").iterdir()}
+        return {path.name: path.stat().st_mtime_ns for path in (tmp_path / "packed").glob("*.arrow")}
 
     documents = Dataset.from_dict({"text": TEXTS})
     pack_documents(documents, tokenizer, 4, str(tmp_path))

@@ -39,12 +39,12 @@ def test_training_again_gives_the_same_file_and_a_second_call_none(tmp_path: Pat
     trained = []
     for folder in ("one", "two"):
         corpus_tokenizer(DOCUMENTS, 280, str(tmp_path / folder))
-        (path,) = (tmp_path / folder / "tokenizers").iterdir()
+        (path,) = (tmp_path / folder / "tokenizers").glob("*.json")
         trained.append(path.read_bytes())
     assert trained[0] == trained[1]
     written = path.stat().st_mtime_ns
     corpus_tokenizer(DOCUMENTS, 280, str(tmp_path / "two"))
-    assert [file.stat().st_mtime_ns for file in path.parent.iterdir()] == [written]
+    assert [file.stat().st_mtime_ns for file in path.parent.glob("*.json")] == [written]
 
 
 def test_a_saved_tokenizer_is_a_checkpoint_s_own(cache: str, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import random
@@ -48,7 +49,7 @@ def kill(output: Path, chance: random.Random) -> bool:
     while not (output / "checkpoint-2").is_dir() and process.is_alive():
         assert time.monotonic() < limit
         time.sleep(0.001)
-    time.sleep(chance.uniform(0.0, 1.0))
+    time.sleep(chance.uniform(0.0, 0.3))  # what is left of the run takes about as long
     assert process.pid is not None
     if process.is_alive():
         os.kill(process.pid, signal.SIGKILL)
@@ -59,7 +60,10 @@ def kill(output: Path, chance: random.Random) -> bool:
 
 def killed_runs(count: int, whole: Any, folder: Path) -> None:
     outcomes = {"killed": 0, "with a torn checkpoint": 0, "before the first complete one": 0}
-    for seed in range(count):
+    seeds = itertools.count()
+    while outcomes["killed"] < count:
+        seed = next(seeds)
+        assert seed < 3 * count, outcomes
         output = folder / str(seed)
         outcomes["killed"] += kill(output, random.Random(seed))
         faults = [checkpoints.fault_of(path) for path in output.glob("checkpoint-*")]
@@ -72,8 +76,7 @@ def killed_runs(count: int, whole: Any, folder: Path) -> None:
             resumed = trained(llama(), token_rows(24), output, resume=True, **RUN)
             assert_same_parameters(resumed.model, whole.model)
         shutil.rmtree(output)
-    print(f"\n{count} runs: {outcomes}; all others ended as without the kill")
-    assert outcomes["killed"] > count // 4
+    print(f"\n{next(seeds)} runs: {outcomes}; all others ended as without the kill")
 
 
 @pytest.mark.slow
