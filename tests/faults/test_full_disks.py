@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers import arguments, assert_same_parameters, llama, token_rows, trained
 from transformers import TrainerCallback
 
@@ -79,6 +80,27 @@ def go_on(output: Path, whole: Any) -> str:
     resumed = trained(llama(), ROWS, output, resume="last", **RUN)
     assert_same_parameters(resumed.model, whole.model)
     return "gone on from the last complete one"
+
+
+@pytest.mark.parametrize("size", [40, 400])
+def test_what_torchs_writer_says_of_a_full_disk_is_understood_wherever_it_is(size: int, tmp_path: Path) -> None:
+    """It has no error of its own, and another text at the end of a file than within."""
+    state, path = {str(index): torch.ones(size) for index in range(5)}, tmp_path / "optimizer.pt"
+    torch.save(state, path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for most in range(0, path.stat().st_size, 37):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+        try:
+            with pytest.raises(hf_so2.ConfigurationError, match="cannot be written to"), checkpoints.writable(tmp_path):
+                torch.save(state, path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_other_errors_in_a_save_are_not_taken_for_a_full_disk(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="another") as caught, checkpoints.writable(tmp_path):
+        raise RuntimeError("another reason")
+    assert not isinstance(caught.value, hf_so2.ConfigurationError)
 
 
 def test_files_that_end_early(whole: Any, tmp_path: Path) -> None:
