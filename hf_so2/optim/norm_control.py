@@ -172,7 +172,8 @@ def control(updates: Sequence[LayerUpdate], settings: Settings) -> None:
         except FAILURES as error:
             u.update.zero_()
             u.layer.overflows = u.layer.overflows + 1
-            logger.warning("%s: norm control failed, the weight is left out of this step: %s", u.layer.name, error)
+            # Text alone: who keeps a log's records would keep the error, and with its frames the model.
+            logger.warning("%s: norm control failed, the weight is left out of this step: %s", u.layer.name, str(error))
 
 
 # The others look at one layer at a time, and so where the layer is held, before its update is sent to other ranks.

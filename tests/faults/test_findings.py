@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import signal
+import weakref
 from typing import Any
 
 import pytest
@@ -121,6 +123,23 @@ def test_lapack_failing_in_norm_control_leaves_that_update_out(
     backward(model, 4)
     optimizer.step()
     assert not torch.equal(model.get_parameter("0.weight"), weight)
+
+
+def test_what_is_logged_of_a_failure_keeps_no_weights_alive(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A handler that keeps its records, as one with a queue does, would keep what an error's frames refer to."""
+    model = mlp()
+    optimizer = hf_so2.build_optimizer("kfac", model, norm_control="spectral")
+    backward(model)
+    monkeypatch.setattr(torch.linalg, "qr", no_convergence)
+    optimizer.step()
+    monkeypatch.undo()
+    assert caplog.records
+    gone = [weakref.ref(weight) for weight in model.parameters()]
+    del model, optimizer
+    gc.collect()
+    assert [weight() for weight in gone] == [None] * 4
 
 
 def test_lapack_failing_once_is_made_good_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
