@@ -25,6 +25,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_so2.distributed import assign, gather_objects, world
 from hf_so2.errors import ConfigurationError
+from hf_so2.files import write_whole
 from hf_so2.manifest import (
     MANIFEST,
     STATE,
@@ -33,7 +34,6 @@ from hf_so2.manifest import (
     has_checksums,
     read_json,
     write_manifest,
-    write_whole,
 )
 
 logger = logging.getLogger(__name__)

@@ -11,16 +11,17 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import xxhash
+
+from hf_so2.files import checksum, write_whole
 
 MANIFEST = "manifest.json"
 STATE = "trainer_state.json"
 
 CHECKSUMS = "xxh3_128"
 SELF = "xxh3_128_of_this"
-CHUNK = 1 << 22
 
 # What loading looks for by name: of these none may lie in the folder that the manifest does not know.
 LOADED = (
@@ -33,25 +34,6 @@ LOADED = (
     "adapter_*",
     "scaler.pt",
 )
-
-
-def checksum(path: Path) -> str:
-    """128 bits in hexadecimal."""
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """A file of that name is there with all of its content, or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def write_manifest(folder: Path, ranks: int) -> None:

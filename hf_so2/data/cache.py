@@ -8,7 +8,7 @@ from pathlib import Path
 from datasets import Dataset
 from huggingface_hub.constants import HF_HOME
 
-from hf_so2.manifest import checksum, write_whole
+from hf_so2.files import checksum, write_whole
 
 # Part of every key: raise it when the tokenizer's training or the packing changes, and old caches are no
 # longer found.

@@ -12,10 +12,11 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "hf_so2"
 
 # What each part may import of the others. Every part may also import itself and the plain helpers.
-HELPERS = {"errors", "folders", "spelling"}
+HELPERS = {"errors", "files", "folders", "spelling"}
 LEAVES = {"layers", "mup", "distributed", "data", "metrics"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
+    "files": set(),
     "folders": set(),
     "spelling": set(),
     "natural_gradient": set(),
