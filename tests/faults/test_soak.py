@@ -118,9 +118,8 @@ def test_soak(tmp_path: Path) -> None:
     assert trainer.state.global_step == STEPS
     assert math.isfinite(trainer.evaluate()["eval_loss"])
     assert all(torch.isfinite(parameter).all() for parameter in trainer.model.parameters())
-    print(
-        f"\n{STEPS} steps, {resumed} times resumed, {optimizer_of(trainer).skipped_steps} steps left out since the last"
-    )
+    left_out = optimizer_of(trainer).skipped_steps
+    print(f"\n{STEPS} steps, {resumed} times resumed, {left_out} steps left out on the way that was kept")
     print(dict(mixed.faults))
     _require_no_growth(mixed.samples)
 
