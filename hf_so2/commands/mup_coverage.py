@@ -1,6 +1,6 @@
 """Which causal language models of the installed transformers can be put into muP, family by family.
 
-    hf-so2 mup-coverage --markdown docs/mup_coverage.md --json out/mup_coverage.json
+    hf-so2 mup-coverage --markdown docs/measurements/mup_coverage.md --json out/mup_coverage.json
 
 Every type of AutoModelForCausalLM is built tiny, scaled to twice its width, classified, patched, trained for one step
 with adamw_mup, saved and loaded again by plain transformers. A stage that fails must do so by a named refusal; anything
@@ -194,7 +194,7 @@ def markdown(families: Sequence[Family]) -> str:
         "# Coverage of muP over causal language models",
         "",
         f"transformers {transformers.__version__}, {len(families)} types, each tiny and {MULTIPLIER} times as wide",
-        "as its base. Made by `hf-so2 mup-coverage --markdown docs/mup_coverage.md`.",
+        "as its base. Made by `hf-so2 mup-coverage --markdown docs/measurements/mup_coverage.md`.",
         "",
         "| " + " | ".join(STAGES) + " |",
         "|" + "---|" * len(STAGES),
