@@ -87,7 +87,15 @@ class BenchmarkArguments:
         for name in self.peers:
             if name not in INSTALLED:
                 raise ConfigurationError("peers", name, f"must be one of those installed: {', '.join(INSTALLED)}")
-        sizes = ("num_hidden_layers", "vocab_size", "sequence_length", "interval", "rounds", "hidden_size")
+        sizes = (
+            "num_attention_heads",
+            "num_hidden_layers",
+            "vocab_size",
+            "sequence_length",
+            "interval",
+            "rounds",
+            "hidden_size",
+        )
         for name in sizes:
             if getattr(self, name) < 1:
                 raise ConfigurationError(name, getattr(self, name), "must be at least 1")

@@ -58,6 +58,8 @@ def main() -> None:
     for name, path in (("output", args.output), ("figure", args.figure)):
         if path is not None:
             require_folder(name, path.parent)
+            if path.is_dir():
+                raise ConfigurationError(name, str(path), "must be a file, and is a folder")
     axes = dict(parse_axis(text) for text in args.grid)
     if args.descend:
         walk(args, axes)
