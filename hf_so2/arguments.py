@@ -24,6 +24,7 @@ from hf_so2.optim.methods import MUP_SUFFIX, OPTIMIZERS, parse_name
 from hf_so2.optim.resolution import resolve
 from hf_so2.optim.settings import LIST_SETTINGS, SETTING_NAMES, Settings
 from hf_so2.optim.telemetry import LEVELS
+from hf_so2.spelling import did_you_mean
 
 logger = logging.get_logger(__name__)
 
@@ -49,7 +50,9 @@ class SecondOrderArgumentsMixin(_Arguments):
         if isinstance(self.mup_base_config, PretrainedConfig):
             self.mup_base_config = self.mup_base_config.to_dict()
         if isinstance(self.mup_base_config, str) and self.mup_base_config.startswith("{"):
-            self.mup_base_config = _parsed_config(self.mup_base_config)  # a mapping in a settings file
+            self.mup_base_config = _parsed("mup_base_config", self.mup_base_config)  # a mapping in a settings file
+        for given in _written_mappings(self):
+            _parsed(given, getattr(self, given))  # transformers' own error names neither the field nor the value
         name = _known_optimizer(self.optim)
         for count in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             if getattr(self, count) < 1:
@@ -142,6 +145,9 @@ class SecondOrderArgumentsMixin(_Arguments):
                 raise ConfigurationError(own.name, value, f"has no effect on transformers' optimizer {name}")
 
     def _check_base(self, name: str) -> None:
+        width = self.mup_base_width
+        if width is not None and (isinstance(width, bool) or not isinstance(width, int) or width < 1):
+            raise ConfigurationError("mup_base_width", width, "must be a whole number of at least 1")
         if self.mup_base_width is not None and self.mup_base_config is not None:
             raise ConfigurationError(
                 "mup_base_config", self.mup_base_config, "excludes mup_base_width; give one of them"
@@ -185,11 +191,17 @@ def _refuse_unsupported_launchers(name: str, args: SecondOrderArgumentsMixin) ->
         raise ConfigurationError("deepspeed", args.deepspeed or True, f"is not supported with optim={name}; use DDP")
 
 
-def _parsed_config(text: str) -> Any:
+def _written_mappings(args: SecondOrderArgumentsMixin) -> list[str]:
+    """Fields that transformers will read as JSON."""
+    values = {name: getattr(args, name, None) for name in TrainingArguments._VALID_DICT_FIELDS}
+    return [name for name, value in values.items() if isinstance(value, str) and value.startswith("{")]
+
+
+def _parsed(name: str, text: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ConfigurationError("mup_base_config", text, f"must be valid JSON: {error}") from None
+        raise ConfigurationError(name, text, f"must be valid JSON: {error}") from None
 
 
 def _check_scheduler(args: SecondOrderArgumentsMixin) -> None:
@@ -209,9 +221,13 @@ def _check_scheduler(args: SecondOrderArgumentsMixin) -> None:
 def _check_integrations(names: Sequence[str]) -> None:
     installed = get_available_reporting_integrations()
     for name in names:
-        if name in INTEGRATION_TO_CALLBACK and name not in installed:
-            known = ", ".join(["none", *installed])
-            raise ConfigurationError("report_to", name, f"is not installed; must be one of {known}")
+        if name not in installed:
+            fault = "is not installed; " if name in INTEGRATION_TO_CALLBACK else ""
+            known = ["none", "all", *installed]
+            hint = did_you_mean(name, [*known, *INTEGRATION_TO_CALLBACK])
+            raise ConfigurationError(
+                "report_to", name, f"{fault}must be one of {', '.join(known)}{hint if not fault else ''}"
+            )
 
 
 def _parsed_optim_args(text: str | None) -> dict[str, Any]:

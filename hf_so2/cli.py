@@ -1,8 +1,8 @@
-"""What the command-line scripts share: settings from a file and flags, one clear line for a user's mistake.
+"""What the commands share: settings from a file and flags, one clear line for a user's mistake.
 
 A first argument that ends in ``.yaml``, ``.yml`` or ``.json`` is read as flags written down: every entry becomes the
 flag of that name (``null`` or an empty list: no flag, so the default holds), and flags on the command line follow and
-so override it. One parser therefore checks both.
+so override it. One parser therefore checks both. The files in ``hf_so2/configs`` can be given by name: ``quickstart``.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -23,11 +24,13 @@ from transformers import HfArgumentParser
 from hf_so2.errors import ConfigurationError, TrainingDivergedError
 from hf_so2.spelling import did_you_mean
 
+PROGRAM = "hf-so2"
 USAGE_ERROR = 2
 DIVERGED = 3
 # What transformers' arguments raise beside ValueError for values that they look into or compare: files, names, types.
 UNFORESEEN = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, TypeError)
 SETTINGS_SUFFIXES = (".yaml", ".yml", ".json")
+PACKAGED = Path(__file__).parent / "configs"
 
 
 def main(function: Callable[[], int | None]) -> int:
@@ -91,7 +94,7 @@ def read_flags(
         parser.print_help()
         raise SystemExit(0)
     written = _flags(settings, parser) if settings else []
-    if arguments and arguments[0].lower().endswith(SETTINGS_SUFFIXES):
+    if arguments and _names_settings(arguments[0]):
         written += _flags(_read_settings(arguments.pop(0)), parser)
     for action in parser._actions:
         action.default = argparse.SUPPRESS
@@ -99,8 +102,9 @@ def read_flags(
     if unknown:
         flag = unknown[0].partition("=")[0]
         hint = did_you_mean(flag.replace("-", "_").lstrip("_"), parser.flags)
-        if not flag.startswith("-") and flag.lower().endswith(SETTINGS_SUFFIXES):
-            hint = "; a settings file must be the first one"
+        if not flag.startswith("-"):
+            known = [name for name in packaged_settings() if "/" not in name]
+            hint = "; a settings file must be the first one" if _names_settings(flag) else did_you_mean(flag, known)
         parser.error(f"unknown argument {unknown[0]!r}{hint}")
     return vars(namespace)
 
@@ -141,6 +145,31 @@ def _reason(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def packaged_settings() -> dict[str, Path]:
+    """The files that come with the package, by name: `quickstart`, `accelerate/fsdp`, ..."""
+    paths = {path.relative_to(PACKAGED).with_suffix("").as_posix(): path for path in PACKAGED.rglob("*.yaml")}
+    return {name: paths[name] for name in sorted(paths, key=lambda name: ("/" in name, name))}
+
+
+def settings_path(name: str) -> Path | None:
+    """The file that `name` says, in the package where there is no such file here; None where there is none at all."""
+    return Path(name) if Path(name).is_file() else packaged_settings().get(name)
+
+
+def command_line() -> str:
+    """What was typed to start this process, to be typed again."""
+    program, *arguments = sys.argv
+    return f"{program if program.startswith(PROGRAM) else f'python {shlex.quote(program)}'} {shlex.join(arguments)}"
+
+
+def _names_settings(argument: str) -> bool:
+    return argument.lower().endswith(SETTINGS_SUFFIXES) or (argument in packaged_settings() and "/" not in argument)
+
+
+AsWritten = argparse.RawDescriptionHelpFormatter
+"""For a command's docstring as its help."""
+
+
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """The script's description as it was written, and the defaults of flags."""
 
@@ -154,7 +183,7 @@ class _OneLineErrors:
 
 
 class OneLineParser(_OneLineErrors, argparse.ArgumentParser):
-    """argparse's own parser with errors like those of the other scripts."""
+    """argparse's own parser with errors like those of the other commands."""
 
 
 class _Parser(_OneLineErrors, HfArgumentParser):
@@ -177,8 +206,8 @@ class _Parser(_OneLineErrors, HfArgumentParser):
 
 
 def _read_settings(name: str) -> Mapping[str, Any]:
-    path = Path(name)
-    if not path.is_file():
+    path = settings_path(name)
+    if path is None:
         raise ConfigurationError("settings file", name, "must be an existing YAML or JSON file")
     try:
         text = path.read_text(encoding="utf-8")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+_LONGEST = 400  # characters of a value in a message
+
 
 class ConfigurationError(ValueError):
     """A setting, file or model that cannot be used as given.
@@ -17,10 +19,16 @@ class ConfigurationError(ValueError):
 
     def __init__(self, field: str, value: object, allowed: str) -> None:
         self.field, self.value, self.allowed = field, value, allowed
-        super().__init__(f"{field}={value!r}: {allowed}")
+        super().__init__(f"{field}={_one_line(value)}: {allowed}")
 
     def __reduce__(self) -> tuple[type[ConfigurationError], tuple[str, object, str]]:
         return type(self), (self.field, self.value, self.allowed)
+
+
+def _one_line(value: object) -> str:
+    """Some values, models among them, are written over many lines."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 class TrainingDivergedError(RuntimeError):

@@ -1,50 +1,12 @@
-"""Puts the claims of the papers that the methods come from to the test, on small networks and handwritten digits.
+"""The clone's own door to `hf-so2 papers`."""
 
-    python scripts/papers.py tekfac            # or foof, mup-transfer, all; minutes on two cores
-    python scripts/papers.py all --output_dir out/papers
-
-Prints a sentence for each claim (it holds here, does not hold, or is not decided by so few runs) and leaves NAME.json,
-with every sample and interval, NAME.md and NAME.png in --output_dir. Exit code 0 when all claims hold, 1 when one does
-not, 4 when none fails but one is not decided, 2 for a user's mistake (one line, no traceback). Needs scikit-learn:
-pip install -e '.[papers]'.
-"""
-
-from __future__ import annotations
-
-import argparse
-import logging
 import sys
-from pathlib import Path
 
 from hf_so2 import cli
-from hf_so2.folders import require_folder
-from hf_so2.papers.digits import require_extra
+from hf_so2.commands import papers
+from hf_so2.commands.papers import main
 
-NAMES = ("mup-transfer", "foof", "tekfac")
-
-
-def run() -> int:
-    """Carries out one experiment, or all of them."""
-    parser = cli.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=[*NAMES, "all"], help="which paper")
-    parser.add_argument("--output_dir", default="out/papers", help="where tables and figures go")
-    args = parser.parse_args()
-    require_folder("output_dir", args.output_dir)
-    require_extra()
-    # What needs scikit-learn (and its SciPy) is imported only now that they are known to be there.
-    from hf_so2.papers.report import carry_out, experiments
-    from hf_so2.papers.verdict import exit_code
-
-    chosen = NAMES if args.name == "all" else (args.name,)
-    known, logger = experiments(), logging.getLogger("hf_so2")
-    # Trials are meant to go too far; how many steps each of them left out says nothing.
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        return exit_code([claim for name in chosen for claim in carry_out(name, known[name], Path(args.output_dir))])
-    finally:
-        logger.setLevel(level)
-
+__doc__ = papers.__doc__  # what --help shows
 
 if __name__ == "__main__":
-    sys.exit(cli.main(run))
+    sys.exit(cli.main(main))

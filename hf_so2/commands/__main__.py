@@ -2,4 +2,5 @@
 
 from hf_so2.commands import main
 
-main()
+if __name__ == "__main__":
+    main()

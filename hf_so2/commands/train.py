@@ -1,16 +1,17 @@
 """Trains a causal language model with a second-order (or any other) optimizer.
 
-    accelerate launch scripts/train.py configs/quickstart.yaml --optim kfac_mup
-    hf-so2 train settings.yaml --optim kfac_mup
+    hf-so2 train quickstart --optim kfac_mup
+    accelerate launch -m hf_so2 train settings.yaml --optim kfac_mup
 
 takes every flag of transformers' TrainingArguments and those of hf_so2; a first argument that ends in .yaml
-or .json gives defaults, and so does --recipe with the file that scripts/sweep.py leaves. Leaves in --output_dir
-the model and its tokenizer, all_results.json, trainer_state.json, mup_report.txt and loss_curve.png. Exit code 2
-and one line for a user's mistake.
+or .json, or is a name that `hf-so2 config` lists, gives defaults, and so does --recipe with the file that
+`hf-so2 sweep` leaves. Leaves in --output_dir the model and its tokenizer, all_results.json, trainer_state.json,
+mup_report.txt and loss_curve.png. Exit code 2 and one line for a user's mistake.
 """
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import datasets
@@ -111,3 +112,7 @@ def coverage_report(trainer: SecondOrderTrainer) -> str:
     mup, coverage = read_mup(trainer.model), trainer.coverage()
     parts = [str(part) for part in (mup, coverage) if part is not None]
     return "\n\n".join(parts) or f"{trainer.args.optim.value} updates every weight; no μP multipliers."
+
+
+if __name__ == "__main__":  # `accelerate launch -m hf_so2.commands.train`
+    sys.exit(cli.main(main))

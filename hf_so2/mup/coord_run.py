@@ -18,7 +18,7 @@ from hf_so2.errors import ConfigurationError
 from .coord_check import CoordinateCheck, Measurement
 from .roles import infer_widths, pattern_of
 from .rules import ParameterWidth, Role
-from .widths import HeadGrowth, Path, rebuild, scale_width, text_width
+from .widths import HeadGrowth, Path, rebuild, require_config, scale_width, text_width
 
 BuildOptimizer: TypeAlias = Callable[[PreTrainedModel, PretrainedConfig], torch.optim.Optimizer]
 
@@ -58,6 +58,7 @@ def run_coordinate_check(
         ConfigurationError: fewer than two widths, no seed, step, token or tolerance, or a width that the family cannot
             have.
     """
+    require_config("base_config", base_config)
     if len(set(widths)) < 2:
         raise ConfigurationError("widths", list(widths), "must be at least two different hidden sizes")
     for name, count in (("seeds", seeds), ("batch_size", batch_size), ("sequence_length", sequence_length)):

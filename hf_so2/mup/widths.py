@@ -98,6 +98,18 @@ def text_width(config: PretrainedConfig) -> int:
     return width
 
 
+def require_config(name: str, value: object) -> None:
+    """Refuses what is no configuration; a model is often handed over in its place.
+
+    Raises:
+        ConfigurationError: it is not.
+    """
+    if not isinstance(value, PretrainedConfig):
+        raise ConfigurationError(
+            name, type(value).__name__, "must be a transformers configuration, such as model.config"
+        )
+
+
 def scale_width(
     config: PretrainedConfig, width: int | None = None, *, multiplier: float | None = None, head: HeadGrowth = "count"
 ) -> PretrainedConfig:
@@ -114,6 +126,7 @@ def scale_width(
         ConfigurationError: the configuration has no width, or some width does not come out whole (the message names the
             nearest widths that do), or the class rejects the result.
     """
+    require_config("config", config)
     if head not in ("count", "size"):
         raise ConfigurationError("head", head, "must be 'count' or 'size'")
     if (width is None) == (multiplier is None):

@@ -83,8 +83,13 @@ class GridStore:
         return run
 
 
-def run_once(script: Path, settings: str, flags: Flags) -> dict[str, Any]:
-    """Train once on one core, with the training script and a settings file.
+def run_once(program: Sequence[str], settings: str, flags: Flags) -> dict[str, Any]:
+    """Train once on one core.
+
+    Args:
+        program: what Python is told to run: a file, or `-m` and a module.
+        settings: what stands before the flags.
+        flags: by name.
 
     Returns:
         `settings`, `flags`, and `metrics`: what the run left in `all_results.json`, with `eval_loss` None where
@@ -94,7 +99,7 @@ def run_once(script: Path, settings: str, flags: Flags) -> dict[str, Any]:
         ConfigurationError: the command refused its flags, or failed; the message is its last line.
     """
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(script), settings, f"--output_dir={folder}/run", "--save_strategy=no"]
+        command = [sys.executable, *program, settings, f"--output_dir={folder}/run", "--save_strategy=no"]
         command += ["--eval_strategy=no", "--report_to=none", "--disable_tqdm=True"]
         command += [f"--{name}={value}" for name, value in flags.items()]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -111,12 +116,12 @@ def run_once(script: Path, settings: str, flags: Flags) -> dict[str, Any]:
 
 
 def run_grid(
-    script: Path, settings: str, grid: Iterable[Flags], store: GridStore, jobs: int
+    program: Sequence[str], settings: str, grid: Iterable[Flags], store: GridStore, jobs: int
 ) -> Iterator[dict[str, Any]]:
     """The runs of a grid in order; those that the store lacks are trained, `jobs` at a time."""
 
     def run(flags: Flags) -> dict[str, Any]:
-        return store.find(settings, flags) or store.add(run_once(script, settings, flags))
+        return store.find(settings, flags) or store.add(run_once(program, settings, flags))
 
     with ThreadPoolExecutor(jobs) as pool:
         yield from pool.map(run, grid)

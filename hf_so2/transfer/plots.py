@@ -1,4 +1,4 @@
-"""Figures that the scripts leave beside their numbers."""
+"""Figures that the commands leave beside their numbers."""
 
 from __future__ import annotations
 

@@ -155,7 +155,7 @@ def write_recipe(recipe: Recipe, path: Path) -> None:
     command = "--width 512" if "config_overrides" in recipe.model else "--model_name_or_path CHECKPOINT"
     parts = [
         "# Settings found on small models for training a wide one:\n"
-        f"#     accelerate launch scripts/train.py --recipe {path} {command}\n"
+        f"#     accelerate launch -m hf_so2 train --recipe {path} {command}\n"
         "# Flags behind these override what is written here, and the run reports them as overrides.\n"
         f"{confirmed}recipe: {VERSION}  # version of the format\n"
     ]
@@ -183,7 +183,7 @@ def read_recipe(name: str) -> Recipe:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigurationError("recipe", name, f"cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict) or "recipe" not in content:
-        raise ConfigurationError("recipe", name, "must be a recipe.yaml that scripts/sweep.py wrote")
+        raise ConfigurationError("recipe", name, "must be a recipe.yaml that `hf-so2 sweep` wrote")
     version = content.pop("recipe")
     if version != VERSION:
         raise ConfigurationError("recipe", version, f"is another version of the format; must be {VERSION} in {name}")

@@ -20,7 +20,7 @@ class RecipeArguments:
     _argument_group_name = "recipe"
 
     recipe: str | None = field(
-        default=None, metadata={"help": "recipe.yaml of scripts/sweep.py: settings, which flags override"}
+        default=None, metadata={"help": "recipe.yaml of `hf-so2 sweep`: settings, which flags override"}
     )
 
 

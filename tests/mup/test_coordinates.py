@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig
 
-from hf_so2 import ConfigurationError
+from hf_so2 import ConfigurationError, cli
 from hf_so2.mup.coord_check import CoordinateCheck
 from hf_so2.transfer.coordinates import coordinate_check
 
@@ -74,7 +74,7 @@ def run_script(monkeypatch: pytest.MonkeyPatch, *flags: str) -> int:
     monkeypatch.setitem(sys.modules, "coord_check_script", script)
     specification.loader.exec_module(script)
     monkeypatch.setattr(sys, "argv", ["coord_check.py", *flags])
-    return script.main(script.run)
+    return cli.main(script.main)
 
 
 def flags(output_dir: Path, optim: str, *widths: str) -> list[str]:

@@ -38,13 +38,25 @@ ALLOWED: dict[str, set[str]] = {
     "resumable": {"manifest", "checkpoints", "callbacks", "optim"},
     "trainer": {"arguments", "callbacks", "resumable", "optim", "layers", "mup", "distributed", "data", "metrics"},
     "factories": {"arguments", "trainer"},
-    # The command line's own parts: used by scripts only.
+    # The command line's own parts: used by commands only.
     "cli": set(),
     "models": {"mup", "cli"},
-    "commands": {"arguments", "trainer", "checkpoints", "cli", "models", "transfer", *LEAVES},
     "benchmark": {"optim", "layers", "curvature", "distributed"},
     "papers": {"linalg", "optim", "curvature", "damping", "natural_gradient", "transfer"},
     "transfer": {"arguments", "trainer", "optim", "cli", "models", *LEAVES},
+    "commands": {
+        "arguments",
+        "trainer",
+        "checkpoints",
+        "optim",
+        "cli",
+        "models",
+        "transfer",
+        "benchmark",
+        "papers",
+        *LEAVES,
+    },
+    "__main__": {"commands"},
 }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
-import runpy
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 from torch import nn
 
 import hf_so2
+from hf_so2.commands.settings_table import page
 from hf_so2.optim import Settings
 
 NAN, INF = float("nan"), float("inf")
@@ -227,6 +227,5 @@ def test_settings_cannot_be_changed_and_errors_can_be_pickled() -> None:
 
 def test_the_page_of_settings_is_up_to_date() -> None:
     root = Path(__file__).parents[2]
-    page = runpy.run_path(str(root / "scripts" / "settings_table.py"))["page"]()
     expected = (root / "docs" / "settings.md").read_text("utf-8")
-    assert expected == page + "\n", "python scripts/settings_table.py > docs/settings.md"
+    assert expected == page() + "\n", "hf-so2 settings-table > docs/settings.md"

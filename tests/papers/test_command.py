@@ -11,6 +11,7 @@ from types import ModuleType
 import pytest
 
 from hf_so2 import cli
+from hf_so2.commands import papers
 from hf_so2.papers import digits, report
 from hf_so2.papers.verdict import Claim, compare
 
@@ -30,7 +31,7 @@ def script() -> ModuleType:
 def call(script: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     monkeypatch.setattr(sys, "argv", ["papers.py", *arguments])
     try:
-        return cli.main(script.run)
+        return cli.main(script.main)
     except SystemExit as error:
         return int(error.code or 0)
 
@@ -51,8 +52,8 @@ def test_the_exit_code_is_the_verdict(
 
 
 def test_all_is_every_experiment(script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert set(script.NAMES) == set(report.experiments())
-    outcomes = dict(zip(script.NAMES, ("holds", "fails", "undecided"), strict=True))
+    assert set(papers.NAMES) == set(report.experiments())
+    outcomes = dict(zip(papers.NAMES, ("holds", "fails", "undecided"), strict=True))
     made_up = {name: lambda outcome=outcome: findings(outcome) for name, outcome in outcomes.items()}
     monkeypatch.setattr(report, "experiments", lambda: made_up)
     assert call(script, monkeypatch, "all", "--output_dir", str(tmp_path)) == 1

@@ -60,9 +60,9 @@ def test_an_axis_that_is_none_is_refused(text: str) -> None:
 def test_finished_runs_are_kept_and_not_repeated(script: Path, tmp_path: Path) -> None:
     calls, output = tmp_path / "calls", tmp_path / "results" / "runs.jsonl"
     first = combinations({"x": ["1", "2"], "y": ["0"]})
-    assert len(list(run_grid(script, str(calls), first, GridStore(output), jobs=2))) == 2
+    assert len(list(run_grid([str(script)], str(calls), first, GridStore(output), jobs=2))) == 2
     every = combinations({"x": ["1", "2", "3"], "y": ["0", "5"]})
-    runs = list(run_grid(script, str(calls), every, GridStore(output), jobs=2))
+    runs = list(run_grid([str(script)], str(calls), every, GridStore(output), jobs=2))
     assert [run["flags"] for run in runs] == every
     assert len(calls.read_text().splitlines()) == len(output.read_text().splitlines()) == 6
     losses = mean_losses(runs, "x", "y")
@@ -72,10 +72,10 @@ def test_finished_runs_are_kept_and_not_repeated(script: Path, tmp_path: Path) -
 
 def test_a_diverged_run_is_a_result_and_a_refused_one_an_error(script: Path, tmp_path: Path) -> None:
     calls, store = str(tmp_path / "calls"), GridStore(tmp_path / "runs.jsonl")
-    (diverged,) = run_grid(script, calls, [{"x": "9", "y": "0"}], store, jobs=1)
+    (diverged,) = run_grid([str(script)], calls, [{"x": "9", "y": "0"}], store, jobs=1)
     assert diverged["metrics"] == {"eval_loss": None}
     with pytest.raises(ConfigurationError, match="x='wrong': must be a number"):
-        list(run_grid(script, calls, [{"x": "wrong", "y": "0"}], store, jobs=1))
+        list(run_grid([str(script)], calls, [{"x": "wrong", "y": "0"}], store, jobs=1))
     assert len(store.runs) == 1
 
 

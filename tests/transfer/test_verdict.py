@@ -89,7 +89,7 @@ def test_a_cliff_beside_the_least_does_not_push_it_away() -> None:
 
 @pytest.mark.parametrize(("optim", "transfers"), [("adamw_mup", True), ("adamw", False)])
 def test_measured_runs_transfer_with_mup_and_not_without(optim: str, transfers: bool) -> None:
-    """The runs behind docs/results.md, where the optimum falls by two grid steps without μP."""
+    """The runs behind docs/measurements/results.md, where the optimum falls by two grid steps without μP."""
     measured = []
     for line in (Path(__file__).parents[2] / "docs/results/transfer.jsonl").read_text("utf-8").splitlines():
         run = json.loads(line)
