@@ -42,12 +42,14 @@ class Contestant:
         model: a causal language model, in training mode.
         optimizers: all of them are stepped; between them they hold every parameter once.
         gradients: given the model and tokens, leaves gradients in the parameters and returns the loss.
+        autocast: the dtype of products in forward and backward passes; None for that of the weights.
     """
 
     name: str
     model: nn.Module
     optimizers: Sequence[torch.optim.Optimizer]
     gradients: Gradients = plain_gradients
+    autocast: torch.dtype | None = None
 
     def step(self, tokens: Tensor, stopwatch: Stopwatch) -> None:
         """One step of training on `tokens`, (batch, sequence), with its phases timed.
@@ -56,7 +58,7 @@ class Contestant:
             FloatingPointError: the loss is not finite, so that skipped steps would be measured.
         """
         with self._phases(stopwatch):
-            with stopwatch.span(FORWARD_BACKWARD):
+            with stopwatch.span(FORWARD_BACKWARD), self._precision(tokens.device):
                 loss = self.gradients(self.model, tokens)
             with stopwatch.span(APPLY):
                 for optimizer in self.optimizers:
@@ -64,6 +66,9 @@ class Contestant:
                     optimizer.zero_grad()
         if not bool(torch.isfinite(loss)):
             raise FloatingPointError(f"{self.name}: the loss became {loss.item()}")
+
+    def _precision(self, device: torch.device) -> AbstractContextManager[Any]:
+        return nullcontext() if self.autocast is None else torch.autocast(device.type, self.autocast)
 
     def _phases(self, stopwatch: Stopwatch) -> AbstractContextManager[None]:
         ours = self.optimizers[0]

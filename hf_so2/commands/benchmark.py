@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,7 @@ class BenchmarkArguments:
     device: str = field(
         default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "where to train: cpu or cuda"}
     )
+    bf16: bool = field(default=False, metadata={"help": "bfloat16 in forward and backward passes, by autocast"})
     seed: int = field(default=0, metadata={"help": "of the models, the tokens and the order"})
 
     def __post_init__(self) -> None:
@@ -182,6 +183,8 @@ def benchmark(arguments: BenchmarkArguments, width: int) -> list[Measurement]:
     builders += [partial(ours, name, model, arguments.interval) for name in arguments.optim]
     chosen = [peer for peer in PEERS if peer.name in arguments.peers]
     builders += [partial(theirs, peer, model, arguments.interval) for peer in chosen]
+    if arguments.bf16:
+        builders = [lambda build=build: replace(build(), autocast=torch.bfloat16) for build in builders]  # type: ignore[misc]
     return measure(
         builders,
         tokens,
