@@ -3,10 +3,10 @@
 import sys
 
 from hf_so2 import cli
-from hf_so2.commands import device-check
-from hf_so2.commands.device-check import main
+from hf_so2.commands import device_check
+from hf_so2.commands.device_check import main
 
-__doc__ = device-check.__doc__  # what --help shows
+__doc__ = device_check.__doc__  # what --help shows
 
 if __name__ == "__main__":
     sys.exit(cli.main(main))
