@@ -133,6 +133,23 @@ def heads_of(model: nn.Module) -> list[nn.Module]:
         return []
 
 
+def decoder_of(model: nn.Module) -> nn.Module | None:
+    """The module whose output the head reads, where the model names one that is not itself."""
+    try:
+        decoder = model.get_decoder()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    return decoder if isinstance(decoder, nn.Module) and decoder is not model else None
+
+
+def hidden_in(output: Any) -> Tensor | None:
+    """What the head reads, (batch, sequence, features), in what a decoder returns, if it is there."""
+    if isinstance(output, tuple) and output:
+        output = output[0]
+    hidden = output.get("last_hidden_state") if isinstance(output, Mapping) else output
+    return hidden if isinstance(hidden, Tensor) and hidden.is_floating_point() else None
+
+
 def with_trained_copies(module: nn.Module | None) -> list[nn.Module]:
     """A module, and what PEFT's `modules_to_save` trains in its place where it has been wrapped for that."""
     copies = getattr(module, "modules_to_save", None)

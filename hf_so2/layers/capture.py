@@ -23,7 +23,9 @@ from hf_so2.layers.backward import (
     Backward,
     accumulator_of,
     current_task,
+    decoder_of,
     heads_of,
+    hidden_in,
     in_transform,
     predictions_in,
     tell_of_gradient,
@@ -80,6 +82,10 @@ class Capture:
         self._counts_in_heads = bool(heads)
         for head in heads:
             self._watch(head, "predicted")
+        # A fused loss (TRL's, Liger's) multiplies by the head's weight and calls no head.
+        self._head_calls = 0
+        if heads and (decoder := decoder_of(model)) is not None:
+            self._watch(decoder, "decoded")
         self._handles.append(model.register_forward_pre_hook(Hook(self, "begins"), with_kwargs=True))
         self._watch(model, "returned")
         for name, source in sources.items():
@@ -156,7 +162,16 @@ class Capture:
 
     def predicted(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
         """The model's head has been called."""
+        self._head_calls += 1
         self._count(predictions_in(out))
+
+    def decoded(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
+        """What the head reads is there: its rows are counted where no head is called until its gradient comes.
+
+        A loss through the head's weight gives a row without a label a gradient of zero, as the head itself would.
+        """
+        calls = self._head_calls
+        self._tell(hidden_in(out), lambda gradient: self._reached(gradient if self._head_calls == calls else None))
 
     def returned(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
         """A forward pass of the model has ended."""
@@ -167,10 +182,13 @@ class Capture:
         output.register_hook(lambda gradient: self._arrived(call, gradient))
 
     def _count(self, predictions: Tensor | None) -> None:
-        if predictions is None or not predictions.requires_grad or not self.due or in_transform():
+        self._tell(predictions, self._reached)
+
+    def _tell(self, table: Tensor | None, tell: Callable[[Tensor | None], None]) -> None:
+        if table is None or not table.requires_grad or not self.due or in_transform():
             return
         if torch.is_grad_enabled():
-            tell_of_gradient(predictions, self._reached)
+            tell_of_gradient(table, tell)
 
     @torch.no_grad()
     def _reached(self, gradient: Tensor | None) -> None:

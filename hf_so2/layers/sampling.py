@@ -129,6 +129,9 @@ class SampledCapture(Capture):
         if not ModuleTracker().is_bw:
             self._forward = _Forward()
 
+    def decoded(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
+        """Nothing: labels are drawn from predictions."""
+
     def returned(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
         logits = logits_in(out)
         if self._forward.notes and isinstance(logits, Tensor):

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import SMALL, captured_factors, gpt2, llama
+from helpers import SMALL, captured_factors, gpt2, in_float64, llama, relative_error
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.func import grad as func_grad
@@ -385,3 +385,52 @@ def test_zeros_are_no_gradient(entry: float | None, expected: bool) -> None:
     if entry is not None:
         parameters[0].grad = torch.tensor([0.0, entry, 0.0])
     assert have_no_gradient(parameters) is expected
+
+
+def _completions(seed: int) -> tuple[Tensor, Tensor]:
+    """Token ids and shifted labels, of which a prompt and the last position have none."""
+    ids = torch.randint(1, SMALL["vocab_size"], (3, 10), generator=torch.Generator().manual_seed(seed))
+    labels = torch.cat([ids[:, 1:], ids[:, :1]], dim=1)
+    labels[:, :4] = labels[:, -1] = -100
+    return ids, labels
+
+
+def _loss_of_completions(model: nn.Module, seed: int, *, fused: bool) -> Tensor:
+    ids, labels = _completions(seed)
+    if fused:  # as TRL and Liger do: the head's weight is multiplied by, the head is not called
+        logits = model.model(input_ids=ids).last_hidden_state @ model.lm_head.weight.T
+    else:
+        logits = model(input_ids=ids).logits
+    return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+@pytest.mark.parametrize("fused", [(True, True), (True, False), (False, True)], ids=["fused", "first", "second"])
+@pytest.mark.parametrize("announced", [False, True], ids=["silent", "announced"])
+def test_rows_with_a_loss_are_counted_where_no_head_is_called(announced: bool, fused: tuple[bool, bool]) -> None:
+    """Prompts have no loss but keys and values that others read: layers alone cannot tell how many rows have one."""
+    found = []
+    for kinds in (fused, (False, False)):
+        model = in_float64(llama()).train()
+        optimizer = hf_so2.build_optimizer("kfac", model)
+        for seed, kind in enumerate(kinds):
+            if announced:
+                optimizer.announce(None, 0.5, is_mean=True)
+            (_loss_of_completions(model, seed, fused=kind) / 2).backward()
+        optimizer.step()
+        found.append(captured_factors(optimizer))
+    for name, factors in found[0].items():
+        for side, factor in factors.items():
+            assert relative_error(factor, found[1][name][side]) < 1e-12, (name, side)
+
+
+def test_one_backward_pass_of_both_kinds_of_loss_counts_each_once() -> None:
+    found = []
+    for fused in (True, False):
+        model = in_float64(llama()).train()
+        optimizer = hf_so2.build_optimizer("kfac", model)
+        sum(_loss_of_completions(model, seed, fused=fused and seed == 1) for seed in range(2)).backward()
+        optimizer.step()
+        found.append(captured_factors(optimizer))
+    for name, factors in found[0].items():
+        for side, factor in factors.items():
+            assert relative_error(factor, found[1][name][side]) < 1e-12, (name, side)

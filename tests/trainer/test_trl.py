@@ -147,7 +147,7 @@ def test_sft_statistics_equal_the_plain_loops(head: str, packing: bool, checkpoi
     optimizer = hf_so2.build_optimizer("kfac", model)
     loss, tolerance = LOSSES[head]
     for batch, count in zip(batches.inputs, counts, strict=True):
-        optimizer.announce(count, 1 / sum(counts), batch.get("attention_mask"))
+        optimizer.announce(count, 1 / int(sum(counts)), batch.get("attention_mask"))
         (loss(model, batch) / sum(counts)).backward()
     optimizer.step()
     expected = captured_factors(optimizer)
