@@ -109,7 +109,7 @@ def test_the_hooks_of_an_optimizer_go_with_it() -> None:
     optimizer = hf_so2.build_optimizer("kfac", model)
     count = hooks()
     assert optimizer.curvature is not None
-    assert count == len(optimizer.curvature.layers) + 3  # and the head's, and the model's before and after a call
+    assert count == len(optimizer.curvature.layers) + 4  # the decoder, the head, the model before and after a call
     optimizer = hf_so2.build_optimizer("kfac", model)
     gc.collect()
     assert hooks() == count
