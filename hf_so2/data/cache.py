@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import tempfile
 from pathlib import Path
 
 from datasets import Dataset
 from huggingface_hub.constants import HF_HOME
 
-from hf_so2.files import checksum, write_whole
+from hf_so2.files import checksum
 
 # Part of every key: raise it when the tokenizer's training or the packing changes, and old caches are no
 # longer found.
@@ -37,11 +39,20 @@ def is_sound(path: Path) -> bool:
 
 def seal(path: Path) -> None:
     """Write down beside a file what is in it."""
-    write_whole(_seal_of(path), lambda file: file.write(checksum(path).encode()))
+    write_atomically(_seal_of(path), checksum(path))
 
 
 def _seal_of(path: Path) -> Path:
     return path.with_name(path.name + ".xxh3_128")
+
+
+def write_atomically(path: Path, content: str) -> None:
+    """Writes so that another process sees the whole file or none, and an interruption leaves none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as folder:
+        unfinished = Path(folder) / path.name
+        unfinished.write_text(content, encoding="utf-8")
+        os.replace(unfinished, path)
 
 
 def documents_digest(documents: Dataset) -> str:

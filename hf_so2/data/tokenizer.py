@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from hf_so2.data.cache import cache_directory, cache_key, documents_digest, is_sound, seal
+from hf_so2.data.cache import cache_directory, cache_key, documents_digest, is_sound, seal, write_atomically
 from hf_so2.errors import ConfigurationError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -55,7 +52,7 @@ def corpus_tokenizer(documents: Dataset, vocab_size: int, cache_dir: str | None 
             show_progress=False,
         )
         trained.train_from_iterator(_beginning(documents), trainer)
-        _write_atomically(path, trained.to_str())
+        write_atomically(path, trained.to_str())
         seal(path)
     return PreTrainedTokenizerFast(
         tokenizer_file=str(path), bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=PADDING
@@ -88,12 +85,3 @@ def _beginning(documents: Dataset) -> Iterator[str]:
             remaining -= len(text)
         if remaining <= 0:
             return
-
-
-def _write_atomically(path: Path, content: str) -> None:
-    """Writes so that another process sees the whole file or none, and an interruption leaves none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as folder:
-        unfinished = Path(folder) / path.name
-        unfinished.write_text(content, encoding="utf-8")
-        os.replace(unfinished, path)
