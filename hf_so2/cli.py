@@ -145,6 +145,18 @@ def _reason(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def require_device(field: str, name: str) -> None:
+    """Refuses what is no device of this machine.
+
+    Raises:
+        ConfigurationError: it is none.
+    """
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigurationError(field, name, "must be a device of this machine") from error
+
+
 def packaged_settings() -> dict[str, Path]:
     """The files that come with the package, by name: `quickstart`, `accelerate/fsdp`, ..."""
     paths = {path.relative_to(PACKAGED).with_suffix("").as_posix(): path for path in PACKAGED.rglob("*.yaml")}

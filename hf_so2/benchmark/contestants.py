@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -33,6 +34,11 @@ def plain_gradients(model: nn.Module, tokens: Tensor) -> Tensor:
     return loss
 
 
+def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+    """`torch.autocast` to this dtype, or nothing for None."""
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
 @dataclass
 class Contestant:
     """A model in training.
@@ -58,7 +64,7 @@ class Contestant:
             FloatingPointError: the loss is not finite, so that skipped steps would be measured.
         """
         with self._phases(stopwatch):
-            with stopwatch.span(FORWARD_BACKWARD), self._precision(tokens.device):
+            with stopwatch.span(FORWARD_BACKWARD), autocast(tokens.device, self.autocast):
                 loss = self.gradients(self.model, tokens)
             with stopwatch.span(APPLY):
                 for optimizer in self.optimizers:
@@ -66,9 +72,6 @@ class Contestant:
                     optimizer.zero_grad()
         if not bool(torch.isfinite(loss)):
             raise FloatingPointError(f"{self.name}: the loss became {loss.item()}")
-
-    def _precision(self, device: torch.device) -> AbstractContextManager[Any]:
-        return nullcontext() if self.autocast is None else torch.autocast(device.type, self.autocast)
 
     def _phases(self, stopwatch: Stopwatch) -> AbstractContextManager[None]:
         ours = self.optimizers[0]
@@ -112,13 +115,24 @@ def ours(variant: str, build_model: Callable[[], nn.Module], interval: int) -> C
     """
     name, given = parse_variant(variant)
     model = build_model()
-    settings: dict[str, Any] = {"lr": LEARNING_RATE}
+    return Contestant(variant, model, [with_rates(name, model, LEARNING_RATE, interval, given)])
+
+
+def with_rates(
+    name: str, model: nn.Module, rate: float, interval: int, given: Mapping[str, Any] = MappingProxyType({})
+) -> SecondOrderOptimizer:
+    """One of `hf_so2.OPTIMIZERS` with one rate for everything, and `interval` steps between refreshes.
+
+    Args:
+        given: settings that replace these, or any other defaults.
+    """
+    settings: dict[str, Any] = {"lr": rate}
     method, _ = parse_name(name)
     if "curvature" in method.uses:
-        settings["fallback_learning_rate"] = LEARNING_RATE
+        settings["fallback_learning_rate"] = rate
     if "statistics" in method.uses:
         settings["preconditioner_update_steps"] = interval
-    return Contestant(variant, model, [build_optimizer(name, model, **{**settings, **given})])
+    return build_optimizer(name, model, **{**settings, **given})
 
 
 def theirs(peer: Peer, build_model: Callable[[], nn.Module], interval: int) -> Contestant:

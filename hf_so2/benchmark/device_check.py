@@ -6,7 +6,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
-from hf_so2.optim import build_optimizer
-from hf_so2.optim.methods import parse_name
+from hf_so2.benchmark.contestants import autocast, with_rates
 
 STEPS, INTERVAL = 6, 2
 VOCABULARY, SHAPE = 128, (4, 32)
@@ -55,11 +54,11 @@ def learned(name: str, setting: Setting, device: torch.device) -> dict[str, Tens
     """What every weight changes by in `STEPS` steps, float64 on the CPU."""
     model = _model().to(device, setting.dtype)
     before = {key: value.detach().double().cpu().clone() for key, value in model.named_parameters()}
-    optimizer = _optimizer(name, model)
+    optimizer = with_rates(name, model, RATE, INTERVAL)
     called: Any = torch.compile(model) if setting.compiled else model
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**12, enabled=setting.scaled)
     for batch in _batches():
-        with _autocast(device, setting.autocast):
+        with autocast(device, setting.autocast):
             loss = called(input_ids=batch.to(device), labels=batch.to(device)).loss
         scaler.scale(loss).backward()
         scaler.step(optimizer)
@@ -71,7 +70,7 @@ def learned(name: str, setting: Setting, device: torch.device) -> dict[str, Tens
 def waits_of(name: str, device: torch.device) -> dict[str, dict[str, int]]:
     """How often `backward`, `step` with and `step` without a refresh wait for the device, by the place that waits."""
     model = _model().to(device)
-    optimizer = _optimizer(name, model)
+    optimizer = with_rates(name, model, RATE, INTERVAL)
     found: dict[str, dict[str, int]] = {}
     for number, batch in enumerate(_batches(), start=1):
         tokens = batch.to(device)
@@ -128,23 +127,9 @@ def _model() -> nn.Module:
     )
 
 
-def _optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
-    method, _ = parse_name(name)
-    settings: dict[str, Any] = {"lr": RATE}
-    if "curvature" in method.uses:
-        settings["fallback_learning_rate"] = RATE
-    if "statistics" in method.uses:
-        settings["preconditioner_update_steps"] = INTERVAL
-    return build_optimizer(name, model, **settings)
-
-
 def _batches() -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     return [torch.randint(VOCABULARY, SHAPE, generator=generator) for _ in range(STEPS)]
-
-
-def _autocast(device: torch.device, dtype: torch.dtype | None) -> Any:
-    return torch.autocast(device.type, dtype) if dtype is not None else nullcontext()
 
 
 def distance(found: dict[str, Tensor], reference: dict[str, Tensor]) -> float:

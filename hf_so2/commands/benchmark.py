@@ -32,7 +32,7 @@ from hf_so2.benchmark.plots import plot_benchmark, plot_growth
 from hf_so2.benchmark.ratios import fitted_exponent
 from hf_so2.benchmark.report import against_peers, growth_table, peer_table, table, to_dict, work_table
 from hf_so2.benchmark.rounds import Measurement, measure
-from hf_so2.cli import parse
+from hf_so2.cli import parse, require_device
 from hf_so2.errors import ConfigurationError
 from hf_so2.folders import require_folder
 from hf_so2.optim import OPTIMIZERS
@@ -108,10 +108,7 @@ class BenchmarkArguments:
                 raise ConfigurationError("hidden_size", width, "must divide into heads of even size")
         if len(self.scaling) == 1:
             raise ConfigurationError("scaling", self.scaling, "must be two sizes or more")
-        try:
-            torch.empty(0, device=self.device)
-        except (RuntimeError, AssertionError) as error:
-            raise ConfigurationError("device", self.device, "must be a device of this machine") from error
+        require_device("device", self.device)
 
     @property
     def widths(self) -> list[int]:

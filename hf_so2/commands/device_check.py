@@ -19,7 +19,7 @@ import torch
 
 from hf_so2.benchmark.device_check import CPU, REFERENCE, SETTINGS, STEPS, distance, learned, waits_of
 from hf_so2.benchmark.report import markdown
-from hf_so2.cli import parse
+from hf_so2.cli import parse, require_device
 from hf_so2.errors import ConfigurationError
 from hf_so2.folders import require_folder
 from hf_so2.optim import OPTIMIZERS
@@ -49,10 +49,7 @@ class DeviceCheckArguments:
         for name in self.settings:
             if name not in SETTINGS:
                 raise ConfigurationError("settings", name, f"must be one of {', '.join(SETTINGS)}")
-        try:
-            torch.empty(0, device=self.device)
-        except (RuntimeError, AssertionError) as error:
-            raise ConfigurationError("device", self.device, "must be a device of this machine") from error
+        require_device("device", self.device)
 
 
 def main() -> int:

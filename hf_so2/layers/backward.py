@@ -127,19 +127,22 @@ def predictions_in(output: Any) -> Tensor | None:
 
 def heads_of(model: nn.Module) -> list[nn.Module]:
     """The modules whose outputs are the model's predictions, where it names them."""
-    try:
-        return with_trained_copies(model.get_output_embeddings())  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):  # of models that have no such part, and of those that do not say
-        return []
+    return with_trained_copies(_named(model, "get_output_embeddings"))
 
 
 def decoder_of(model: nn.Module) -> nn.Module | None:
     """The module whose output the head reads, where the model names one that is not itself."""
+    decoder = _named(model, "get_decoder")
+    return decoder if decoder is not model else None
+
+
+def _named(model: nn.Module, getter: str) -> nn.Module | None:
+    """What a model names as a part; None where it has no such part or does not say."""
     try:
-        decoder = model.get_decoder()  # type: ignore[operator]
+        found = getattr(model, getter)()
     except (AttributeError, NotImplementedError):
         return None
-    return decoder if isinstance(decoder, nn.Module) and decoder is not model else None
+    return found if isinstance(found, nn.Module) else None
 
 
 def hidden_in(output: Any) -> Tensor | None:
