@@ -59,22 +59,30 @@ def mean_over_eigenspaces(matrix: Tensor, values: Tensor) -> Tensor:
     they span, and differ from run to run by more than round-off.
 
     Args:
-        matrix: one row for each eigenvalue, shape (n, m).
-        values: eigenvalues of a positive semi-definite matrix, in any order, shape (n,).
+        matrix: one row for each eigenvalue, shape (..., n, m).
+        values: eigenvalues of a positive semi-definite matrix, in any order, shape (..., n).
 
     Returns:
-        The means, (n, m); `matrix` itself where all eigenvalues are distinct.
+        The means, (..., n, m); `matrix` itself where all eigenvalues are distinct.
     """
     version, are_distinct = _all_distinct.get(values, (-1, False))
     if version == values._version and are_distinct:
         return matrix
-    ascending, order = values.sort()
-    is_gap = ascending.diff() > RESOLUTION * torch.finfo(values.dtype).eps * ascending[-1]
+    ascending, order = values.sort(dim=-1)
+    is_gap = ascending.diff(dim=-1) > RESOLUTION * torch.finfo(values.dtype).eps * ascending[..., -1:]
     if version != values._version:
         are_distinct = bool(is_gap.all())
         _all_distinct[values] = values._version, are_distinct
         if are_distinct:
             return matrix
+    if values.ndim == 1:
+        return _means(matrix, is_gap, order)
+    stack = (matrix.flatten(end_dim=-3), is_gap.flatten(end_dim=-2), order.flatten(end_dim=-2))
+    return torch.stack([_means(*member) for member in zip(*stack, strict=True)]).reshape(matrix.shape)
+
+
+def _means(matrix: Tensor, is_gap: Tensor, order: Tensor) -> Tensor:
+    """Over the rows between two gaps of the ascending eigenvalues, whose order in the matrix is `order`."""
     space = torch.cat([is_gap.new_zeros(1), is_gap]).cumsum(dim=0)
     # As many bags as rows, the last ones empty: how many spaces there are is known on the device only. Unlike sums by
     # index it adds in the same order on every run, also on a GPU, so that ranks stay equal.

@@ -22,8 +22,8 @@ def newton_root(matrix: Tensor, damping: Tensor | float, root: int) -> Tensor:
     1.5e-4, 3e-5, 1e-5, 4e-6 for p = 1, 2, 4, 8; by eigendecomposition 3e-5, 7e-5, 3e-5, 1e-5.
 
     Args:
-        matrix: symmetric positive semi-definite, shape (n, n), float32 or float64.
-        damping: ρ ≥ 0 that makes it definite.
+        matrix: symmetric positive semi-definite, shape (..., n, n), float32 or float64.
+        damping: ρ ≥ 0 that makes it definite, a float or a tensor of shape (...,).
         root: p ≥ 1.
 
     Returns:
@@ -42,30 +42,35 @@ def newton_root(matrix: Tensor, damping: Tensor | float, root: int) -> Tensor:
 
 
 def _iterate(matrix: Tensor, damping: Tensor | float, root: int) -> Tensor | None:
-    """The root, or None where the iteration does not arrive."""
-    identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-    damped = matrix + damping * identity
-    largest = damped.abs().amax()
-    if not bool(torch.isfinite(largest) & (largest > 0)):
+    """The roots, or None where the iteration does not arrive for one of them."""
+    size = matrix.shape[-1]
+    identity = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
+    damped = matrix + (damping[..., None, None] if isinstance(damping, Tensor) else damping) * identity
+    largest = damped.abs().amax(dim=(-2, -1), keepdim=True)
+    if not bool((torch.isfinite(largest) & (largest > 0)).all()):
         return None
     # Squares of entries near the ends of the range would leave it; relative to the largest entry they do not. Both
     # factors are powers of two: rounding here would be amplified by the condition number.
     unit = _power_of_two(largest)
     damped = damped / unit
-    scale = _power_of_two((1 + root) / (2 * torch.linalg.matrix_norm(damped)))
+    scale = _power_of_two((1 + root) / (2 * torch.linalg.matrix_norm(damped, keepdim=True)))
     found, product = identity * scale ** (1 / root), damped * scale
     error = torch.full_like(unit, torch.inf)
+    has_arrived = torch.zeros_like(unit, dtype=torch.bool)
     for _ in range(MAX_ITERATIONS):
         step = ((root + 1) * identity - product) / root
         new_found, new_product = found @ step, torch.linalg.matrix_power(step, root) @ product
-        new_error = (new_product - identity).abs().amax()
+        new_error = (new_product - identity).abs().amax(dim=(-2, -1), keepdim=True)
         # Once it has arrived, round-off drives the two sequences apart: stop at the best.
-        if bool(error < 0.1) and not bool(new_error < error):
+        has_arrived |= (error < 0.1) & ~(new_error < error)
+        if bool(has_arrived.all()):
             break
-        if not bool(torch.isfinite(new_error)):
+        if not bool((torch.isfinite(new_error) | has_arrived).all()):
             return None
-        found, product, error = new_found, new_product, new_error
-    if not bool(error < TOLERANCE * len(matrix) * torch.finfo(matrix.dtype).eps):
+        found = torch.where(has_arrived, found, new_found)
+        product = torch.where(has_arrived, product, new_product)
+        error = torch.where(has_arrived, error, new_error)
+    if not bool((error < TOLERANCE * size * torch.finfo(matrix.dtype).eps).all()):
         return None
     return (found + found.mT) / 2 * unit ** (-1 / root)
 

@@ -42,8 +42,8 @@ def damped_root(matrix: Tensor, damping: Tensor | float, exponent: float) -> Ten
     """`(X + ρI)^-e`, by Cholesky for e = 1 and by eigendecomposition otherwise.
 
     Args:
-        matrix: symmetric positive semi-definite, shape (n, n), float32 or float64.
-        damping: ρ > 0.
+        matrix: symmetric positive semi-definite, shape (..., n, n), float32 or float64.
+        damping: ρ > 0, a float or a tensor of shape (...,).
         exponent: e > 0.
 
     Returns:
@@ -56,7 +56,8 @@ def damped_root(matrix: Tensor, damping: Tensor | float, exponent: float) -> Ten
     if exponent == 1:
         return damped_inverse(matrix, damping)
     values, vectors = eigh(matrix)
-    root = (vectors * (values + damping).pow(-exponent)) @ vectors.mT
+    powers = (values + (damping.unsqueeze(-1) if isinstance(damping, Tensor) else damping)).pow(-exponent)
+    root = (vectors * powers.unsqueeze(-2)) @ vectors.mT
     if not is_finite(root):
         raise DecompositionError(f"a {tuple(matrix.shape)} factor has no finite power -{exponent} after damping")
     return root
