@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hf_so2.linalg import largest_eigenvalue
+from hf_so2.linalg import largest_eigenvalue, trace
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Damping:
         return replace(self, epsilon=self.epsilon * factor, head=head)
 
     def __call__(self, factor_a: Tensor, factor_b: Tensor) -> tuple[Tensor, Tensor]:
-        """`(ρ_A, ρ_B)`, 0-dim tensors, for factors of shape (fan_in, fan_in) and (fan_out, fan_out).
+        """`(ρ_A, ρ_B)`, shape (...), for factors of shape (..., fan_in, fan_in) and (..., fan_out, fan_out).
 
         A factor may be a diagonal, given as a vector. Its entries belong to single rows, of which a vocabulary has
         thousands, and are judged one by one: `trace` is relative to their mean there.
@@ -61,33 +61,34 @@ class Damping:
         return _one_if_vanishing(_diagonal(factor_a), rho_a), _one_if_vanishing(_diagonal(factor_b), rho_b)
 
     def single(self, s: Tensor, per_row: str = "") -> Tensor:
-        """ρ, 0-dim, for a curvature whose diagonal in its own basis is `s`; 1 for a vanishing one.
+        """ρ, shape (...), for a curvature whose diagonal in its own basis is `s`; 1 for a vanishing one.
 
         Args:
-            s: of shape (fan_out, fan_in), or of any shape where no side is judged per row.
+            s: of shape (..., fan_out, fan_in).
             per_row: the sides, of "A" and "B", that are judged row by row as in the factored form.
         """
-        rows = (s.shape[0] if "B" in per_row else 1) * (s.shape[-1] if "A" in per_row else 1)
-        return _one_if_vanishing(s, RULES[self.rule].single(self, s, rows))
+        rows = (s.shape[-2] if "B" in per_row else 1) * (s.shape[-1] if "A" in per_row else 1)
+        return _one_if_vanishing(s.flatten(-2), RULES[self.rule].single(self, s, rows))
 
 
 def _one_if_vanishing(diagonal: Tensor, rho: Tensor) -> Tensor:
     # A ρ that is not a number passes: the refresh has to notice it.
-    vanishing = ~diagonal.any() | (rho < torch.finfo(rho.dtype).tiny)
+    vanishing = ~diagonal.any(dim=-1) | (rho < torch.finfo(rho.dtype).tiny)
     return torch.where(vanishing, torch.ones_like(rho), rho)
 
 
 def _diagonal(factor: Tensor) -> Tensor:
-    return factor if factor.ndim == 1 else factor.diagonal()
+    """Of each factor; one of a single dimension is its own."""
+    return factor if factor.ndim == 1 else factor.diagonal(dim1=-2, dim2=-1)
 
 
 def _trace(damping: Damping, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    rho_a, rho_b = (damping.epsilon * (x.mean() if x.ndim == 1 else x.trace()) for x in (a, b))
+    rho_a, rho_b = (damping.epsilon * (x.mean() if x.ndim == 1 else trace(x)) for x in (a, b))
     return rho_a, rho_b
 
 
 def _trace_mean(damping: Damping, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    return damping.epsilon * _diagonal(a).mean(), damping.epsilon * _diagonal(b).mean()
+    return damping.epsilon * _diagonal(a).mean(dim=-1), damping.epsilon * _diagonal(b).mean(dim=-1)
 
 
 def _spectral(damping: Damping, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,7 +97,7 @@ def _spectral(damping: Damping, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _pi(damping: Damping, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    mean_a, mean_b = _diagonal(a).mean(), _diagonal(b).mean()
+    mean_a, mean_b = _diagonal(a).mean(dim=-1), _diagonal(b).mean(dim=-1)
     ratio = torch.sqrt(mean_a / mean_b)
     # A zero factor leaves π undefined; 1 splits the damping evenly, as if the factors were alike.
     ratio = torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, torch.ones_like(ratio))
@@ -104,7 +105,11 @@ def _pi(damping: Damping, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _constant(damping: Damping, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    return a.new_tensor(damping.epsilon * damping.multiplier_a), b.new_tensor(damping.epsilon * damping.multiplier_b)
+    rho_a, rho_b = (
+        x.new_full(_diagonal(x).shape[:-1], damping.epsilon * by)
+        for x, by in ((a, damping.multiplier_a), (b, damping.multiplier_b))
+    )
+    return rho_a, rho_b
 
 
 @dataclass(frozen=True)
@@ -124,10 +129,10 @@ class Rule:
 
 
 RULES: dict[str, Rule] = {
-    "trace": Rule(_trace, lambda damping, s, rows: damping.epsilon * s.sum() / rows, is_relative=True),
-    "trace_mean": Rule(_trace_mean, lambda damping, s, rows: damping.epsilon * s.mean(), is_relative=True),
-    "spectral": Rule(_spectral, lambda damping, s, rows: damping.epsilon * s.max(), is_relative=True),
+    "trace": Rule(_trace, lambda damping, s, rows: damping.epsilon * s.sum(dim=(-2, -1)) / rows, is_relative=True),
+    "trace_mean": Rule(_trace_mean, lambda damping, s, rows: damping.epsilon * s.mean(dim=(-2, -1)), is_relative=True),
+    "spectral": Rule(_spectral, lambda damping, s, rows: damping.epsilon * s.amax(dim=(-2, -1)), is_relative=True),
     # Both sides of π's split multiply to ε whatever the factors, and ε is what is left where nothing is to be split.
-    "pi": Rule(_pi, lambda damping, s, rows: s.new_tensor(damping.epsilon)),
-    "constant": Rule(_constant, lambda damping, s, rows: s.new_tensor(damping.epsilon * damping.multiplier)),
+    "pi": Rule(_pi, lambda damping, s, rows: s.new_full(s.shape[:-2], damping.epsilon)),
+    "constant": Rule(_constant, lambda d, s, rows: s.new_full(s.shape[:-2], d.epsilon * d.multiplier)),
 }

@@ -4,6 +4,10 @@ Convention of this package: a layer computes `u = W h`; every matrix is `(fan_ou
 of shape (rows, fan_in), or for one-hot `h` the integers (rows,) of `hf_so2.curvature.forms`, and `gradients` the rows
 `δ = ∂ℓ/∂u` of shape (rows, fan_out), of each token's own loss. A block knows nothing of modules, processes, the Trainer
 or μP.
+
+Stacks: `refresh`, `observe_gradient`, `precondition` and `rotate` also take several weights of one shape at once. Every
+tensor of the state, the gradient and the numbers of `Damping` then have the same leading dimensions, and what comes out
+of a stack of k is what comes out of k single calls, up to round-off.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import torch
 from torch import Tensor
 
 from hf_so2.damping import Damping
+from hf_so2.linalg import per_matrix
 
 State = dict[str, Tensor]
 Fold = Callable[[Tensor, Tensor | None], Tensor]
@@ -163,4 +168,4 @@ def update_averages(state: State, observation: State, beta: float) -> None:
 
 def corrected_average(state: State, name: str) -> Tensor:
     """The bias-corrected average `X / (1-β^t)`; `state["weight"]` holds `1-β^t` as the running average of 1."""
-    return state[name] / state["weight"]
+    return state[name] / per_matrix(state["weight"], state[name])

@@ -44,7 +44,7 @@ class Blocked(GradientBlock):
     @property
     def parts(self) -> list[tuple[int, int]]:
         """(fan_out, fan_in) of every block of the matrix."""
-        return [(len(part), part.shape[1]) for _, part in self._cut(torch.empty(self.shape, device="meta"))]
+        return [(part.shape[0], part.shape[1]) for _, part in self._cut(torch.empty(self.shape, device="meta"))]
 
     def states(self, state: State) -> Iterator[State]:
         """The state of every block, under the block's own names."""
@@ -88,8 +88,8 @@ class Blocked(GradientBlock):
         rows = []
         for _, row in itertools.groupby(self._cut(gradient), key=lambda entry: entry[0].split(".")[0]):
             parts = [self.block.precondition(_of(state, prefix), part) for prefix, part in row]
-            rows.append(torch.cat(parts, dim=1))
-        return torch.cat(rows)
+            rows.append(torch.cat(parts, dim=-1))
+        return torch.cat(rows, dim=-2)
 
     def _prefixes(self) -> Iterator[str]:
         rows, columns = (range(self._parts(length)) for length in self.shape)
@@ -100,8 +100,8 @@ class Blocked(GradientBlock):
 
     def _cut(self, matrix: Tensor) -> Iterator[tuple[str, Tensor]]:
         """The blocks of a matrix with their prefixes, row by row."""
-        rows = torch.tensor_split(matrix, self._parts(self.shape[0]), dim=0)
-        parts = (part for row in rows for part in torch.tensor_split(row, self._parts(self.shape[1]), dim=1))
+        rows = torch.tensor_split(matrix, self._parts(self.shape[0]), dim=-2)
+        parts = (part for row in rows for part in torch.tensor_split(row, self._parts(self.shape[1]), dim=-1))
         return zip(self._prefixes(), parts, strict=True)
 
 

@@ -20,7 +20,7 @@ from hf_so2.curvature.forms import (
 )
 from hf_so2.curvature.moments import INDEPENDENT, Moments
 from hf_so2.damping import Damping
-from hf_so2.linalg import DecompositionError, eigh
+from hf_so2.linalg import DecompositionError, eigh, per_matrix
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class EKFAC(TokenBlock):
         update_averages(state, {name: observation[name] for name in self.moments.statistics}, self.beta)
         # S starts from a seed, not from zero, so it needs no bias correction; until it is seeded it stays zero.
         observed = over_eigenspaces(observation["S"], state.get("B_values"), state.get("A_values"))
-        update_average(state, "S", torch.where(state["S"].any(), observed, state["S"]), self.beta)
+        update_average(state, "S", torch.where(_is_seeded(state), observed, state["S"]), self.beta)
 
     def refresh(self, state: State, damping: Damping) -> None:
         factors = {side: self.moments.factor(state, side) for side in "AB"}
@@ -101,12 +101,12 @@ class EKFAC(TokenBlock):
         values = {side: spectra[side][0] for side in spectra}
         overlaps = {side: overlap(spectra[side][1], state[f"{side}_basis"]) for side in spectra}
         carried = from_right(from_left(overlaps.get("B"), state["S"]), transposed(overlaps.get("A")))
-        seed = (factors | values)["B"].outer((factors | values)["A"])
-        s = torch.where(state["S"].any(), carried, seed)
+        seed = (factors | values)["B"].unsqueeze(-1) * (factors | values)["A"].unsqueeze(-2)
+        s = torch.where(_is_seeded(state), carried, seed)
         s = over_eigenspaces(s, values.get("B"), values.get("A"))
         rho = damping.single(s, self.diagonal)
         # Products of eigenvalues overflow before the factors do, and a small share of denormal numbers is zero.
-        if not bool(torch.isfinite(s.sum() + rho) & (rho > 0)):
+        if not bool((torch.isfinite(s.sum() + rho) & (rho > 0)).all()):
             raise DecompositionError(f"the eigenvalues of a {tuple(s.shape)} block leave the range of {s.dtype}")
         state["S"].copy_(s)
         state["rho"].copy_(rho)
@@ -121,4 +121,10 @@ class EKFAC(TokenBlock):
     def precondition(self, state: State, gradient: Tensor) -> Tensor:
         basis_b, basis_a = state.get("B_basis"), state.get("A_basis")
         rotated = from_right(from_left(transposed(basis_b), gradient), basis_a)
-        return from_right(from_left(basis_b, rotated / (state["S"] + state["rho"])), transposed(basis_a))
+        scaled = rotated / (state["S"] + per_matrix(state["rho"], rotated))
+        return from_right(from_left(basis_b, scaled), transposed(basis_a))
+
+
+def _is_seeded(state: State) -> Tensor:
+    """Whether S has been seeded, shape (..., 1, 1)."""
+    return state["S"].flatten(-2).any(dim=-1)[..., None, None]

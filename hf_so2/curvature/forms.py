@@ -1,8 +1,9 @@
 """One side of a layer, input or output: its factor is a full matrix, or a diagonal kept as a vector.
 
-Which of the two it is, is read off the tensor itself: a factor of two dimensions is a matrix, one of a single dimension
-a diagonal; a side that takes no part (exponent 0) has no tensor, None here. Diagonals are for the sides of the size of
-the vocabulary: an embedding's input, whose exact `A` is diagonal, and a language model's logits.
+Which of the two it is, is read off the tensor itself: one of a single dimension is a diagonal, all others are matrices
+or stacks of them (weights with a diagonal side are never stacked). A side that takes no part (exponent 0) has no
+tensor, None here. Diagonals are for the sides of the size of the vocabulary: an embedding's input, whose exact `A` is
+diagonal, and a language model's logits.
 
 Rows are tensors of shape (rows, n), or integers of shape (rows,): then each row is the unit vector at that index, and
 zero where the index is -1. One-hot rows are never written out.
@@ -72,7 +73,7 @@ def root(factor: Tensor, damping: Tensor, exponent: float) -> Tensor:
     Raises:
         DecompositionError: as `hf_so2.linalg.damped_root`.
     """
-    if factor.ndim == 2:
+    if factor.ndim > 1:
         return damped_root(factor, damping, exponent)
     power = (factor + damping).pow(-exponent)
     if not bool(torch.isfinite(power).all()):
@@ -84,14 +85,14 @@ def from_left(operator: Tensor | None, matrix: Tensor) -> Tensor:
     """`X G`."""
     if operator is None:
         return matrix
-    return operator @ matrix if operator.ndim == 2 else operator.unsqueeze(1) * matrix
+    return operator @ matrix if operator.ndim > 1 else operator.unsqueeze(1) * matrix
 
 
 def from_right(matrix: Tensor, operator: Tensor | None) -> Tensor:
     """`G X`."""
     if operator is None:
         return matrix
-    return matrix @ operator if operator.ndim == 2 else matrix * operator
+    return matrix @ operator if operator.ndim > 1 else matrix * operator
 
 
 def transposed(operator: Tensor | None) -> Tensor | None:

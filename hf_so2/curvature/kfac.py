@@ -63,7 +63,7 @@ class KFAC(TokenBlock):
     def damped_factors(self, state: State, damping: Damping) -> dict[str, tuple[Tensor, Tensor]]:
         """Each factor that is not the identity with its damping ρ."""
         # A side that is left alone counts as the number 1, so that a rule which compares the sides stays defined.
-        one = torch.ones_like(state["weight"]).reshape(1, 1)
+        one = torch.ones_like(state["weight"])[..., None, None]
         a, b = (self.moments.factor(state, side) if side in self.exponents else one for side in "AB")
         rho_a, rho_b = damping(a, b)
         return {side: pair for side, pair in (("A", (a, rho_a)), ("B", (b, rho_b))) if side in self.exponents}

@@ -13,7 +13,7 @@ from torch import Tensor
 from hf_so2.curvature import sides as two_sided
 from hf_so2.curvature.base import GradientBlock, State, update_averages
 from hf_so2.damping import Damping
-from hf_so2.linalg import damped_root
+from hf_so2.linalg import damped_root, largest_entry, per_matrix
 
 _OTHER = {"L": "R", "R": "L"}
 
@@ -54,18 +54,19 @@ class KLShampoo(GradientBlock):
         for side in self.sides:
             # (G R^-½) (G R^-½)ᵀ is positive semi-definite by construction, G R^-1 Gᵀ is not.
             whitened = two_sided.apply(self._whitening(state, _OTHER[side], gradient), gradient)
-            observation[side] = two_sided.gram(whitened, side).div_(gradient.shape[1 if side == "L" else 0])
+            observation[side] = two_sided.gram(whitened, side).div_(gradient.shape[-1 if side == "L" else -2])
         return observation
 
     def _whitening(self, state: State, side: str, gradient: Tensor) -> dict[str, Tensor]:
         """The inverse square root of a factor that the other one is whitened by; none where the side is left out."""
         if side not in self.sides:
             return {}
-        root, is_known = state[f"{side}_root"], state[side].diagonal().any()
-        if is_known.device.type == "cpu" and bool(is_known):  # where looking costs nothing, and dividing by one does
+        root, is_known = state[f"{side}_root"], state[side].diagonal(dim1=-2, dim2=-1).any(dim=-1)
+        # On a CPU looking costs nothing, and dividing by one does.
+        if is_known.device.type == "cpu" and bool(is_known.all()):
             return {side: root}
         unit = torch.where(is_known, torch.ones_like(state["weight"]), _root_mean_square(gradient))
-        return {side: root / unit.sqrt()}
+        return {side: root / per_matrix(unit.sqrt(), root)}
 
     def update(self, state: State, observation: State) -> None:
         update_averages(state, observation, self.beta)
@@ -86,8 +87,8 @@ class KLShampoo(GradientBlock):
 
 
 def _root_mean_square(matrix: Tensor) -> Tensor:
-    """Of the entries, 0-dim; 1 for a zero matrix."""
-    largest = matrix.abs().amax()
+    """Of the entries, shape (...); 1 for a zero matrix."""
+    largest = largest_entry(matrix)
     # Squares of entries near the ends of the range would leave it; relative to the largest entry they do not.
-    rms = largest * (matrix / largest).square().mean().sqrt()
+    rms = largest * (matrix / per_matrix(largest, matrix)).square().mean(dim=(-2, -1)).sqrt()
     return torch.where(largest > 0, rms, torch.ones_like(rms))

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from hf_so2.curvature.base import Fold, State, Statistic, corrected_average
 from hf_so2.curvature.forms import second_moment, squared_length
+from hf_so2.linalg import per_matrix
 
 
 class _Rows:
@@ -40,7 +41,7 @@ class _Rows:
         return squared_length(self.delta)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # there are three of them
 class Moments:
     """One way to split.
 
@@ -80,6 +81,7 @@ class Moments:
 def _trace_restricted_factor(state: State, name: str) -> Tensor:
     tau, average = corrected_average(state, "tau"), corrected_average(state, name)
     # τ = 0 where every token's h or δ is zero, and the factors with it; of denormal ones too few digits are left.
+    tau = per_matrix(tau, average)
     return torch.where(tau < torch.finfo(tau.dtype).tiny, torch.zeros_like(average), average / tau.sqrt())
 
 

@@ -14,6 +14,7 @@ from torch.optim import _muon as torch_muon
 
 from hf_so2.curvature.base import GradientBlock, State
 from hf_so2.damping import Damping
+from hf_so2.linalg import largest_entry, per_matrix
 
 COEFFICIENTS = (torch_muon.DEFAULT_A, torch_muon.DEFAULT_B, torch_muon.DEFAULT_C)
 
@@ -53,12 +54,27 @@ class Muon(GradientBlock):
     def precondition(self, state: State, gradient: Tensor) -> Tensor:
         # A power of two, so that not a bit of the result depends on it: torch divides by a sum of squares, which leaves
         # the range for gradients that do not, and by no less than its ε, which would shrink small ones.
-        lowest, highest = torch.aminmax(gradient)
-        exponent = torch.frexp(torch.maximum(-lowest, highest)).exponent.clamp(-126, 126)
+        largest = largest_entry(gradient)
+        exponent = torch.frexp(largest).exponent.clamp(-126, 126)
         # Of one number: for a matrix `ldexp` takes twenty times as long as a product.
-        unit = torch.ldexp(torch.ones_like(highest), -exponent)
+        unit = per_matrix(torch.ldexp(torch.ones_like(largest), -exponent), gradient)
         scaled = torch.mul(gradient, unit, out=torch.empty_like(gradient, dtype=torch.bfloat16))
+        if gradient.ndim > 2:
+            return _orthogonalized(scaled).to(gradient.dtype)
         orthogonal = torch_muon._zeropower_via_newtonschulz(
             scaled, COEFFICIENTS, torch_muon.DEFAULT_NS_STEPS, torch_muon.EPS
         )
         return orthogonal.to(gradient.dtype)
+
+
+def _orthogonalized(stack: Tensor) -> Tensor:
+    """torch's iteration, which takes one matrix alone, on a stack of them, (..., m, n)."""
+    x = stack.flatten(end_dim=-3)
+    is_tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if is_tall else x
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=torch_muon.EPS)
+    a, b, c = COEFFICIENTS
+    for _ in range(torch_muon.DEFAULT_NS_STEPS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if is_tall else x).reshape(stack.shape)

@@ -11,7 +11,7 @@ from hf_so2.curvature import sides as two_sided
 from hf_so2.curvature.base import GradientBlock, State, update_averages
 from hf_so2.damping import Damping
 from hf_so2.errors import ConfigurationError
-from hf_so2.linalg import damped_root, newton_root
+from hf_so2.linalg import damped_root, newton_root, per_matrix, trace
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Shampoo(GradientBlock):
         # All roots before any is stored: a failure of the second must not leave the first one new.
         roots = {side: self._root(factor, rho) for side, (factor, rho) in factors.items()}
         if self.normalized and self.sides == two_sided.BOTH:
-            roots["L"] = roots["L"] * normalisation(factors["L"][0])
+            roots["L"] = roots["L"] * per_matrix(normalisation(factors["L"][0]), roots["L"])
         for side, root in roots.items():
             state[f"{side}_root"].copy_(root)
 
@@ -101,6 +101,6 @@ class Shampoo(GradientBlock):
 
 
 def normalisation(factor: Tensor) -> Tensor:
-    """`√tr(L)`, 0-dim; a factor of zero is damped into the identity, and so is its trace."""
-    trace = factor.trace()
-    return torch.where(trace > 0, trace.sqrt(), torch.ones_like(trace))
+    """`√tr(L)`, shape (...); a factor of zero is damped into the identity, and so is its trace."""
+    size = trace(factor)
+    return torch.where(size > 0, size.sqrt(), torch.ones_like(size))

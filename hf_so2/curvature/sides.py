@@ -10,6 +10,7 @@ from torch import Tensor
 from hf_so2.curvature.base import State, corrected_average
 from hf_so2.curvature.forms import from_left, from_right
 from hf_so2.damping import Damping
+from hf_so2.linalg import per_matrix, trace
 
 BOTH: frozenset[str] = frozenset("LR")
 """The sides of a matrix that can be preconditioned; one that is left out is the identity."""
@@ -49,7 +50,7 @@ def damped_factors(state: State, sides: frozenset[str], damping: Damping) -> dic
     Raises:
         DecompositionError: under a rule that needs eigenvalues, a factor that has none.
     """
-    one = torch.ones_like(state["weight"]).reshape(1, 1)
+    one = torch.ones_like(state["weight"])[..., None, None]
     left, right = (_zero_if_negligible(corrected_average(state, side)) if side in sides else one for side in "LR")
     rho_right, rho_left = damping(right, left)
     return {side: pair for side, pair in (("L", (left, rho_left)), ("R", (right, rho_right))) if side in sides}
@@ -58,4 +59,4 @@ def damped_factors(state: State, sides: frozenset[str], damping: Damping) -> dic
 def _zero_if_negligible(factor: Tensor) -> Tensor:
     """In place."""
     limits = torch.finfo(factor.dtype)
-    return factor.mul_(~(factor.trace() < limits.tiny / limits.eps))
+    return factor.mul_(per_matrix(~(trace(factor) < limits.tiny / limits.eps), factor))

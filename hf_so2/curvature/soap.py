@@ -12,7 +12,7 @@ from hf_so2.curvature import sides as two_sided
 from hf_so2.curvature.base import RotatingBlock, State, corrected_average, update_average, update_averages
 from hf_so2.curvature.forms import over_eigenspaces
 from hf_so2.damping import Damping
-from hf_so2.linalg import DecompositionError, eigh, follow_basis, has_null_space, is_finite
+from hf_so2.linalg import DecompositionError, eigh, follow_basis, has_null_space, is_finite, per_matrix
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class SOAP(RotatingBlock):
         update_average(state, "V_weight", has_basis, self.beta)
 
     def refresh(self, state: State, damping: Damping) -> None:
-        is_full = bool(state["refreshes"] % self.full_every == 0)
+        is_full = state["refreshes"] % self.full_every == 0
         moved = {name: state[name] for name in self._turning}
         for side in self.sides:
             moved[f"{side}_values"], moved[f"{side}_basis"] = self._moved_basis(state, side, is_full)
@@ -102,12 +102,18 @@ class SOAP(RotatingBlock):
             state[name].copy_(value)
         state["refreshes"].add_(1)
 
-    def _moved_basis(self, state: State, side: str, is_full: bool) -> tuple[Tensor, Tensor]:
+    def _moved_basis(self, state: State, side: str, is_full: Tensor) -> tuple[Tensor, Tensor]:
         """Eigenvalues and basis of one side for its factor of today."""
         factor = corrected_average(state, side)
-        if is_full or has_null_space(state[f"{side}_values"]):
+        is_decomposed = is_full | has_null_space(state[f"{side}_values"])
+        if bool(is_decomposed.all()):
             return eigh(factor)
-        return follow_basis(factor, state[f"{side}_basis"], self.tolerance)
+        followed = follow_basis(factor, state[f"{side}_basis"], self.tolerance)
+        if bool(is_decomposed.any()):  # some of a stack
+            followed = followed[0].clone(), followed[1].clone()  # it may be the basis of the state
+            for whole, part in zip(followed, eigh(factor[is_decomposed]), strict=True):
+                whole[is_decomposed] = part
+        return followed
 
     @property
     def refreshed(self) -> list[str]:
@@ -127,8 +133,8 @@ class SOAP(RotatingBlock):
         weight = state["V_weight"]
         one, eps = torch.ones_like(weight), torch.full_like(weight, self.eps)
         # In place, and without a gradient so far a division by infinity: memory for a copy takes longer than a product.
-        divisor = (state["V"] / torch.where(weight > 0, weight, one)).sqrt_()
-        divisor.add_(torch.where(weight > 0, eps, torch.inf))
+        divisor = (state["V"] / per_matrix(torch.where(weight > 0, weight, one), rotated)).sqrt_()
+        divisor.add_(per_matrix(torch.where(weight > 0, eps, torch.inf), rotated))
         scaled = torch.div(rotated, divisor, out=divisor)
         bases = two_sided.suffixed(state, "_basis")
         return two_sided.apply({side: u if side == "L" else u.mT for side, u in bases.items()}, scaled)

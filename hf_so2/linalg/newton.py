@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_so2.linalg.errors import DecompositionError
+from hf_so2.linalg.products import per_matrix
 
 # Small eigenvalues grow by a factor of 2 (p = 1) to e per iteration, so this spans more than the range of float64.
 MAX_ITERATIONS = 100
@@ -45,7 +46,7 @@ def _iterate(matrix: Tensor, damping: Tensor | float, root: int) -> Tensor | Non
     """The roots, or None where the iteration does not arrive for one of them."""
     size = matrix.shape[-1]
     identity = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
-    damped = matrix + (damping[..., None, None] if isinstance(damping, Tensor) else damping) * identity
+    damped = matrix + (per_matrix(damping, matrix) if isinstance(damping, Tensor) else damping) * identity
     largest = damped.abs().amax(dim=(-2, -1), keepdim=True)
     if not bool((torch.isfinite(largest) & (largest > 0)).all()):
         return None

@@ -9,6 +9,16 @@ from torch import Tensor
 STRIPS, LEAST, LEAST_ROWS = 4, 256, 512
 
 
+def trace(matrix: Tensor) -> Tensor:
+    """Shape (...) for (..., n, n)."""
+    return matrix.trace() if matrix.ndim == 2 else matrix.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
+
+
+def per_matrix(numbers: Tensor, like: Tensor) -> Tensor:
+    """Numbers of shape (...) with as many dimensions as what they multiply, shape (..., *): one for each matrix."""
+    return numbers.reshape(numbers.shape + (1,) * (like.ndim - numbers.ndim)) if numbers.ndim else numbers
+
+
 def symmetric_product(left: Tensor, right: Tensor) -> Tensor:
     """`XᵀY`, known to be symmetric, such as `Xᵀ diag(w) X`.
 

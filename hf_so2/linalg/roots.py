@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hf_so2.linalg.eigen import eigh, is_finite
 from hf_so2.linalg.errors import DecompositionError
+from hf_so2.linalg.products import per_matrix
 
 # LAPACK walks along rows of memory. Where they are a multiple of this many bytes long, the entries of a column fall on
 # the same few lines of the cache; from `LEAST` dimensions on, more columns cost less than that.
@@ -56,7 +57,7 @@ def damped_root(matrix: Tensor, damping: Tensor | float, exponent: float) -> Ten
     if exponent == 1:
         return damped_inverse(matrix, damping)
     values, vectors = eigh(matrix)
-    powers = (values + (damping.unsqueeze(-1) if isinstance(damping, Tensor) else damping)).pow(-exponent)
+    powers = (values + (per_matrix(damping, values) if isinstance(damping, Tensor) else damping)).pow(-exponent)
     root = (vectors * powers.unsqueeze(-2)) @ vectors.mT
     if not is_finite(root):
         raise DecompositionError(f"a {tuple(matrix.shape)} factor has no finite power -{exponent} after damping")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hf_so2.linalg import FAILURES, spectral_norm
 from hf_so2.optim.preconditioned import LayerUpdate, NormControl, momentum_weight, over_parts
+from hf_so2.optim.stacks import stacks
 
 if TYPE_CHECKING:  # the settings name the norm controls of the table, and so come after it
     from hf_so2.optim.settings import Settings
@@ -53,21 +54,36 @@ def spectral(updates: Sequence[LayerUpdate], settings: Settings) -> None:
 
     An embedding gets its own target, see `_embedding_size`.
     """
-    for u in updates:
-        if u.layer.adapter.one_hot:
-            u.update.mul_(_ratio(1.0, _embedding_size(u)))
+    for together in stacks(updates, lambda u: u.layer):
+        if together[0].layer.adapter.one_hot:
+            for u in together:
+                u.update.mul_(_ratio(1.0, _embedding_size(u)))
             continue
-        target = math.sqrt(u.update.shape[0] / u.update.shape[1])
-        if u.layer.block.orthogonal:
-            u.update.mul_(target)
+        target = math.sqrt(together[0].update.shape[0] / together[0].update.shape[1])
+        if together[0].layer.block.orthogonal:
+            for u in together:
+                u.update.mul_(target)
             continue
-        state = u.layer.state
-        if "leading_directions" in state:
-            start, iterations = state["leading_directions"], WARM_ITERATIONS
-        else:
-            fan_in = u.update.shape[1]
-            start, iterations = u.update.new_zeros(fan_in, min(DIRECTIONS, *u.update.shape)), COLD_ITERATIONS
-        norm, state["leading_directions"] = spectral_norm(u.update, start, iterations)
+        for is_warm in (True, False):
+            if alike := [u for u in together if ("leading_directions" in u.layer.state) == is_warm]:
+                _set_spectral_norm(alike, target, is_warm=is_warm)
+
+
+def _set_spectral_norm(updates: Sequence[LayerUpdate], target: float, *, is_warm: bool) -> None:
+    """Scale updates of one shape, each by its own norm; where the power iteration begins is kept from step to step."""
+    first, iterations = updates[0].update, WARM_ITERATIONS if is_warm else COLD_ITERATIONS
+    if is_warm:
+        starts = [u.layer.state["leading_directions"] for u in updates]
+    else:
+        starts = [first.new_zeros(first.shape[1], min(DIRECTIONS, *first.shape))] * len(updates)
+    if len(updates) == 1:
+        norm, directions = spectral_norm(first, starts[0], iterations)
+        norms, found = [norm], [directions]
+    else:
+        stacked = spectral_norm(torch.stack([u.update for u in updates]), torch.stack(starts), iterations)
+        norms, found = (list(part.unbind()) for part in stacked)
+    for u, norm, directions in zip(updates, norms, found, strict=True):
+        u.layer.state["leading_directions"] = directions
         u.update.mul_(_ratio(target, norm))
 
 
@@ -166,14 +182,22 @@ def control(updates: Sequence[LayerUpdate], settings: Settings) -> None:
     if settings.norm_control in OF_THE_WHOLE_MODEL:
         apply(updates, settings)
         return
-    for u in updates:
+    for together in stacks(updates, lambda u: u.layer):
         try:
-            apply([u], settings)
-        except FAILURES as error:
-            u.update.zero_()
-            u.layer.overflows = u.layer.overflows + 1
-            # Text alone: who keeps a log's records would keep the error, and with its frames the model.
-            logger.warning("%s: norm control failed, the weight is left out of this step: %s", u.layer.name, str(error))
+            apply(together, settings)
+        except FAILURES:
+            for u in together:  # scaling twice leaves what scaling once does
+                _control_alone(u, apply, settings)
+
+
+def _control_alone(u: LayerUpdate, apply: NormControl, settings: Settings) -> None:
+    try:
+        apply([u], settings)
+    except FAILURES as error:
+        u.update.zero_()
+        u.layer.overflows = u.layer.overflows + 1
+        # Text alone: who keeps a log's records would keep the error, and with its frames the model.
+        logger.warning("%s: norm control failed, the weight is left out of this step: %s", u.layer.name, str(error))
 
 
 # The others look at one layer at a time, and so where the layer is held, before its update is sent to other ranks.

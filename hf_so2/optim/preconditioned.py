@@ -9,16 +9,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hf_so2.curvature.base import RotatingBlock
+from hf_so2.curvature.base import RotatingBlock, State
 from hf_so2.distributed import local, sum_over_ranks, world
-from hf_so2.linalg import FAILURES, matmul_precision
+from hf_so2.linalg import matmul_precision
 from hf_so2.optim.layer import Layer
+from hf_so2.optim.stacks import in_stack
 
 if TYPE_CHECKING:  # the settings name the norm controls of the table, and so come after it
     from hf_so2.optim.settings import Settings
 
 
 Member = tuple[dict[str, Any], Tensor]
+Entry = tuple[Layer, Sequence[Member]]
 NormControl = Callable[[Sequence["LayerUpdate"], "Settings"], None]
 
 
@@ -64,22 +66,30 @@ class LayerUpdate:
             parameter.sub_(update.to(parameter.dtype), alpha=group["lr"])
 
 
-def layer_update(
-    layer: Layer, members: Sequence[Member], states: Mapping[Tensor, dict[str, Any]], settings: Settings
-) -> LayerUpdate:
-    """The update of one weight that every rank has all of, before norm control.
+def layer_updates(
+    entries: Sequence[Entry], states: Mapping[Tensor, dict[str, Any]], settings: Settings
+) -> list[LayerUpdate]:
+    """The updates of a stack of weights that every rank has all of, before norm control.
 
     Args:
-        layer: its statistics, refreshed at least once.
-        members: group and parameter of the weight, with a gradient, and of the bias that goes with it.
+        entries: each layer, refreshed at least once, with group and parameter of its weight, which has a gradient, and
+            of the bias that goes with it.
         states: as of `moments`.
         settings: momentum, its order and Nesterov's variant.
     """
-    gradients, averages = moments(layer, members, states, settings)
-    gradient = matrix_of(layer, gradients)
-    moment = gradient if averages is gradients else matrix_of(layer, averages)
-    update = direction(layer, moment, settings) if layer.held else torch.zeros_like(moment)
-    (group, weight), *bias = members
+    pairs = []
+    for layer, members in entries:
+        gradients, averages = moments(layer, members, states, settings)
+        gradient = matrix_of(layer, gradients)
+        pairs.append((gradient, gradient if averages is gradients else matrix_of(layer, averages)))
+    layers, found = [layer for layer, _ in entries], [moment for _, moment in pairs]
+    is_held = layers[0].held
+    updates = directions(layers, found, settings) if is_held else [torch.zeros_like(moment) for moment in found]
+    return [_update(entry, *pair, update) for entry, pair, update in zip(entries, pairs, updates, strict=True)]
+
+
+def _update(entry: Entry, gradient: Tensor, moment: Tensor, update: Tensor) -> LayerUpdate:
+    layer, ((group, weight), *bias) = entry
     pieces = [(layer.adapter.matrix(weight), update[:, : update.shape[1] - len(bias)], group)]
     pieces += [(vector.unsqueeze(1), update[:, -1:], its_group) for its_group, vector in bias]
     return LayerUpdate(layer, gradient, moment, update, group, pieces)
@@ -116,14 +126,23 @@ def matrix_of(layer: Layer, tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([matrix, *(vector.unsqueeze(1) for vector in bias)], dim=1) if bias else matrix
 
 
-def direction(layer: Layer, moment: Tensor, settings: Settings) -> Tensor:
-    """The preconditioned gradient, (fan_out, fan_in), or an average of it, kept in the state of the layer.
+def directions(layers: Sequence[Layer], found: Sequence[Tensor], settings: Settings) -> list[Tensor]:
+    """The preconditioned gradients of a stack, (fan_out, fan_in), or averages of them, kept in the layers' states.
 
-    That average is on the ranks that hold the layer, and named `momentum_buffer` too.
+    Those averages are on the ranks that hold the layers, and named `momentum_buffer` too.
+
+    Args:
+        layers: of one block and shape.
+        found: of each what is to be preconditioned.
+        settings: momentum, its order and Nesterov's variant.
     """
-    update = _preconditioned(layer, moment, settings)
+    updates = _preconditioned(layers, found, settings)
     if settings.momentum_order == "before":
-        return update
+        return updates
+    return [_averaged_update(layer, update, settings) for layer, update in zip(layers, updates, strict=True)]
+
+
+def _averaged_update(layer: Layer, update: Tensor, settings: Settings) -> Tensor:
     if "momentum_buffer" not in layer.state:
         layer.state["momentum_buffer"] = torch.zeros_like(update)
     # A copy, since norm control works in place and the average may be the buffer itself.
@@ -143,23 +162,28 @@ def over_parts(updates: Sequence[LayerUpdate], sums: Tensor) -> Tensor:
     return total
 
 
-def _preconditioned(layer: Layer, gradient: Tensor, settings: Settings) -> Tensor:
-    """`P(G)`; zero where that leaves the range of the dtype, as a finite but huge gradient can make it, and where
-    linear algebra fails. Counted.
+def _preconditioned(layers: Sequence[Layer], gradients: Sequence[Tensor], settings: Settings) -> list[Tensor]:
+    """`P(G)` of each; zero where that leaves the range of the dtype, as a finite but huge gradient can make it, and
+    where linear algebra fails. Counted.
     """
-    try:
-        with matmul_precision(settings.curvature_matmul_precision):
-            if (block := layer.rotating) is None:
-                update = layer.block.precondition(layer.state, gradient)
-            else:
-                update = block.precondition_rotated(layer.state, _averaged_rotated(gradient, layer, block, settings))
-    except FAILURES:
-        update = torch.full_like(gradient, torch.nan)
-    is_finite = torch.isfinite(update.sum())
-    layer.overflows = layer.overflows + ~is_finite  # on the device: nobody waits for it
-    if update.device.type == "cpu":  # where looking costs nothing, and a copy does
-        return update if bool(is_finite) else torch.zeros_like(update)
-    return torch.where(is_finite, update, torch.zeros_like(is_finite, dtype=update.dtype))
+    with matmul_precision(settings.curvature_matmul_precision):
+        verb: Callable[[State, Tensor], Tensor] = layers[0].block.precondition
+        if (block := layers[0].rotating) is not None:
+            verb = block.precondition_rotated
+            pairs = zip(layers, gradients, strict=True)
+            gradients = [_averaged_rotated(gradient, layer, block, settings) for layer, gradient in pairs]
+        update = in_stack(verb, layers, gradients)
+        if update is None:
+            each = [in_stack(verb, [layer], [gradient]) for layer, gradient in zip(layers, gradients, strict=True)]
+            failed = torch.full_like(gradients[0], torch.nan).unsqueeze(0)
+            update = torch.cat([failed if one is None else one for one in each])
+    is_finite = torch.isfinite(update.sum(dim=(-2, -1)))
+    for layer, is_its_finite in zip(layers, is_finite.unbind(), strict=True):
+        layer.overflows = layer.overflows + ~is_its_finite  # on the device: nobody waits for it
+    # On a CPU looking costs nothing, and a copy does.
+    if update.device.type != "cpu" or not bool(is_finite.all()):
+        update = torch.where(is_finite[:, None, None], update, torch.zeros_like(update[0]))
+    return list(update.unbind())
 
 
 def _averaged_rotated(gradient: Tensor, layer: Layer, block: RotatingBlock, settings: Settings) -> Tensor:

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from hf_so2.optim.layer import Layer, statistics_dtype
 from hf_so2.optim.norm_control import OF_THE_WHOLE_MODEL, control
-from hf_so2.optim.preconditioned import LayerUpdate, Member, layer_update
+from hf_so2.optim.preconditioned import Entry, LayerUpdate, Member, layer_updates
 from hf_so2.optim.settings import Settings
-from hf_so2.optim.sharded import Entry, any_sharded, sharded_updates
+from hf_so2.optim.sharded import any_sharded, sharded_updates
 from hf_so2.optim.sharing import Sharing
+from hf_so2.optim.stacks import stacks
 from hf_so2.optim.statistics import Curvature
 from hf_so2.optim.telemetry import StepRecord
 
@@ -66,10 +67,10 @@ def second_order_updates(
     ):
         yield from _together(entries, states, sharing, settings, record, step)
         return
-    for layer, members in entries:
-        update = layer_update(layer, members, states, settings)
-        control([update], settings)
-        yield update
+    for together in stacks(entries, lambda entry: entry[0]):
+        updates = layer_updates(together, states, settings)
+        control(updates, settings)
+        yield from updates
 
 
 def _together(
@@ -83,7 +84,8 @@ def _together(
     """All updates at once; a collective where weights or layers are spread over ranks."""
     at_the_end = settings.norm_control in OF_THE_WHOLE_MODEL
     whole = [entry for entry in entries if not any_sharded(entry)]
-    updates = [layer_update(layer, members, states, settings) for layer, members in whole]
+    of_stacks = (layer_updates(together, states, settings) for together in stacks(whole, lambda entry: entry[0]))
+    updates = [update for made in of_stacks for update in made]
     if not at_the_end:
         control([update for update in updates if update.layer.held], settings)
     sharing.send_updates((update.layer, update.update) for update in updates)

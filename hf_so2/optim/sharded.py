@@ -17,7 +17,7 @@ from hf_so2.distributed import Part, is_sharded, local, split_of
 from hf_so2.errors import ConfigurationError
 from hf_so2.optim.layer import Layer
 from hf_so2.optim.norm_control import OF_RAW_GRADIENTS, OF_THE_WHOLE_MODEL, control
-from hf_so2.optim.preconditioned import LayerUpdate, Member, direction, matrix_of, moments
+from hf_so2.optim.preconditioned import Entry, LayerUpdate, Member, directions, matrix_of, moments
 from hf_so2.optim.sharing import Sharing
 
 if TYPE_CHECKING:
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 
 NO_ADAPTIVE_DAMPING = "is not supported with FSDP2, which would take the loss with parameters of before the step"
-
-Entry = tuple[Layer, Sequence[Member]]
 
 
 def any_sharded(entry: Entry) -> bool:
@@ -108,7 +106,7 @@ def _made(sharing: Sharing, steps: Sequence[_Step], settings: Settings) -> list[
         if gradient is None or average is None:
             made += [None] * len(step.members)
             continue
-        update = direction(step.layer, average, settings)
+        (update,) = directions([step.layer], [average], settings)
         held.append(LayerUpdate(step.layer, gradient, average, update, step.members[0][0]))
         made += step.by_member(update)
     if settings.norm_control not in OF_THE_WHOLE_MODEL:

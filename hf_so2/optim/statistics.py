@@ -23,6 +23,7 @@ from hf_so2.optim.layer import COUNTERS, Layer
 from hf_so2.optim.means import means
 from hf_so2.optim.schedule import due, statistics_turns, turns
 from hf_so2.optim.sharing import Sharing
+from hf_so2.optim.stacks import StackedState, stacks
 
 logger = logging.getLogger(__name__)
 
@@ -139,9 +140,10 @@ class Curvature:
         ends = {name: end for name, end in self._ends.items() if end.layer.name in chosen}
         observations = means(ends, self.capture.take(by_hand=bool(weights)), self.sharing)
         of_gradients = [self.layers[name] for name in self._of_gradients if name in chosen and name in weights]
-        for layer, gradient in self.sharing.whole_gradients(of_gradients, weights):
-            observations[layer.name] = self._observed(layer, gradient) if gradient is not None else {}
-            layer.rotated = observations[layer.name].pop("rotated", None)
+        for together in stacks(self.sharing.whole_gradients(of_gradients, weights), lambda pair: pair[0]):
+            for (layer, _), observation in zip(together, self._observed(together), strict=True):
+                observations[layer.name] = observation
+                layer.rotated = observation.pop("rotated", None)
         dropped = self._not_finite(observations)
         for name, observation in observations.items():
             layer = self.layers[name]
@@ -153,12 +155,23 @@ class Curvature:
                 layer.block.update(layer.state, observation)
             layer.updates += 1
 
-    def _observed(self, layer: Layer, gradient: Tensor) -> State:
+    def _observed(self, together: Sequence[tuple[Layer, Tensor | None]]) -> list[State]:
+        """The statistics of a stack's gradients; none of a layer that is not held."""
+        layers = [layer for layer, _ in together]
+        gradients = [gradient for _, gradient in together if gradient is not None]
+        if not gradients:
+            return [{} for _ in layers]
+        observe = self._of_gradients[layers[0].name].observe_gradient
         try:
             with matmul_precision(self._precision):
-                return self._of_gradients[layer.name].observe_gradient(layer.state, gradient)
+                if len(layers) == 1:
+                    return [observe(layers[0].state, gradients[0])]
+                found = observe(StackedState([layer.state for layer in layers]), torch.stack(gradients))
+                return [{name: value[index] for name, value in found.items()} for index in range(len(layers))]
         except FAILURES:
-            return {"failed": gradient.new_full((), torch.nan)}  # is left out like any that is not finite
+            if len(layers) > 1:
+                return [self._observed([pair])[0] for pair in together]
+            return [{"failed": gradients[0].new_full((), torch.nan)}]  # is left out like any that is not finite
 
     def refresh(self, step: int) -> None:
         """Rebuild the preconditioners that are due, of layers that have statistics; each rank does its share and the
@@ -175,7 +188,8 @@ class Curvature:
             return
         started = time.perf_counter()
         self.sharing.settle()
-        errors = {layer.name: self._refresh(layer) for layer in chosen if layer.owned}
+        owned = [layer for layer in chosen if layer.owned]
+        errors = {name: error for layers in stacks(owned, lambda x: x) for name, error in self._refresh(layers).items()}
         failed = self.sharing.on_any_rank({layer.name: errors.get(layer.name) is not None for layer in chosen})
         self.sharing.send_preconditioners(layer for layer in chosen if not failed[layer.name])
         for layer in chosen:
@@ -191,13 +205,21 @@ class Curvature:
         """The damping of a layer as it stands, adaptive factor included."""
         return layer.damping.scaled(self.damping_factor)
 
-    def _refresh(self, layer: Layer) -> str | None:
-        """Rebuild one preconditioner; what went wrong, if anything did."""
+    def _refresh(self, layers: Sequence[Layer]) -> dict[str, str | None]:
+        """Rebuild the preconditioners of a stack; by layer what went wrong, if anything did."""
+        block, damping = layers[0].block, self.damping_of(layers[0])
         try:
-            layer.block.refresh(layer.state, self.damping_of(layer))
+            if len(layers) == 1:
+                block.refresh(layers[0].state, damping)
+            else:
+                stacked = StackedState([layer.state for layer in layers])
+                block.refresh(stacked, damping)
+                stacked.write_back(block.refreshed)
         except FAILURES as error:
-            return str(error)
-        return None
+            if len(layers) == 1:
+                return {layers[0].name: str(error)}
+            return {name: one for layer in layers for name, one in self._refresh([layer]).items()}
+        return {layer.name: None for layer in layers}
 
     def _count(self, layer: Layer, error: str | None) -> None:
         if error is None:
