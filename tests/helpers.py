@@ -15,7 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 import hf_so2
 
@@ -198,10 +205,17 @@ def gpt2(width: int = 16, **changes: Any) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(GPT2Config(**(fields | changes)))
 
 
+def mixtral(width: int = 16, **changes: Any) -> MixtralForCausalLM:
+    """Experts in one 3-D weight, computed one by one, which works in float64."""
+    torch.manual_seed(0)
+    fields = SMALL | {"hidden_size": width, "num_local_experts": 4, "_experts_implementation": "eager"}
+    return MixtralForCausalLM(MixtralConfig(**(fields | changes)))
+
+
 def in_float64(model: nn.Module) -> nn.Module:
     """`model.double()` with RMS norms that stay in float64; Llama's own compute in float32 whatever they are given."""
     for name, module in list(model.named_modules()):
-        if type(module).__name__ == "LlamaRMSNorm":
+        if type(module).__name__ in ("LlamaRMSNorm", "MixtralRMSNorm"):
             norm = nn.RMSNorm(len(module.weight), eps=module.variance_epsilon)
             model.set_submodule(name, norm)
     return model.double()

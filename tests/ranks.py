@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
-from helpers import BOTH_ENDS, gpt2, in_float64, llama, relative_error, token_rows
+from helpers import BOTH_ENDS, gpt2, in_float64, llama, mixtral, relative_error, token_rows
 from torch import Tensor, nn
 
 import hf_so2
@@ -40,8 +40,8 @@ class Case:
         dtype: of model and statistics.
         settings: the others.
         tied: whether embedding and head are one weight.
-        family: `llama`; the same with `odd` sizes, which no number of ranks divides; or `gpt2`, whose weights are
-            stored transposed and have biases.
+        family: `llama`; the same with `odd` sizes, which no number of ranks divides; `gpt2`, whose weights are stored
+            transposed and have biases; or `mixtral`, with experts that some ranks have no tokens for.
     """
 
     name: str
@@ -123,6 +123,8 @@ def model_for(case: Case) -> nn.Module:
     width = 32 if case.name.endswith("_mup") else 16
     if case.family == "gpt2":
         model: nn.Module = gpt2(width, n_layer=1)
+    elif case.family == "mixtral":
+        model = mixtral(width, num_local_experts=5, num_experts_per_tok=1)
     else:
         odd = {"vocab_size": 97, "intermediate_size": 97} if case.family == "odd" else {}
         model = llama(width, num_hidden_layers=1, tie_word_embeddings=case.tied, **odd)
@@ -233,6 +235,8 @@ def cases(*, all_of_them: bool) -> list[Case]:
         if (is_plain and all_of_them) or name == "kfac":
             found.append(Case(name, 0.0, torch.float32))
     found.append(Case("kfac", 0.0, settings=tuple(BOTH_ENDS.items()), tied=True))
+    found += [Case("kl_shampoo", fraction, family="mixtral") for fraction in (0.0, 1.0)]
+    found.append(Case("kfac_mup", 0.0, settings=(("expert_method", "shampoo"),), family="mixtral"))
     return found + [Case(name, 0.0, settings=tuple(settings.items())) for name, settings in SETTINGS]
 
 

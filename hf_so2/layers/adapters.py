@@ -17,16 +17,22 @@ class Adapter:
         one_hot: the module takes indices, each of which stands for a unit vector: an embedding.
         ignored_index: the index whose row of the weight gets no gradient, an embedding's `padding_idx`.
         has_bias: the bias belongs to the matrix, as a last column that meets an input of 1.
+        index: which matrix of a stack (an expert) this is, along the first dimension of a 3-D weight.
     """
 
     transposed: bool = False
     one_hot: bool = False
     ignored_index: int | None = None
     has_bias: bool = False
+    index: int | None = None
+
+    def part(self, tensor: Tensor) -> Tensor:
+        """This matrix of a stack, as it is stored; all of a tensor that is no stack."""
+        return tensor if self.index is None or tensor.ndim < 3 else tensor[self.index]
 
     def matrix(self, tensor: Tensor) -> Tensor:
         """The weight (or its gradient, or its momentum) as a (fan_out, fan_in) view that writes through."""
-        return tensor.mT if self.transposed else tensor
+        return self.part(tensor).mT if self.transposed else self.part(tensor)
 
 
 LINEAR = Adapter()

@@ -12,6 +12,7 @@ from torch import nn
 from hf_so2.errors import ConfigurationError
 from hf_so2.layers.adapters import LINEAR, Adapter, adapter_for
 from hf_so2.layers.backward import heads_of, with_trained_copies
+from hf_so2.orientation import Orientation, orientations
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Treatment:
         is_head: whether it is the output head, with one output per entry of a vocabulary.
         is_hidden: whether it is a matrix (or several) of a hidden layer, whoever updates it.
         partner: of a weight, the name of the bias that is preconditioned with it, and of that bias, the weight's.
+        count: of a stack of matrices along the first dimension, such as a layer's experts, how many; 0 of one matrix.
     """
 
     preconditioned: bool
@@ -37,6 +39,7 @@ class Treatment:
     is_hidden: bool = False
     partner: str | None = None
     head: tuple[nn.Module, ...] = ()
+    count: int = 0
 
 
 @dataclass(frozen=True)
@@ -48,12 +51,16 @@ class Extent:
         head: the output head.
         biases: the biases of all preconditioned weights.
         not_tied: why a weight that is tied between embedding and head is not preconditioned with both on, if it is not.
+        not_stacked: why a stack of matrices, such as a layer's experts, is not preconditioned, if it is not.
+        one_sided_stacks: as `one_sided` of `select`, for those.
     """
 
     embeddings: bool = False
     head: bool = False
     biases: bool = False
     not_tied: str = ""
+    not_stacked: str = ""
+    one_sided_stacks: bool = False
 
 
 def select(
@@ -66,8 +73,9 @@ def select(
 ) -> dict[str, Treatment]:
     """Decide for every trainable parameter, by its name in `model.named_parameters()`.
 
-    Weights of `Linear` and `Conv1D` modules are preconditioned, except the output head, weights tied to an embedding,
-    those matched by `skip_modules` and those with a dimension above `max_dim`; more of them as `extent` says.
+    Weights of `Linear` and `Conv1D` modules are preconditioned, and stacks of matrices (experts), except the output
+    head, weights tied to an embedding, those matched by `skip_modules` and those with a dimension above `max_dim`; more
+    of them as `extent` says.
 
     Args:
         model: any module; the head is what `get_output_embeddings()` names and the token embedding what
@@ -82,6 +90,7 @@ def select(
             model has nothing of a kind that `extent` asks for.
     """
     users = _modules_by_weight(model)
+    layouts = orientations(model)
     heads = set(heads_of(model))
     tokens = _token_embeddings(model)
     patterns = [_compiled(pattern) for pattern in skip_modules]
@@ -91,13 +100,14 @@ def select(
         for name, module in uses
         if adapter_for(module) and (extent.embeddings or not isinstance(module, nn.Embedding))
     ]
+    candidates += [name for own, p in model.named_parameters() if _is_stack(layouts[own]) for name, _ in users[id(p)]]
     for pattern in patterns:
         if not any(pattern.search(name) for name in candidates):
             raise ConfigurationError(
-                "skip_modules", pattern.pattern, "must match a Linear or Conv1D module of the model"
+                "skip_modules", pattern.pattern, "must match a Linear or Conv1D module, or experts, of the model"
             )
 
-    def decide(parameter: nn.Parameter) -> Treatment:
+    def decide(own_name: str, parameter: nn.Parameter) -> Treatment:
         uses = users.get(id(parameter), [])
         modules = tuple(module for _, module in uses)
         if not parameter.numel():
@@ -114,12 +124,15 @@ def select(
         adapters = {adapter_for(module) for module in owners}
         adapter = next(iter(adapters), None)
         is_hidden = not (is_embedding or is_head)
+        matched = [p.pattern for p in patterns if any(p.search(name) for name, _ in uses)]
+        if _is_stack(layouts[own_name]):
+            return _of_stack(parameter, layouts[own_name], modules, matched, max_dim, extent)
         if adapter is None or len(adapters) > 1:
             reason = f"{parameter.ndim}-D weight of {_kind(modules)}, which no curvature method covers"
             return Treatment(False, reason, is_hidden=is_hidden)
         if is_head and not extent.head:
             return Treatment(False, "the output head")
-        if matched := [p.pattern for p in patterns if any(p.search(name) for name, _ in uses)]:
+        if matched:
             return Treatment(False, f"skip_modules {matched[0]!r}", is_hidden=is_hidden)
         # An embedding and a head have the vocabulary first, and no full factor of that size.
         full = parameter.shape[1:] if is_embedding or is_head else parameter.shape
@@ -144,8 +157,36 @@ def select(
         raise _missing("precondition_embeddings", "a token embedding that is trained")
     if extent.head and not heads & trained:
         raise _missing("precondition_head", "an output head that get_output_embeddings() names and that is trained")
-    treatments = {name: decide(p) for name, p in model.named_parameters() if p.requires_grad}
+    treatments = {name: decide(name, p) for name, p in model.named_parameters() if p.requires_grad}
     return _with_biases(model, treatments) if extent.biases else treatments
+
+
+def _is_stack(layout: Orientation) -> bool:
+    """Whether a parameter is several matrices along its first dimension, which only the gradient tells of."""
+    return layout.batch == (0,) and len(layout.fan_out) == len(layout.fan_in) == 1
+
+
+def _of_stack(
+    parameter: nn.Parameter,
+    layout: Orientation,
+    modules: tuple[nn.Module, ...],
+    skipped_by: Sequence[str],
+    max_dim: float,
+    extent: Extent,
+) -> Treatment:
+    count, *dims = parameter.shape
+    size = min(dims) if extent.one_sided_stacks else max(dims)
+    if skipped_by:
+        reason = f"skip_modules {skipped_by[0]!r}"
+    elif size > max_dim:
+        reason = f"a dimension of {size} is above max_preconditioner_dim {max_dim}"
+    else:
+        reason = extent.not_stacked
+    if reason:
+        return Treatment(False, reason, is_hidden=True)
+    adapter = Adapter(transposed=layout.fan_out > layout.fan_in)
+    reason = f"{count} matrices of {_kind(modules)}, each by its own gradient"
+    return Treatment(True, reason, modules, adapter, is_hidden=True, count=count)
 
 
 def _missing(setting: str, part: str) -> ConfigurationError:

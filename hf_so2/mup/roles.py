@@ -18,9 +18,9 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, initialization
 
 from hf_so2.errors import ConfigurationError
+from hf_so2.orientation import Orientation, orientations
 
 from .native import check_comparable, native_factors
-from .orientation import Orientation, orientations
 from .rules import ParameterWidth, Role
 from .widths import HeadGrowth, rebuild, scale_width
 

@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 from transformers.trainer_pt_utils import get_parameter_names
 
 from hf_so2.damping import Damping
-from hf_so2.distributed import refuse_other_sharding
+from hf_so2.distributed import is_sharded, refuse_other_sharding
 from hf_so2.errors import ConfigurationError
 from hf_so2.layers import Treatment, select
 from hf_so2.layers.selection import Extent
@@ -81,11 +81,14 @@ def build_from_settings(
     method, is_mup = parse_name(name)
     refuse_other_sharding(model)
     _refuse_gradients_of_other_kinds(model)
+    of_experts, expert_settings = method.for_experts(resolved)
     extent = Extent(
         resolved.precondition_embeddings,
         resolved.precondition_head,
         resolved.precondition_biases,
         method.why_not_tied(resolved),
+        "" if of_experts.block else f"expert_method {of_experts.name}",
+        one_sided_stacks="gradients" in of_experts.uses,
     )
     limit = math.inf if resolved.block_size else resolved.max_preconditioner_dim
     treatments = select(model, resolved.skip_modules, limit, extent, one_sided="gradients" in method.uses)
@@ -106,16 +109,16 @@ def build_from_settings(
         width = widths.get(parameter_name, UNSCALED)
         one_sided = _is_one_sided(treatment, method, resolved)
         is_decayed = parameter_name in decay_parameters
-        options = _options(method, resolved, treatment, width, one_sided=one_sided, is_decayed=is_decayed)
+        own = (of_experts, expert_settings) if treatment.count else (method, resolved)
+        options = _options(*own, treatment, width, one_sided=one_sided, is_decayed=is_decayed)
         groups.setdefault(tuple(options.values()), {"params": [], **options})["params"].append(
             (parameter_name, parameter)
         )
-        layer = None
+        damping = None
         is_bias = parameter.ndim < 2
         if method.block is not None and treatment.preconditioned and not is_bias:
-            damping = _damping(method, resolved, treatment, width, overrides, one_sided=one_sided)
-            layer = _layer(parameter_name, parameter, treatment, method, resolved, width, damping, one_sided)
-            layers.append(layer)
+            damping = _damping(*own, treatment, width, overrides, one_sided=one_sided)
+            layers += _layers(parameter_name, parameter, treatment, *own, width, damping, one_sided)
         report.append(
             Coverage(
                 parameter_name,
@@ -125,7 +128,7 @@ def build_from_settings(
                 width if is_mup else None,
                 options["lr"],
                 options["weight_decay"],
-                layer.damping if layer else None,
+                damping,
             )
         )
     if not groups:
@@ -246,7 +249,7 @@ def _damping(
     return replace(embedding, head=of(treatment.head, strength, factored_damping(as_head)))
 
 
-def _layer(
+def _layers(
     name: str,
     parameter: nn.Parameter,
     treatment: Treatment,
@@ -255,28 +258,42 @@ def _layer(
     width: ParameterWidth,
     damping: Damping,
     one_sided: bool,
-) -> Layer:
+) -> list[Layer]:
+    """The layer of a weight, or those of the matrices of a stack.
+
+    Raises:
+        ConfigurationError: a stack is sharded.
+    """
+    if treatment.count and is_sharded(parameter):
+        allowed = "is a stack of experts under FSDP2, which is not supported; use DDP, or skip_modules for AdamW"
+        raise ConfigurationError("model", name, allowed)
+    adapters = {name: treatment.adapter}
+    if treatment.count:
+        adapters = {f"{name}[{index}]": replace(treatment.adapter, index=index) for index in range(treatment.count)}
+    fan_out, fan_in = next(iter(adapters.values())).matrix(parameter).shape
     adapter = treatment.adapter
-    fan_out, fan_in = adapter.matrix(parameter).shape
     diagonal = "A" * adapter.one_hot + "B" * treatment.is_head
     shape = (fan_out, fan_in + adapter.has_bias)
     site = Site(shape, width, diagonal, one_sided, tied=bool(treatment.head) and "tokens" in method.uses)
     block = method.block_for(settings, site)
     assert block is not None
     dtype = statistics_dtype(parameter.dtype)
-    return Layer(
-        name,
-        site.shape,
-        block,
-        treatment.modules,
-        adapter,
-        damping,
-        parameter.device,
-        dtype,
-        treatment.partner,
-        treatment.head,
-        treatment.is_head,
-    )
+    return [
+        Layer(
+            own_name,
+            site.shape,
+            block,
+            treatment.modules,
+            own_adapter,
+            damping,
+            parameter.device,
+            dtype,
+            treatment.partner,
+            treatment.head,
+            treatment.is_head,
+        )
+        for own_name, own_adapter in adapters.items()
+    ]
 
 
 def _is_one_sided(treatment: Treatment, method: Method, settings: Settings) -> bool:

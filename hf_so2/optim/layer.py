@@ -24,7 +24,7 @@ class Layer:
     """A preconditioned weight.
 
     Args:
-        name: qualified name of the parameter.
+        name: qualified name of the parameter; of one matrix of a stack, with its index: `experts.down_proj[3]`.
         shape: (fan_out, fan_in), the column of its bias included.
         block: its curvature method.
         modules: the modules whose calls use it.
@@ -48,6 +48,8 @@ class Layer:
             algebra failed in the norm control; counted where the layer is held.
         momentum: the decay of its average of gradients at this step, as its parameter group has it.
         rotated: this step's gradient in the coordinates of its block, as long as they are those of the preconditioner.
+        is_idle: whether no token has reached it in this step: one of a stack, whose gradient is zero. It rests then,
+            statistics, momentum and weight decay included.
     """
 
     name: str
@@ -72,6 +74,12 @@ class Layer:
     overflows: int | Tensor = 0
     rotated: Tensor | None = None
     momentum: float = 0.0
+    is_idle: bool = False
+
+    @property
+    def parameter(self) -> str:
+        """The name of the weight that it is, or is a matrix of."""
+        return self.name if self.adapter.index is None else self.name.rpartition("[")[0]
 
     @cached_property
     def rotating(self) -> RotatingBlock | None:

@@ -137,6 +137,22 @@ class Method:
             return KFAC(settings.beta2, settings.exponent_a, 0.0, diagonal=site.diagonal)
         return None if self.block is None else self.block(settings, site)
 
+    def for_experts(self, settings: Settings) -> tuple[Method, Settings]:
+        """The method of experts that are stored as one 3-D weight, with its settings: this one if gradients suffice.
+
+        Another one keeps what the two have in common. Its damping is its own default, and its learning rate in the same
+        ratio to this method's as the defaults of the two.
+        """
+        if "tokens" not in self.uses:
+            return self, settings
+        other = METHODS[settings.expert_method]
+        if other.block is None:
+            return other, settings
+        own, others = (method.settings({"norm_control": settings.norm_control}) for method in (self, other))
+        lr = settings.lr * others.lr / own.lr
+        momentum = settings.momentum if own.momentum == others.momentum else others.momentum
+        return other, replace(settings, lr=lr, momentum=momentum, damping=others.damping)
+
     def why_not_tied(self, settings: Settings) -> str:
         """Why a weight that is both embedding and head is left to the fallback; empty where it is preconditioned.
 

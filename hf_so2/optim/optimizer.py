@@ -86,7 +86,7 @@ class SecondOrderOptimizer(ObservingOptimizer):
         """
         if self.steps == 0 or self.curvature is None:
             return self._report
-        chosen = [*self.curvature.layers, *self.curvature.weight_of_bias]
+        chosen = [*self.curvature.layers_of, *self.curvature.weight_of_bias]
         uncaptured = {name for name in chosen if not self.curvature.preconditions(name)}
         return self._report.moved_to_fallback(uncaptured)
 
@@ -149,7 +149,7 @@ class SecondOrderOptimizer(ObservingOptimizer):
             self._skipped.add(self.steps + 1)
             return loss
         adaptive = self._adaptive if self.wants_loss else None
-        if adaptive is not None and with_gradients(self.param_groups, adaptive.curvature.layers):
+        if adaptive is not None and with_gradients(self.param_groups, adaptive.curvature):
             adaptive.require_losses()
         with self._whole.making(self.steps + 1):
             try:
@@ -184,7 +184,7 @@ class SecondOrderOptimizer(ObservingOptimizer):
     def _update_curvature(self) -> None:
         if self.curvature is None:
             return
-        weights = with_gradients(self.param_groups, self.curvature.layers)
+        weights = with_gradients(self.param_groups, self.curvature)
         self.curvature.update(weights, self.steps)
         if self.steps == 1:
             unseen = {name: weight for name, weight in weights.items() if not self.curvature.layers[name].updates}

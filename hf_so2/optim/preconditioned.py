@@ -107,7 +107,7 @@ def moments(
             over ranks as the parameter is.
     """
     layer.steps += 1
-    gradients = [local(parameter.grad).to(layer.dtype) for _, parameter in members if parameter.grad is not None]
+    gradients = [layer.adapter.part(local(p.grad)).to(layer.dtype) for _, p in members if p.grad is not None]
     if settings.momentum_order == "after" or layer.rotating:
         return gradients, gradients
     averages = []
@@ -115,7 +115,7 @@ def moments(
         state = states[parameter]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
-        averages.append(_averaged(gradient, local(state["momentum_buffer"]), layer, settings))
+        averages.append(_averaged(gradient, layer.adapter.part(local(state["momentum_buffer"])), layer, settings))
     return gradients, averages
 
 

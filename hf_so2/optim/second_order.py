@@ -18,16 +18,28 @@ from hf_so2.optim.statistics import Curvature
 from hf_so2.optim.telemetry import StepRecord
 
 
-def with_gradients(groups: Iterable[dict[str, Any]], layers: Mapping[str, Layer]) -> dict[str, Tensor]:
-    """The weights of these layers that have a gradient; a layer follows a weight that moved."""
-    weights = {}
+def with_gradients(groups: Iterable[dict[str, Any]], curvature: Curvature) -> dict[str, Tensor]:
+    """The weights with a gradient by the name of each of their layers that is not idle; a layer follows a weight that
+    moved.
+    """
+    weights: dict[str, Tensor] = {}
     for group in groups:
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
-            if name in layers:
-                layers[name].follow(parameter.device, statistics_dtype(parameter.dtype))
-                if parameter.grad is not None:
-                    weights[name] = parameter
+            layers = curvature.layers_of.get(name, ())
+            for layer in layers:
+                layer.follow(parameter.device, statistics_dtype(parameter.dtype))
+            if parameter.grad is None or not layers:
+                continue
+            _tell_idle(layers, parameter.grad)
+            weights.update((layer.name, parameter) for layer in layers if not layer.is_idle)
     return weights
+
+
+def _tell_idle(layers: Sequence[Layer], gradient: Tensor) -> None:
+    """Find the matrices of a stack that no token has reached."""
+    if layers[0].adapter.index is not None:
+        for layer, is_reached in zip(layers, gradient.flatten(1).any(dim=1).tolist(), strict=True):
+            layer.is_idle = not is_reached
 
 
 def second_order_updates(
@@ -54,7 +66,8 @@ def second_order_updates(
     entries = [
         (layer, [parameters[member] for member in (name, layer.bias or "") if member in parameters])
         for name in parameters
-        if (layer := curvature.layers.get(name)) and not layer.building
+        for layer in curvature.layers_of.get(name, ())
+        if layer.refreshes and not layer.building and not layer.is_idle
     ]
     for layer, ((group, _), *_) in entries:
         layer.momentum = group.get("momentum", settings.momentum)  # a checkpoint of an earlier version has none

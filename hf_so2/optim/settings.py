@@ -76,8 +76,9 @@ class Settings:
         " norms and biases; lr where it is none."
     )  # fmt: skip
     hidden_fallback_learning_rate: float | None = setting(
-        None, optional(POSITIVE), "AdamW learning rate of hidden matrices that are not preconditioned: fused experts,"
-        " skipped modules, dimensions that are too large; fallback_learning_rate where it is none.", "curvature"
+        None, optional(POSITIVE), "AdamW learning rate of hidden matrices that are not preconditioned: skipped"
+        " modules, dimensions that are too large, experts under expert_method adamw; fallback_learning_rate where it is"
+        " none.", "curvature"
     )  # fmt: skip
     weight_decay: float = setting(
         0.0, NOT_NEGATIVE, "Decoupled weight decay, at the base width; norm gains and biases are not decayed."
@@ -204,6 +205,11 @@ class Settings:
         "SOAP's basis stays while the off-diagonal share of its factor in it is at most this.",
         "basis",
     )
+    expert_method: str = setting(
+        "kl_shampoo", one_of(("shampoo", "soap", "kl_shampoo", "muon", "adamw")), "Method of experts that are stored as"
+        " one 3-D weight, whose tokens no module hands over: each by its own gradient, or adamw to leave them to the"
+        " fallback. Methods that see gradients (shampoo, soap, kl_shampoo, muon) are their own.", "tokens"
+    )  # fmt: skip
     max_preconditioner_dim: int = setting(
         8192, COUNT, "Larger dimensions are not preconditioned: weights with one fall back to AdamW, in the Shampoo"
         " family those with two; with one they are preconditioned on the other side.", "whole weights"

@@ -151,11 +151,10 @@ class Sharing:
         for layer in layers:
             weight = weights[layer.name]
             assert weight.grad is not None
-            gradient = local(weight.grad).to(layer.dtype)
             if is_sharded(weight):
-                parts[layer.name] = Part(gradient, weight, layer.owner)
+                parts[layer.name] = Part(local(weight.grad).to(layer.dtype), weight, layer.owner)
             else:
-                yield layer, layer.adapter.matrix(gradient) if layer.held else None
+                yield layer, layer.adapter.matrix(weight.grad).to(layer.dtype) if layer.held else None
         for together in self.rounds(layer for layer in layers if layer.name in parts):
             gathered = self.gather_to_holders([parts[layer.name] for layer in together])
             for layer, whole in zip(together, gathered, strict=True):

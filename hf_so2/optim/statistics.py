@@ -50,6 +50,7 @@ class Curvature:
 
     Attributes:
         sharing: who holds which layer.
+        layers_of: by the name of a parameter, the layers that it is made of: one, or the matrices of a stack.
         weight_of_bias: the name of the weight that each preconditioned bias is a column of.
         dropped_statistics: how many times a layer's statistics were not finite and were left out.
         failed_refreshes: how many times a layer kept its last preconditioner because a new one could not be computed.
@@ -72,6 +73,9 @@ class Curvature:
         statistics_steps: int = 1,
     ) -> None:
         self.layers = {layer.name: layer for layer in layers}
+        self.layers_of: dict[str, list[Layer]] = {}
+        for layer in layers:
+            self.layers_of.setdefault(layer.parameter, []).append(layer)
         self._precision = precision
         self.weight_of_bias = {layer.bias: layer.name for layer in layers if layer.bias}
         self.dropped_statistics = 0
@@ -102,8 +106,8 @@ class Curvature:
 
     def preconditions(self, name: str) -> bool:
         """Whether there is a preconditioner by now for the weight of this name, or for the one that the bias is of."""
-        layer = self.layers.get(self.weight_of_bias.get(name, name))
-        return layer is not None and layer.refreshes > 0
+        layers = self.layers_of.get(self.weight_of_bias.get(name, name), ())
+        return any(layer.refreshes > 0 for layer in layers)
 
     def _source(self, end: End) -> Source:
         def observe(inputs: Tensor, gradients: Tensor, known: State, fold: Fold | None) -> State:
@@ -127,7 +131,7 @@ class Curvature:
         gradients.
 
         Args:
-            weights: the parameters by name; of those that have a gradient, averaged over ranks.
+            weights: the parameter of every layer, by its name, that has a gradient, averaged over ranks.
             step: number of the step, counted from 1.
         """
         for layer in self.layers.values():

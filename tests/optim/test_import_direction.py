@@ -12,13 +12,14 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "hf_so2"
 
 # What each part may import of the others. Every part may also import itself and the plain helpers.
-HELPERS = {"errors", "files", "folders", "spelling"}
+HELPERS = {"errors", "files", "folders", "orientation", "spelling"}
 LEAVES = {"layers", "mup", "distributed", "data", "metrics"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "files": set(),
     "folders": set(),
     "spelling": set(),
+    "orientation": set(),
     "natural_gradient": set(),
     "versions": set(),
     "linalg": set(),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -42,7 +41,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
 
 
 @pytest.fixture
-def stacked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+def stacked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Stacks on the CPU too; the sizes of those that were made."""
     sizes: list[int] = []
 
@@ -54,7 +53,7 @@ def stacked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     for module in (stacks, hf_so2.optim.statistics):
         monkeypatch.setattr(module, "StackedState", Counted)
     monkeypatch.setattr(stacks, "stack_bytes", lambda device: 1 << 30)
-    yield sizes
+    return sizes
 
 
 def model_of_three_layers() -> nn.Module:
