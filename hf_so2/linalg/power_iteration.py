@@ -24,13 +24,14 @@ def spectral_norm(matrix: Tensor, basis: Tensor, iterations: int) -> tuple[Tenso
 
     Args:
         matrix: X, shape (..., m, n).
-        basis: start, shape (..., n, k) with k ≤ min(m, n), orthonormal columns from the last call; all zeros asks for a
-            cold start.
+        basis: start, shape (..., n, k) with k ≤ min(m, n), columns from the last call; one of zeros is replaced by a
+            long row of X, all of them for a cold start.
         iterations: how many products with `XᵀX`.
 
     Returns:
-        The norms, shape (...), 0 for a zero matrix, and the orthonormal bases for the next call. A zero matrix hands
-        its basis back unchanged, so that an update of zero does not lose the warm start.
+        The norms, shape (...), 0 for a zero matrix, and the bases for the next call: orthonormal columns, and zeros in
+        place of those that round-off has chosen. A zero matrix hands its basis back unchanged, so that an update of
+        zero does not lose the warm start.
 
     Raises:
         DecompositionError: a decomposition of the candidates fails, in float64 too.
@@ -43,19 +44,23 @@ def spectral_norm(matrix: Tensor, basis: Tensor, iterations: int) -> tuple[Tenso
 def _spectral_norm(iterations: int, matrix: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     matrix, unit = _in_range(matrix)
     image, candidates = matrix @ basis, basis
-    is_lost = ~image.flatten(-2).any(dim=-1)
+    is_lost = ~image.any(dim=-2)
     for iteration in range(iterations):
         # As (k, n) the product is quicker, and its transpose is stored the way LAPACK wants it.
         product = image.mT @ matrix
         # Elsewhere than on a CPU looking would wait.
         if iteration == 0 and (matrix.device.type != "cpu" or bool(is_lost.any())):
-            product = torch.where(is_lost[..., None, None], _longest_rows(matrix, basis.shape[-1]), product)
+            product = torch.where(is_lost.unsqueeze(-1), _longest_rows(matrix, basis.shape[-1]), product)
         candidates = orthonormal(product.mT)
         image = matrix @ candidates
     # LAPACK refuses what is not finite; the caller gets it back as a norm that is not finite either.
     gram = (image.mT @ image).nan_to_num()
-    norm = torch.linalg.eigvalsh(gram)[..., -1].clamp(min=0).sqrt() * unit
-    return norm, torch.where((norm > 0)[..., None, None], candidates, basis)
+    norm = torch.linalg.eigvalsh(gram)[..., -1].clamp(min=0).sqrt()
+    # Products with XᵀX resolve no singular value below √ε of the largest: those directions are round-off.
+    least = norm * torch.finfo(matrix.dtype).eps ** 0.5
+    is_resolved = gram.diagonal(dim1=-2, dim2=-1).sqrt() > least.unsqueeze(-1)
+    candidates = torch.where(is_resolved.unsqueeze(-2), candidates, torch.zeros_like(unit)[..., None, None])
+    return norm * unit, torch.where((norm > 0)[..., None, None], candidates, basis)
 
 
 def orthonormal(columns: Tensor) -> Tensor:
