@@ -16,7 +16,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hf_so2.linalg import largest_eigenvalue, trace
+from hf_so2.linalg import block_diagonal, largest_eigenvalue, trace
+
+Measure = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Damping:
     def __call__(self, factor_a: Tensor, factor_b: Tensor) -> tuple[Tensor, Tensor]:
         """`(ρ_A, ρ_B)`, shape (...), for factors of shape (..., fan_in, fan_in) and (..., fan_out, fan_out).
 
+        Of a block-diagonal factor each block is judged by itself, and ρ has the shape (..., blocks).
+
         A factor may be a diagonal, given as a vector. Its entries belong to single rows, of which a vocabulary has
         thousands, and are judged one by one: `trace` is relative to their mean there.
 
@@ -58,7 +62,7 @@ class Damping:
             DecompositionError: under `spectral`, a factor that has no eigenvalues.
         """
         rho_a, rho_b = RULES[self.rule].factored(self, factor_a, factor_b)
-        return _one_if_vanishing(_diagonal(factor_a), rho_a), _one_if_vanishing(_diagonal(factor_b), rho_b)
+        return _one_if_vanishing(_any(factor_a), rho_a), _one_if_vanishing(_any(factor_b), rho_b)
 
     def single(self, s: Tensor, per_row: str = "") -> Tensor:
         """ρ, shape (...), for a curvature whose diagonal in its own basis is `s`; 1 for a vanishing one.
@@ -68,12 +72,12 @@ class Damping:
             per_row: the sides, of "A" and "B", that are judged row by row as in the factored form.
         """
         rows = (s.shape[-2] if "B" in per_row else 1) * (s.shape[-1] if "A" in per_row else 1)
-        return _one_if_vanishing(s.flatten(-2), RULES[self.rule].single(self, s, rows))
+        return _one_if_vanishing(s.flatten(-2).any(dim=-1), RULES[self.rule].single(self, s, rows))
 
 
-def _one_if_vanishing(diagonal: Tensor, rho: Tensor) -> Tensor:
+def _one_if_vanishing(holds_something: Tensor, rho: Tensor) -> Tensor:
     # A ρ that is not a number passes: the refresh has to notice it.
-    vanishing = ~diagonal.any(dim=-1) | (rho < torch.finfo(rho.dtype).tiny)
+    vanishing = ~holds_something | (rho < torch.finfo(rho.dtype).tiny)
     return torch.where(vanishing, torch.ones_like(rho), rho)
 
 
@@ -82,34 +86,56 @@ def _diagonal(factor: Tensor) -> Tensor:
     return factor if factor.ndim == 1 else factor.diagonal(dim1=-2, dim2=-1)
 
 
+def _of_blocks(factor: Tensor, of_diagonal: Measure, of_matrix: Measure) -> Tensor:
+    """A number of a factor, shape (...), or one of each of its blocks, (..., blocks)."""
+    return of_diagonal(factor) if factor.ndim == 1 else block_diagonal.measure(of_matrix, factor)
+
+
+def _any(factor: Tensor) -> Tensor:
+    return _of_blocks(factor, lambda x: x.any(), lambda x: _diagonal(x).any(dim=-1))
+
+
+def _mean(factor: Tensor) -> Tensor:
+    return _of_blocks(factor, lambda x: x.mean(), lambda x: _diagonal(x).mean(dim=-1))
+
+
 def _trace(damping: Damping, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    rho_a, rho_b = (damping.epsilon * (x.mean() if x.ndim == 1 else trace(x)) for x in (a, b))
+    rho_a, rho_b = (damping.epsilon * _of_blocks(x, lambda x: x.mean(), trace) for x in (a, b))
     return rho_a, rho_b
 
 
 def _trace_mean(damping: Damping, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    return damping.epsilon * _diagonal(a).mean(dim=-1), damping.epsilon * _diagonal(b).mean(dim=-1)
+    return damping.epsilon * _mean(a), damping.epsilon * _mean(b)
 
 
 def _spectral(damping: Damping, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    rho_a, rho_b = (damping.epsilon * (x.max() if x.ndim == 1 else largest_eigenvalue(x)) for x in (a, b))
+    rho_a, rho_b = (damping.epsilon * _of_blocks(x, lambda x: x.max(), largest_eigenvalue) for x in (a, b))
     return rho_a, rho_b
 
 
 def _pi(damping: Damping, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    mean_a, mean_b = _diagonal(a).mean(dim=-1), _diagonal(b).mean(dim=-1)
+    # π compares the sides as wholes, whatever blocks they are cut into.
+    mean_a, mean_b = (_diagonal(x).mean(dim=-1) if _is_one(x) else trace(x) / x.shape[-2] for x in (a, b))
     ratio = torch.sqrt(mean_a / mean_b)
     # A zero factor leaves π undefined; 1 splits the damping evenly, as if the factors were alike.
     ratio = torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, torch.ones_like(ratio))
-    return ratio * damping.epsilon**0.5, damping.epsilon**0.5 / ratio
+    rho_a, rho_b = ratio * damping.epsilon**0.5, damping.epsilon**0.5 / ratio
+    return _for_each_block(rho_a, a), _for_each_block(rho_b, b)
 
 
 def _constant(damping: Damping, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    rho_a, rho_b = (
-        x.new_full(_diagonal(x).shape[:-1], damping.epsilon * by)
-        for x, by in ((a, damping.multiplier_a), (b, damping.multiplier_b))
+    return (
+        torch.full_like(_mean(a), damping.epsilon * damping.multiplier_a),
+        torch.full_like(_mean(b), damping.epsilon * damping.multiplier_b),
     )
-    return rho_a, rho_b
+
+
+def _is_one(factor: Tensor) -> bool:
+    return factor.ndim == 1 or not block_diagonal.is_cut(factor)
+
+
+def _for_each_block(rho: Tensor, factor: Tensor) -> Tensor:
+    return rho if _is_one(factor) else rho.unsqueeze(-1).expand(*rho.shape, len(block_diagonal.blocks(factor)))
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from hf_so2.curvature.forms import (
 )
 from hf_so2.curvature.moments import INDEPENDENT, Moments
 from hf_so2.damping import Damping
-from hf_so2.linalg import DecompositionError, eigh, per_matrix
+from hf_so2.linalg import DecompositionError, block_diagonal, eigh, per_matrix
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,14 @@ class EKFAC(TokenBlock):
         diagonal: the sides, of "A" and "B", whose factor is kept as a diagonal.
         moment_stride: S is observed on one of so many rows, see `hf_so2.curvature.forms.in_turn`; on all of an
             embedding's, where a rare token may not be missed.
+        block_size: as in `KFAC`; there is one ρ for each pair of blocks.
     """
 
     beta: float
     moments: Moments = INDEPENDENT
     diagonal: str = ""
     moment_stride: int = 1
+    block_size: int | None = None
 
     @property
     def statistics(self) -> dict[str, Statistic]:
@@ -63,11 +65,39 @@ class EKFAC(TokenBlock):
         return [side for side in "AB" if side not in self.diagonal]
 
     def init_state(self, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> State:
-        state = self.moments.init_state(shape, device, dtype, self.diagonal)
+        state = self.moments.init_state(shape, device, dtype, self.diagonal, self.block_size)
         state |= {f"{side}_basis": torch.zeros_like(state[side]) for side in self.rotated}
-        state |= {f"{side}_values": torch.zeros_like(state[side][0]) for side in self.rotated}
-        state |= {"S": torch.zeros(shape, device=device, dtype=dtype), "rho": torch.zeros_like(state["weight"])}
+        state |= {f"{side}_values": torch.zeros_like(state[side][:, 0]) for side in self.rotated}
+        state["S"] = torch.zeros(shape, device=device, dtype=dtype)
+        counts = tuple(map(len, self._parts(state["S"])))
+        state["rho"] = torch.zeros(counts if max(counts) > 1 else (), device=device, dtype=dtype)
         return state
+
+    def _parts(self, s: Tensor) -> list[list[tuple[int, int]]]:
+        """Where the blocks of fan_out and those of fan_in begin and end."""
+        return [
+            list(block_diagonal.bounds(size, size if side in self.diagonal else self.block_size or size))
+            for side, size in zip("BA", s.shape[-2:], strict=True)
+        ]
+
+    def _rho(self, s: Tensor, damping: Damping) -> Tensor:
+        """Shape (...), or one for each pair of blocks, (..., blocks of fan_out, blocks of fan_in)."""
+        rows, columns = self._parts(s)
+        if len(rows) == len(columns) == 1:
+            return damping.single(s, self.diagonal)
+        of_rows = [[damping.single(s[..., a:b, c:d], self.diagonal) for c, d in columns] for a, b in rows]
+        return torch.stack([torch.stack(row, dim=-1) for row in of_rows], dim=-2)
+
+    def damped(self, state: State) -> Tensor:
+        """`S + ρ`, (..., fan_out, fan_in)."""
+        s, rho = state["S"], state["rho"]
+        rows, columns = self._parts(s)
+        if len(rows) == len(columns) == 1:
+            return s + per_matrix(rho, s)
+        for dim, parts in ((-2, rows), (-1, columns)):
+            lengths = torch.tensor([b - a for a, b in parts], device=s.device)
+            rho = rho.repeat_interleave(lengths, dim=dim, output_size=s.shape[dim])
+        return s + rho
 
     @property
     def observed(self) -> list[str]:
@@ -92,19 +122,22 @@ class EKFAC(TokenBlock):
     def update(self, state: State, observation: State) -> None:
         update_averages(state, {name: observation[name] for name in self.moments.statistics}, self.beta)
         # S starts from a seed, not from zero, so it needs no bias correction; until it is seeded it stays zero.
-        observed = over_eigenspaces(observation["S"], state.get("B_values"), state.get("A_values"))
+        observed = self._over_eigenspaces(observation["S"], state)
         update_average(state, "S", torch.where(_is_seeded(state), observed, state["S"]), self.beta)
+
+    def _over_eigenspaces(self, s: Tensor, values: State) -> Tensor:
+        return over_eigenspaces(s, values.get("B_values"), values.get("A_values"), self.block_size)
 
     def refresh(self, state: State, damping: Damping) -> None:
         factors = {side: self.moments.factor(state, side) for side in "AB"}
-        spectra = {side: eigh(factors[side]) for side in self.rotated}
+        spectra = {side: _spectrum(factors[side]) for side in self.rotated}
         values = {side: spectra[side][0] for side in spectra}
         overlaps = {side: overlap(spectra[side][1], state[f"{side}_basis"]) for side in spectra}
         carried = from_right(from_left(overlaps.get("B"), state["S"]), transposed(overlaps.get("A")))
         seed = (factors | values)["B"].unsqueeze(-1) * (factors | values)["A"].unsqueeze(-2)
         s = torch.where(_is_seeded(state), carried, seed)
-        s = over_eigenspaces(s, values.get("B"), values.get("A"))
-        rho = damping.single(s, self.diagonal)
+        s = self._over_eigenspaces(s, {f"{side}_values": found for side, found in values.items()})
+        rho = self._rho(s, damping)
         # Products of eigenvalues overflow before the factors do, and a small share of denormal numbers is zero.
         if not bool((torch.isfinite(s.sum() + rho) & (rho > 0)).all()):
             raise DecompositionError(f"the eigenvalues of a {tuple(s.shape)} block leave the range of {s.dtype}")
@@ -121,8 +154,14 @@ class EKFAC(TokenBlock):
     def precondition(self, state: State, gradient: Tensor) -> Tensor:
         basis_b, basis_a = state.get("B_basis"), state.get("A_basis")
         rotated = from_right(from_left(transposed(basis_b), gradient), basis_a)
-        scaled = rotated / (state["S"] + per_matrix(state["rho"], rotated))
-        return from_right(from_left(basis_b, scaled), transposed(basis_a))
+        return from_right(from_left(basis_b, rotated / self.damped(state)), transposed(basis_a))
+
+
+def _spectrum(factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (..., n) and basis of a factor, block by block."""
+    found = [eigh(block) for block in block_diagonal.blocks(factor)]
+    bases = block_diagonal.of_blocks([basis for _, basis in found], factor)
+    return torch.cat([values for values, _ in found], dim=-1), bases
 
 
 def _is_seeded(state: State) -> Tensor:

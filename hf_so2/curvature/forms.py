@@ -1,9 +1,9 @@
 """One side of a layer, input or output: its factor is a full matrix, or a diagonal kept as a vector.
 
 Which of the two it is, is read off the tensor itself: one of a single dimension is a diagonal, all others are matrices
-or stacks of them (weights with a diagonal side are never stacked). A side that takes no part (exponent 0) has no
-tensor, None here. Diagonals are for the sides of the size of the vocabulary: an embedding's input, whose exact `A` is
-diagonal, and a language model's logits.
+or stacks of them (weights with a diagonal side are never stacked), whole or block-diagonal as in
+`hf_so2.linalg.block_diagonal`. A side that takes no part (exponent 0) has no tensor, None here. Diagonals are for the
+sides of the size of the vocabulary: an embedding's input, whose exact `A` is diagonal, and a language model's logits.
 
 Rows are tensors of shape (rows, n), or integers of shape (rows,): then each row is the unit vector at that index, and
 zero where the index is -1. One-hot rows are never written out.
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hf_so2.curvature.base import Fold
-from hf_so2.linalg import DecompositionError, damped_root, mean_over_eigenspaces, symmetric_product
+from hf_so2.linalg import DecompositionError, block_diagonal, damped_root, mean_over_eigenspaces, symmetric_product
 
 
 def is_one_hot(rows: Tensor) -> bool:
@@ -35,7 +35,7 @@ def second_moment(rows: Tensor, like: Tensor, weights: Tensor | float = 1.0, fol
 
     Args:
         rows: (rows, n), or one-hot; one-hot rows ask for a diagonal.
-        like: the factor, (n, n) or (n,).
+        like: the factor, (n, n), block-diagonal (n, width) or (n,).
         weights: one per row, (rows, 1), or one for all.
         fold: what fewer rows a matrix is made of, as in `TokenBlock.observe`; a diagonal is cheap, and of all rows.
     """
@@ -43,10 +43,15 @@ def second_moment(rows: Tensor, like: Tensor, weights: Tensor | float = 1.0, fol
         counted = (squared_length(rows) * weights).to(like.dtype)
         return sum_by_index(rows, counted, len(like)).squeeze(1)
     if fold is not None and like.ndim == 2:
-        folded = fold(rows, None if isinstance(weights, float) else weights.sqrt().to(rows.dtype))
-        return symmetric_product(folded, folded)
+        rows = fold(rows, None if isinstance(weights, float) else weights.sqrt().to(rows.dtype))
+        weights = 1.0
     weighted = rows if isinstance(weights, float) else rows * weights
-    return symmetric_product(weighted, rows) if like.ndim == 2 else (weighted * rows).sum(dim=0)
+    if like.ndim == 1:
+        return (weighted * rows).sum(dim=0)
+    if not block_diagonal.is_cut(like):
+        return symmetric_product(weighted, rows)
+    parts = block_diagonal.bounds(*like.shape)
+    return block_diagonal.of_blocks([symmetric_product(weighted[:, a:b], rows[:, a:b]) for a, b in parts], like)
 
 
 def in_turn(rows: Tensor, stride: int) -> Tensor:
@@ -74,7 +79,7 @@ def root(factor: Tensor, damping: Tensor, exponent: float) -> Tensor:
         DecompositionError: as `hf_so2.linalg.damped_root`.
     """
     if factor.ndim > 1:
-        return damped_root(factor, damping, exponent)
+        return block_diagonal.each_block(lambda block, rho: damped_root(block, rho, exponent), factor, damping)
     power = (factor + damping).pow(-exponent)
     if not bool(torch.isfinite(power).all()):
         raise DecompositionError(f"a diagonal of {len(factor)} entries has no finite power -{exponent} after damping")
@@ -85,32 +90,53 @@ def from_left(operator: Tensor | None, matrix: Tensor) -> Tensor:
     """`X G`."""
     if operator is None:
         return matrix
-    return operator @ matrix if operator.ndim > 1 else operator.unsqueeze(1) * matrix
+    return block_diagonal.times(operator, matrix) if operator.ndim > 1 else operator.unsqueeze(1) * matrix
 
 
 def from_right(matrix: Tensor, operator: Tensor | None) -> Tensor:
     """`G X`."""
     if operator is None:
         return matrix
-    return matrix @ operator if operator.ndim > 1 else matrix * operator
+    return block_diagonal.times_from_right(matrix, operator) if operator.ndim > 1 else matrix * operator
 
 
 def transposed(operator: Tensor | None) -> Tensor | None:
-    return operator if operator is None or operator.ndim < 2 else operator.mT
+    if operator is None or operator.ndim < 2:
+        return operator
+    # Of one block a view.
+    return block_diagonal.each_block(lambda block: block.mT, operator)
 
 
 def overlap(new: Tensor, old: Tensor) -> Tensor:
     """`(U_newᵀ U_old)²` entry by entry: turns the diagonal of a matrix in the old basis into its diagonal in the
     new.
     """
-    return (new.mT @ old).square()
+    parts = zip(block_diagonal.blocks(new), block_diagonal.blocks(old), strict=True)
+    return block_diagonal.of_blocks([(mine.mT @ before).square() for mine, before in parts], new)
 
 
-def over_eigenspaces(diagonal: Tensor, values_left: Tensor | None, values_right: Tensor | None) -> Tensor:
+def over_eigenspaces(
+    diagonal: Tensor,
+    values_left: Tensor | None,
+    values_right: Tensor | None,
+    block_size: int | None = None,
+) -> Tensor:
     """A diagonal of shape (fan_out, fan_in) averaged over each pair of eigenspaces, given their eigenvalues.
 
     A side without a basis has none to be averaged over.
+
+    Args:
+        block_size: the largest dimension of a block of either basis; None for one. Each block has eigenspaces of its
+            own.
     """
     if values_left is not None:
-        diagonal = mean_over_eigenspaces(diagonal, values_left)
-    return diagonal if values_right is None else mean_over_eigenspaces(diagonal.mT, values_right).mT
+        diagonal = _mean_in_blocks(diagonal, values_left, block_size)
+    return diagonal if values_right is None else _mean_in_blocks(diagonal.mT, values_right, block_size).mT
+
+
+def _mean_in_blocks(diagonal: Tensor, values: Tensor, block_size: int | None) -> Tensor:
+    if block_size is None or values.shape[-1] <= block_size:
+        return mean_over_eigenspaces(diagonal, values)
+    parts = block_diagonal.bounds(values.shape[-1], block_size)
+    means = [mean_over_eigenspaces(diagonal[..., a:b, :], values[..., a:b]) for a, b in parts]
+    return torch.cat(means, dim=-2)

@@ -29,6 +29,8 @@ class KFAC(TokenBlock):
         exponent_b: e_B ≥ 0, not both zero.
         moments: how the block is split into factors.
         diagonal: the sides, of "A" and "B", whose factor is kept as a diagonal.
+        block_size: the largest dimension of a diagonal block of the other sides' factors; None for one block. What lies
+            between two blocks is left out, each is damped by itself.
     """
 
     beta: float
@@ -36,6 +38,7 @@ class KFAC(TokenBlock):
     exponent_b: float = 1.0
     moments: Moments = INDEPENDENT
     diagonal: str = ""
+    block_size: int | None = None
 
     @property
     def exponents(self) -> dict[str, float]:
@@ -48,7 +51,7 @@ class KFAC(TokenBlock):
         return {name: statistic for name, statistic in self.moments.statistics.items() if name not in idle}
 
     def init_state(self, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> State:
-        averages = self.moments.init_state(shape, device, dtype, self.diagonal)
+        averages = self.moments.init_state(shape, device, dtype, self.diagonal, self.block_size)
         state = {name: averages[name] for name in ("weight", *self.statistics)}
         return state | {f"{side}_root": torch.zeros_like(state[side]) for side in self.exponents}
 

@@ -6,7 +6,7 @@ arXiv 1503.05671). `TRACE_RESTRICTED` weighs each by the size of the other and k
 equation 11); here as `A = √τ Φ`, `B = √τ Ψ`.
 
 The sums are additive over rows; the state keeps their running averages under the same names. A factor is a matrix, or
-on a side of `diagonal` its diagonal as a vector.
+its diagonal blocks (`hf_so2.linalg.block_diagonal`), or on a side of `diagonal` its diagonal as a vector.
 
 The `A` of an embedding is the frequencies of its tokens under `INDEPENDENT`, but not where it is weighed by gradients:
 `TRACE_RESTRICTED_TOKENS` keeps them beside it.
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from hf_so2.curvature.base import Fold, State, Statistic, corrected_average
 from hf_so2.curvature.forms import second_moment, squared_length
-from hf_so2.linalg import per_matrix
+from hf_so2.linalg import block_diagonal, per_matrix
 
 
 class _Rows:
@@ -56,10 +56,20 @@ class Moments:
     sums: Mapping[str, Callable[[_Rows, Tensor], Tensor]]
     factor: Callable[[State, str], Tensor]
 
-    def init_state(self, shape: tuple[int, int], device: torch.device, dtype: torch.dtype, diagonal: str) -> State:
-        """Zeroed averages and their `weight`; `diagonal` holds the names of the sides that are kept as vectors."""
+    def init_state(
+        self, shape: tuple[int, int], device: torch.device, dtype: torch.dtype, diagonal: str, block_size: int | None
+    ) -> State:
+        """Zeroed averages and their `weight`.
+
+        Args:
+            diagonal: the names of the sides that are kept as vectors.
+            block_size: the largest dimension of a block of the others; None for one block.
+        """
         fan_out, fan_in = shape
-        sizes = {side: (dim,) if side in diagonal else (dim, dim) for side, dim in (("A", fan_in), ("B", fan_out))}
+        sizes: dict[str, tuple[int, ...]] = {
+            side: (dim,) if side in diagonal else (dim, block_diagonal.width_of(dim, block_size))
+            for side, dim in (("A", fan_in), ("B", fan_out))
+        }
         sizes["frequencies"] = (fan_in,)
         names = ("weight", *self.statistics)
         return {name: torch.zeros(sizes.get(name, ()), device=device, dtype=dtype) for name in names}

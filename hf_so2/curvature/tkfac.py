@@ -7,7 +7,7 @@ from hf_so2.curvature.moments import trace_restricted
 
 
 def TKFAC(  # noqa: N802  named as the method, like its siblings
-    beta: float, exponent_a: float = 1.0, exponent_b: float = 1.0, diagonal: str = ""
+    beta: float, exponent_a: float = 1.0, exponent_b: float = 1.0, diagonal: str = "", block_size: int | None = None
 ) -> KFAC:
     """`P(G) = (√τ Ψ + ρ_B I)^-1 G (√τ Φ + ρ_A I)^-1`; see `KFAC` for the state, which holds `tau` besides."""
-    return KFAC(beta, exponent_a, exponent_b, moments=trace_restricted(diagonal), diagonal=diagonal)
+    return KFAC(beta, exponent_a, exponent_b, trace_restricted(diagonal), diagonal, block_size)

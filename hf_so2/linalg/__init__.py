@@ -1,5 +1,6 @@
 """Pure functions of tensors: inverses, roots and norms. Nothing here knows of layers, optimizers or processes."""
 
+from hf_so2.linalg import block_diagonal
 from hf_so2.linalg.basis import follow_basis, has_null_space, off_diagonal_share
 from hf_so2.linalg.congruence import common_basis
 from hf_so2.linalg.eigen import eigh, is_finite, largest_eigenvalue, mean_over_eigenspaces
@@ -14,6 +15,7 @@ __all__ = [
     "FAILURES",
     "MATMUL_PRECISIONS",
     "DecompositionError",
+    "block_diagonal",
     "common_basis",
     "damped_inverse",
     "damped_root",

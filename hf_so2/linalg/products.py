@@ -5,12 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hf_so2.linalg.block_diagonal import blocks, is_cut
+
 # Narrower strips are slow to multiply, wider ones compute more twice; of few rows a product costs less than a mirror.
 STRIPS, LEAST, LEAST_ROWS = 4, 256, 512
 
 
 def trace(matrix: Tensor) -> Tensor:
-    """Shape (...) for (..., n, n)."""
+    """Shape (...) for (..., n, n), block-diagonal ones included."""
+    if is_cut(matrix):
+        return torch.stack([trace(block) for block in blocks(matrix)]).sum(dim=0)
     return matrix.trace() if matrix.ndim == 2 else matrix.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
 
 

@@ -42,18 +42,22 @@ def shapes(block: CurvatureBlock, shape: Shape) -> State:
     return block.init_state(shape, torch.device("meta"), torch.float32)
 
 
-def decomposed(block: CurvatureBlock, shape: Shape) -> Iterator[tuple[str, int]]:
-    """Name and dimension of every matrix that comes from decomposing a factor; diagonals cost next to nothing."""
+def decomposed(block: CurvatureBlock, shape: Shape) -> Iterator[tuple[str, int, int]]:
+    """Name, dimension and width (of its blocks) of every matrix that comes from decomposing a factor.
+
+    Diagonals cost next to nothing.
+    """
     state = shapes(block, shape)
     for name in block.refreshed:
         if name.endswith(("_root", "_basis")) and state[name].ndim == 2:
-            yield name, len(state[name])
+            size, width = state[name].shape
+            yield name, size, width
 
 
 @singledispatch
 def refresh_flops(block: CurvatureBlock, shape: Shape) -> float:
     """Of one refresh: by default each factor is decomposed and put together again."""
-    return sum((EIGENDECOMPOSITION + PRODUCT) * n**3 for _, n in decomposed(block, shape))
+    return sum((EIGENDECOMPOSITION + PRODUCT) * n * width**2 for _, n, width in decomposed(block, shape))
 
 
 @refresh_flops.register
@@ -61,8 +65,8 @@ def _(block: KFAC, shape: Shape) -> float:
     """An inverse takes no eigendecomposition."""
     exponents = block.exponents
     return sum(
-        n**3 * (CHOLESKY_INVERSE if exponents[name[0]] == 1 else EIGENDECOMPOSITION + PRODUCT)
-        for name, n in decomposed(block, shape)
+        n * width**2 * (CHOLESKY_INVERSE if exponents[name[0]] == 1 else EIGENDECOMPOSITION + PRODUCT)
+        for name, n, width in decomposed(block, shape)
     )
 
 
@@ -71,7 +75,8 @@ def _(block: EKFAC, shape: Shape) -> float:
     """Each basis is compared with the last one, and S moves along."""
     fan_out, fan_in = shape
     return sum(
-        (EIGENDECOMPOSITION + PRODUCT) * n**3 + PRODUCT * n * fan_out * fan_in for _, n in decomposed(block, shape)
+        (EIGENDECOMPOSITION + PRODUCT) * n * width**2 + PRODUCT * width * fan_out * fan_in
+        for _, n, width in decomposed(block, shape)
     )
 
 
@@ -81,7 +86,7 @@ def _(block: SOAP, shape: Shape) -> float:
     share = 1 / block.full_every
     basis = share * EIGENDECOMPOSITION + (1 - share) * (PRODUCT * (1 + (block.tolerance > 0)) + QR)
     turned = _rotation_flops(block, shape) * (1 + block.keeps_momentum)
-    return turned + sum((basis + PRODUCT) * n**3 for _, n in decomposed(block, shape))
+    return turned + sum((basis + PRODUCT) * n**3 for _, n, _ in decomposed(block, shape))
 
 
 @refresh_flops.register
@@ -93,7 +98,7 @@ def _(block: Blocked, shape: Shape) -> float:
 def precondition_flops(block: CurvatureBlock, shape: Shape) -> float:
     """Of one step: a product with each root, two with each basis."""
     fan_out, fan_in = shape
-    products = sum(n * (2 if name.endswith("_basis") else 1) for name, n in decomposed(block, shape))
+    products = sum(width * (2 if name.endswith("_basis") else 1) for name, _, width in decomposed(block, shape))
     return PRODUCT * products * fan_out * fan_in
 
 
@@ -120,15 +125,14 @@ def statistics_flops(block: CurvatureBlock, shape: Shape, tokens: int) -> float:
         return sum(statistics_flops(block.block, part, tokens) for part in block.parts)
     fan_out, fan_in = shape
     state = shapes(block, shape)
-    sides = [len(state[name]) for name in ("A", "B", "L", "R") if name in state and state[name].ndim == 2]
-    bases = [len(state[name]) for name in state if name.endswith("_basis")]
+    sides = [state[name] for name in ("A", "B", "L", "R") if name in state and state[name].ndim == 2]
+    bases = [state[name] for name in state if name.endswith("_basis")]
     if isinstance(block, GradientBlock):
         # KL-Shampoo whitens the gradient by the other side before either product, SOAP takes it into its bases.
-        whitenings = sum(sides) if isinstance(block, KLShampoo) and len(sides) == 2 else 0
-        products = sum(sides) + sum(bases) + whitenings
-        return PRODUCT * products * fan_out * fan_in
+        whitenings = sides if isinstance(block, KLShampoo) and len(sides) == 2 else []
+        return PRODUCT * sum(map(len, [*sides, *bases, *whitenings])) * fan_out * fan_in
     diagonal = fan_out * fan_in if "S" in state else 0
-    return PRODUCT * tokens * (sum(n**2 for n in (*sides, *bases)) + diagonal)
+    return PRODUCT * tokens * (sum(matrix.numel() for matrix in (*sides, *bases)) + diagonal)
 
 
 def held_flops(block: CurvatureBlock, shape: Shape) -> float:
@@ -140,7 +144,7 @@ def held_flops(block: CurvatureBlock, shape: Shape) -> float:
 
 def _rotation_flops(block: SOAP, shape: Shape) -> float:
     """Of a matrix of that shape, into both bases or out of them."""
-    return sum(PRODUCT * n * shape[0] * shape[1] for _, n in decomposed(block, shape))
+    return sum(PRODUCT * n * shape[0] * shape[1] for _, n, _ in decomposed(block, shape))
 
 
 def state_numbers(block: CurvatureBlock, shape: Shape) -> int:
@@ -177,6 +181,11 @@ def is_symmetric(name: str) -> bool:
     return name.endswith("_root")
 
 
+def is_square(tensor: Tensor) -> bool:
+    """Whether it is a matrix of one block, of which a triangle tells all if it is symmetric."""
+    return tensor.ndim == 2 and tensor.shape[0] == tensor.shape[1]
+
+
 def sent(tensor: Tensor, *, symmetric: bool) -> int:
     """How many numbers travel for a tensor: of a symmetric matrix, one triangle."""
-    return Parcel(tensor, symmetric=symmetric and tensor.ndim == 2).numel
+    return Parcel(tensor, symmetric=symmetric and is_square(tensor)).numel

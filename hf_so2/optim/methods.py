@@ -134,7 +134,9 @@ class Method:
         if site.tied:
             return Tied(settings.beta2, uniform_head=settings.head_output_factor == "identity")
         if site.one_sided:
-            return KFAC(settings.beta2, settings.exponent_a, 0.0, diagonal=site.diagonal)
+            return KFAC(
+                settings.beta2, settings.exponent_a, 0.0, diagonal=site.diagonal, block_size=settings.block_size
+            )
         return None if self.block is None else self.block(settings, site)
 
     def for_experts(self, settings: Settings) -> tuple[Method, Settings]:
@@ -183,9 +185,9 @@ class Method:
 
 
 CURVATURE = frozenset({"curvature", "momentum"})
-INPUT_SIDE = CURVATURE | {"statistics", "damping", "tokens"}
+INPUT_SIDE = CURVATURE | {"statistics", "damping", "tokens", "factors"}
 K_FAC = INPUT_SIDE | {"output factors"}
-SHAMPOO = CURVATURE | {"statistics", "gradients"}
+SHAMPOO = CURVATURE | {"statistics", "gradients", "factors"}
 
 
 def _shampoo(settings: Settings, site: Site) -> GradientBlock:
@@ -210,7 +212,9 @@ _TABLE = (
     Method(
         "kfac",
         lambda s: rules.two_sided(s.exponent_a, s.exponent_b),
-        block=lambda s, site: KFAC(s.beta2, s.exponent_a, s.exponent_b, diagonal=site.diagonal),
+        block=lambda s, site: KFAC(
+            s.beta2, s.exponent_a, s.exponent_b, diagonal=site.diagonal, block_size=s.block_size
+        ),
         uses=K_FAC | {"exponents"},
         defaults=SPECTRAL,
         defaults_under=untuned(0.01, CLIPPED, damping=1e-2),
@@ -218,7 +222,9 @@ _TABLE = (
     Method(
         "ekfac",
         lambda s: rules.KFAC,
-        block=lambda s, site: EKFAC(s.beta2, diagonal=site.diagonal, moment_stride=s.moment_token_stride),
+        block=lambda s, site: EKFAC(
+            s.beta2, diagonal=site.diagonal, moment_stride=s.moment_token_stride, block_size=s.block_size
+        ),
         damping=single_damping,
         uses=K_FAC | {"token moments"},
         defaults={**SPECTRAL, "damping": 1e-5},
@@ -227,7 +233,7 @@ _TABLE = (
     Method(
         "tkfac",
         lambda s: rules.two_sided(s.exponent_a, s.exponent_b),
-        block=lambda s, site: TKFAC(s.beta2, s.exponent_a, s.exponent_b, diagonal=site.diagonal),
+        block=lambda s, site: TKFAC(s.beta2, s.exponent_a, s.exponent_b, site.diagonal, s.block_size),
         damping=trace_restricted_damping,
         uses=K_FAC | {"exponents"},
         defaults=SPECTRAL,
@@ -236,7 +242,7 @@ _TABLE = (
     Method(
         "tekfac",
         lambda s: rules.KFAC,
-        block=lambda s, site: TEKFAC(s.beta2, site.diagonal, s.moment_token_stride),
+        block=lambda s, site: TEKFAC(s.beta2, site.diagonal, s.moment_token_stride, s.block_size),
         damping=single_damping,
         uses=K_FAC | {"token moments"},
         defaults={**SPECTRAL, "damping": 1e-5},
@@ -245,7 +251,7 @@ _TABLE = (
     Method(
         "foof",
         lambda s: rules.FOOF,
-        block=lambda s, site: FOOF(s.beta2, diagonal=site.diagonal),
+        block=lambda s, site: FOOF(s.beta2, site.diagonal, s.block_size),
         uses=INPUT_SIDE,
         defaults=SPECTRAL,
         defaults_under=untuned(0.01, CLIPPED, damping=1e-2),

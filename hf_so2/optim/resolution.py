@@ -20,6 +20,7 @@ INSTEAD = {
     "token moments": "ekfac or tekfac",
     "expanded tokens": "a method of the K-FAC family and weight_sharing='expand'",
     "exponents": "kfac or tkfac",
+    "factors": "a method with curvature factors",
     "gradients": "a method of the Shampoo family",
     "shampoo": "shampoo",
     "basis": "soap",

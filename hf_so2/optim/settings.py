@@ -215,7 +215,11 @@ class Settings:
         " family those with two; with one they are preconditioned on the other side.", "whole weights"
     )  # fmt: skip
     block_size: int | None = setting(
-        None, optional(COUNT), "Weights with a larger dimension are cut into blocks of at most this size.", "gradients"
+        None,
+        optional(COUNT),
+        "Larger dimensions are cut into blocks of at most this size: the Shampoo family's weights"
+        " into tiles, the K-FAC family's factors into diagonal blocks. Each is damped by itself.",
+        "factors",
     )
     curvature_matmul_precision: str = setting(
         "highest", one_of(MATMUL_PRECISIONS), "Products of the statistics and of preconditioning: highest (as torch is"

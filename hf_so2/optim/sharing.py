@@ -38,7 +38,7 @@ from hf_so2.distributed import (
     world,
 )
 from hf_so2.errors import ConfigurationError
-from hf_so2.optim.costs import held_flops, is_symmetric, refresh_flops
+from hf_so2.optim.costs import held_flops, is_square, is_symmetric, refresh_flops
 from hf_so2.optim.layer import Layer
 
 T = TypeVar("T")
@@ -102,7 +102,7 @@ class Sharing:
         """
         self._communicator.sum_to_holders(
             [
-                Parcel(value, layer.owner, statistics[name].symmetric and value.ndim == 2)
+                Parcel(value, layer.owner, statistics[name].symmetric and is_square(value))
                 for layer, statistics, entry in sums
                 for name, value in entry.items()
             ]
@@ -115,7 +115,7 @@ class Sharing:
         for layer in layers:
             for name in layer.block.refreshed:
                 tensor = layer.state[name]
-                parcel = Parcel(tensor, layer.owner, is_symmetric(name) and tensor.ndim == 2)
+                parcel = Parcel(tensor, layer.owner, is_symmetric(name) and is_square(tensor))
                 to_all = self.is_spread and name in layer.block.observed
                 (everywhere if to_all else down).append(parcel)
         self._communicator.send_to_holders(down)

@@ -16,7 +16,7 @@ from hf_so2.errors import TrainingDivergedError
 from hf_so2.layers import Capture, SampledCapture
 from hf_so2.layers.sketch import Fold
 from hf_so2.layers.sums import Source
-from hf_so2.linalg import FAILURES, matmul_precision
+from hf_so2.linalg import FAILURES, matmul_precision, trace
 from hf_so2.optim.costs import refresh_flops
 from hf_so2.optim.ends import End, ends_of
 from hf_so2.optim.layer import COUNTERS, Layer
@@ -254,7 +254,7 @@ class Curvature:
         outer = self._outer[name]
         parts = [
             # Those of a block of a weight are named after it.
-            x.trace() if x.ndim == 2 and key.rpartition("/")[2] in outer else x.sum()
+            trace(x) if x.ndim == 2 and key.rpartition("/")[2] in outer else x.sum()
             for key, x in observation.items()
         ]
         return torch.stack(parts).sum() if parts else torch.zeros(())

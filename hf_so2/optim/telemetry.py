@@ -19,7 +19,7 @@ from hf_so2.curvature import EKFAC, KFAC, SOAP, Blocked, CurvatureBlock, KLShamp
 from hf_so2.curvature import sides as two_sided
 from hf_so2.curvature.shampoo import normalisation
 from hf_so2.damping import Damping
-from hf_so2.linalg import DecompositionError, spectral_norm
+from hf_so2.linalg import DecompositionError, block_diagonal, spectral_norm, trace
 from hf_so2.linalg.eigen import RESOLUTION
 from hf_so2.optim.layer import Layer
 from hf_so2.optim.preconditioned import LayerUpdate, over_parts
@@ -107,8 +107,8 @@ def _(block: KFAC, state: State, damping: Damping) -> dict[str, Tensor]:
 
 @spectra.register
 def _(block: EKFAC, state: State, damping: Damping) -> dict[str, Tensor]:
-    s, rho = state["S"], state["rho"]
-    return {"trace": s.sum(), "damping": rho, "condition": (s.max() + rho) / (s.min() + rho)}
+    damped = block.damped(state)
+    return {"trace": state["S"].sum(), "damping": state["rho"].mean(), "condition": damped.max() / damped.min()}
 
 
 @spectra.register
@@ -174,14 +174,19 @@ def _of_roots(
     for side, (factor, rho) in factors.items():
         found |= {
             f"trace_{side}": _trace(factor),
-            f"damping_{side}": rho,
-            f"condition_{side}": ((_norm(factor) + rho) * _norm(roots[side]) ** (1 / exponent)).clamp(min=1),
+            f"damping_{side}": rho.mean(),
+            f"condition_{side}": ((_norms(factor) + rho) * _norms(roots[side]) ** (1 / exponent)).clamp(min=1).max(),
         }
     return found
 
 
 def _trace(factor: Tensor) -> Tensor:
-    return factor.sum() if factor.ndim == 1 else factor.trace()
+    return factor.sum() if factor.ndim == 1 else trace(factor)
+
+
+def _norms(matrix: Tensor) -> Tensor:
+    """The norm of a factor, 0-dim, or those of its blocks, (blocks,)."""
+    return _norm(matrix) if matrix.ndim == 1 else block_diagonal.measure(_norm, matrix)
 
 
 def _norm(matrix: Tensor) -> Tensor:
