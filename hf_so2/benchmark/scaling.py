@@ -85,16 +85,16 @@ class _Weight:
 
     @classmethod
     def of(cls, block: CurvatureBlock, shape: tuple[int, int], tokens: int) -> _Weight:
-        of_gradients = costs.statistics_flops(block, shape, 0)
+        of_gradients = block.statistics_flops(shape, 0)
         return cls(
             size=shape[0] * shape[1],
             state=costs.state_numbers(block, shape),
             everywhere=costs.observed_numbers(block, shape),
             sums=costs.statistics_sent(block, shape),
             results=costs.preconditioner_sent(block, shape),
-            refresh=costs.refresh_flops(block, shape),
+            refresh=block.refresh_flops(shape),
             held=costs.held_flops(block, shape),
-            capture=costs.statistics_flops(block, shape, tokens) - of_gradients,
+            capture=block.statistics_flops(shape, tokens) - of_gradients,
         )
 
 

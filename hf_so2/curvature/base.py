@@ -12,6 +12,7 @@ of a stack of k is what comes out of k single calls, up to round-off.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, runtime_checkable
@@ -19,6 +20,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from hf_so2.curvature.costs import Shape
 from hf_so2.damping import Damping
 from hf_so2.linalg import per_matrix
 
@@ -61,14 +63,17 @@ class CurvatureBlock(Protocol):
     corrects_momentum: ClassVar[bool] = False
     orthogonal: ClassVar[bool] = False
 
+    @abstractmethod
     def init_state(self, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> State:
         """Zeroed state of a weight of `shape` (fan_out, fan_in)."""
         ...
 
+    @abstractmethod
     def update(self, state: State, observation: State) -> None:
         """Move the running averages towards the means in `observation`."""
         ...
 
+    @abstractmethod
     def refresh(self, state: State, damping: Damping) -> None:
         """Rebuild the preconditioner from the running averages; a failed decomposition leaves the old one in place.
 
@@ -78,6 +83,7 @@ class CurvatureBlock(Protocol):
         ...
 
     @property
+    @abstractmethod
     def refreshed(self) -> list[str]:
         """The names in the state that `refresh` writes: what a rank that did not refresh needs to be sent.
 
@@ -91,19 +97,67 @@ class CurvatureBlock(Protocol):
         """The names in the state whose values tokens are observed with; of the others it takes shape and dtype."""
         return []
 
+    @abstractmethod
     def precondition(self, state: State, gradient: Tensor) -> Tensor:
         """`P(G)` for `G` of shape (fan_out, fan_in)."""
         ...
+
+    # What is told of it.
+
+    @abstractmethod
+    def spectra(self, state: State, damping: Damping) -> dict[str, Tensor]:
+        """Trace, damping ρ and condition number of the damped factors as they stand, see `hf_so2.curvature.spectrum`.
+
+        Raises:
+            DecompositionError: as `refresh`, under a rule that needs eigenvalues.
+        """
+        ...
+
+    @abstractmethod
+    def refresh_flops(self, shape: Shape) -> float:
+        """Of one refresh."""
+        ...
+
+    @abstractmethod
+    def precondition_flops(self, shape: Shape) -> float:
+        """Of preconditioning one gradient."""
+        ...
+
+    @abstractmethod
+    def statistics_flops(self, shape: Shape, tokens: int) -> float:
+        """Of one update of the statistics.
+
+        Args:
+            shape: of the weight.
+            tokens: rows that the layer sees; of no meaning to a block of gradients.
+        """
+        ...
+
+    def curvature_along(self, state: State, change: Tensor) -> Tensor | None:
+        """`<Δ, F Δ>`, 0-dim, with the block's own undamped approximation F of the Fisher matrix; None without one.
+
+        Args:
+            state: its averages.
+            change: Δ, (fan_out, fan_in).
+        """
+        return None
+
+    @property
+    def models_the_loss(self) -> bool:
+        """Whether `curvature_along` knows how the loss bends along a change."""
+        return False
 
 
 class TokenBlock(CurvatureBlock, Protocol):
     """A block that sees every token's input and output gradient: the K-FAC family."""
 
     @property
+    @abstractmethod
     def statistics(self) -> dict[str, Statistic]:
         """What is summed over tokens, by name; the state holds a running average under each of these names."""
         ...
 
+    @abstractmethod
     def observe(
         self,
         state: State,
@@ -126,6 +180,7 @@ class TokenBlock(CurvatureBlock, Protocol):
 class GradientBlock(CurvatureBlock, Protocol):
     """A block that sees the gradient of each step's mean loss: the Shampoo family."""
 
+    @abstractmethod
     def observe_gradient(self, state: State, gradient: Tensor) -> State:
         """The block's statistics of one gradient, (fan_out, fan_in)."""
         ...

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from hf_so2.curvature import costs
 from hf_so2.curvature.base import GradientBlock, State
+from hf_so2.curvature.spectrum import quantity_of
 from hf_so2.damping import Damping
 
 
@@ -103,6 +105,22 @@ class Blocked(GradientBlock):
         rows = torch.tensor_split(matrix, self._parts(self.shape[0]), dim=-2)
         parts = (part for row in rows for part in torch.tensor_split(row, self._parts(self.shape[1]), dim=-1))
         return zip(self._prefixes(), parts, strict=True)
+
+    def spectra(self, state: State, damping: Damping) -> dict[str, Tensor]:
+        """A whole has the sum of its blocks' traces and the largest condition number; of ρ the mean is told."""
+        parts = [self.block.spectra(own, damping) for own in self.states(state)]
+        of_parts: dict[str, Callable[[Tensor], Tensor]] = {"trace": torch.sum, "condition": torch.amax}
+        found = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
+        return {name: of_parts.get(quantity_of(name), torch.mean)(values) for name, values in found.items()}
+
+    def refresh_flops(self, shape: costs.Shape) -> float:
+        return sum(self.block.refresh_flops(part) for part in self.parts)
+
+    def precondition_flops(self, shape: costs.Shape) -> float:
+        return sum(self.block.precondition_flops(part) for part in self.parts)
+
+    def statistics_flops(self, shape: costs.Shape, tokens: int) -> float:
+        return sum(self.block.statistics_flops(part, tokens) for part in self.parts)
 
 
 def _of(state: State, prefix: str) -> State:

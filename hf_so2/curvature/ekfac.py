@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_so2.curvature import costs
 from hf_so2.curvature.base import Fold, State, Statistic, TokenBlock, update_average, update_averages
 from hf_so2.curvature.forms import (
     from_left,
@@ -155,6 +156,30 @@ class EKFAC(TokenBlock):
         basis_b, basis_a = state.get("B_basis"), state.get("A_basis")
         rotated = from_right(from_left(transposed(basis_b), gradient), basis_a)
         return from_right(from_left(basis_b, rotated / self.damped(state)), transposed(basis_a))
+
+    def spectra(self, state: State, damping: Damping) -> dict[str, Tensor]:
+        damped = self.damped(state)
+        return {"trace": state["S"].sum(), "damping": state["rho"].mean(), "condition": damped.max() / damped.min()}
+
+    def refresh_flops(self, shape: costs.Shape) -> float:
+        """Each basis is compared with the last one, and S moves along."""
+        moved = sum(costs.PRODUCT * width * shape[0] * shape[1] for *_, width in costs.decomposed(self, shape))
+        return moved + costs.of_roots(self, shape)
+
+    def precondition_flops(self, shape: costs.Shape) -> float:
+        return costs.of_preconditioning(self, shape)
+
+    def statistics_flops(self, shape: costs.Shape, tokens: int) -> float:
+        return costs.of_tokens(self, shape, tokens)
+
+    def curvature_along(self, state: State, change: Tensor) -> Tensor:
+        """With the diagonal S in the eigenbasis; on a side that is kept as a diagonal there is no basis to go to."""
+        rotated = from_right(from_left(transposed(state.get("B_basis")), change), state.get("A_basis"))
+        return (rotated.square() * state["S"]).sum()
+
+    @property
+    def models_the_loss(self) -> bool:
+        return True
 
 
 def _spectrum(factor: Tensor) -> tuple[Tensor, Tensor]:

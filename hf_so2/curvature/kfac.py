@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_so2.curvature import costs, spectrum
 from hf_so2.curvature.base import Fold, State, Statistic, TokenBlock, update_averages
 from hf_so2.curvature.forms import from_left, from_right, root
 from hf_so2.curvature.moments import INDEPENDENT, Moments
@@ -84,3 +85,34 @@ class KFAC(TokenBlock):
 
     def precondition(self, state: State, gradient: Tensor) -> Tensor:
         return from_right(from_left(state.get("B_root"), gradient), state.get("A_root"))
+
+    def spectra(self, state: State, damping: Damping) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for side, damped in self.damped_factors(state, damping).items():
+            found |= spectrum.of_roots({side: damped}, {side: state[f"{side}_root"]}, self.exponents[side])
+        return found
+
+    def refresh_flops(self, shape: costs.Shape) -> float:
+        """An inverse takes no eigendecomposition."""
+        of_power = {
+            side: costs.CHOLESKY_INVERSE if exponent == 1 else costs.EIGENDECOMPOSITION + costs.PRODUCT
+            for side, exponent in self.exponents.items()
+        }
+        return sum(n * width**2 * of_power[name[0]] for name, n, width in costs.decomposed(self, shape))
+
+    def precondition_flops(self, shape: costs.Shape) -> float:
+        return costs.of_preconditioning(self, shape)
+
+    def statistics_flops(self, shape: costs.Shape, tokens: int) -> float:
+        return costs.of_tokens(self, shape, tokens)
+
+    def curvature_along(self, state: State, change: Tensor) -> Tensor | None:
+        """With `F = A ⊗ B`."""
+        if not self.models_the_loss:
+            return None
+        a, b = (self.moments.factor(state, side) for side in "AB")
+        return (change * from_right(from_left(b, change), a)).sum()
+
+    @property
+    def models_the_loss(self) -> bool:
+        return self.exponents.keys() == {"A", "B"}

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_so2.curvature import costs, spectrum
 from hf_so2.curvature import sides as two_sided
 from hf_so2.curvature.base import GradientBlock, State, update_averages
 from hf_so2.damping import Damping
@@ -84,6 +85,21 @@ class KLShampoo(GradientBlock):
 
     def precondition(self, state: State, gradient: Tensor) -> Tensor:
         return two_sided.apply(two_sided.suffixed(state, "_root"), gradient)
+
+    def spectra(self, state: State, damping: Damping) -> dict[str, Tensor]:
+        factors = two_sided.damped_factors(state, self.sides, damping)
+        return spectrum.of_roots(factors, two_sided.suffixed(state, "_root"), exponent=0.5)
+
+    def refresh_flops(self, shape: costs.Shape) -> float:
+        return costs.of_roots(self, shape)
+
+    def precondition_flops(self, shape: costs.Shape) -> float:
+        return costs.of_preconditioning(self, shape)
+
+    def statistics_flops(self, shape: costs.Shape, tokens: int) -> float:
+        """The gradient is whitened by the other side before either product."""
+        whitenings = self.sides if self.sides == two_sided.BOTH else ()
+        return costs.of_sides(costs.shapes(self, shape), [*self.sides, *whitenings], shape)
 
 
 def _root_mean_square(matrix: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import _muon as torch_muon
 
+from hf_so2.curvature import costs
 from hf_so2.curvature.base import GradientBlock, State
 from hf_so2.damping import Damping
 from hf_so2.linalg import largest_entry, per_matrix
@@ -65,6 +66,20 @@ class Muon(GradientBlock):
             scaled, COEFFICIENTS, torch_muon.DEFAULT_NS_STEPS, torch_muon.EPS
         )
         return orthogonal.to(gradient.dtype)
+
+    def spectra(self, state: State, damping: Damping) -> dict[str, Tensor]:
+        return {}
+
+    def refresh_flops(self, shape: costs.Shape) -> float:
+        return 0.0
+
+    def precondition_flops(self, shape: costs.Shape) -> float:
+        """On the smaller side: two products with the matrix and one of its squares, each time."""
+        small, large = sorted(shape)
+        return torch_muon.DEFAULT_NS_STEPS * costs.PRODUCT * (2 * small**2 * large + small**3)
+
+    def statistics_flops(self, shape: costs.Shape, tokens: int) -> float:
+        return 0.0
 
 
 def _orthogonalized(stack: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_so2.curvature import costs, spectrum
 from hf_so2.curvature import sides as two_sided
 from hf_so2.curvature.base import GradientBlock, State, update_averages
 from hf_so2.damping import Damping
@@ -98,6 +99,22 @@ class Shampoo(GradientBlock):
 
     def precondition(self, state: State, gradient: Tensor) -> Tensor:
         return two_sided.apply(two_sided.suffixed(state, "_root"), gradient)
+
+    def spectra(self, state: State, damping: Damping) -> dict[str, Tensor]:
+        roots = two_sided.suffixed(state, "_root")
+        factors = two_sided.damped_factors(state, self.sides, damping)
+        if self.normalized and self.sides == two_sided.BOTH:
+            roots["L"] = roots["L"] / normalisation(factors["L"][0])
+        return spectrum.of_roots(factors, roots, self.power)
+
+    def refresh_flops(self, shape: costs.Shape) -> float:
+        return costs.of_roots(self, shape)
+
+    def precondition_flops(self, shape: costs.Shape) -> float:
+        return costs.of_preconditioning(self, shape)
+
+    def statistics_flops(self, shape: costs.Shape, tokens: int) -> float:
+        return costs.of_sides(costs.shapes(self, shape), self.sides, shape)
 
 
 def normalisation(factor: Tensor) -> Tensor:

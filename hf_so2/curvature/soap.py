@@ -8,11 +8,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from hf_so2.curvature import costs
 from hf_so2.curvature import sides as two_sided
 from hf_so2.curvature.base import RotatingBlock, State, corrected_average, update_average, update_averages
 from hf_so2.curvature.forms import over_eigenspaces
 from hf_so2.damping import Damping
 from hf_so2.linalg import DecompositionError, eigh, follow_basis, has_null_space, is_finite, per_matrix
+from hf_so2.linalg.eigen import RESOLUTION
 
 
 @dataclass(frozen=True)
@@ -138,3 +140,34 @@ class SOAP(RotatingBlock):
         scaled = torch.div(rotated, divisor, out=divisor)
         bases = two_sided.suffixed(state, "_basis")
         return two_sided.apply({side: u if side == "L" else u.mT for side, u in bases.items()}, scaled)
+
+    def spectra(self, state: State, damping: Damping) -> dict[str, Tensor]:
+        """Nothing is damped; eigenvalues are those of the kept basis, none below what a decomposition resolves."""
+        found: dict[str, Tensor] = {}
+        for side, factor in two_sided.suffixed(state, "").items():
+            values = state[f"{side}_values"]
+            largest = values.max().clamp(min=torch.finfo(values.dtype).tiny)
+            least = values.min().clamp(min=0) / largest
+            found |= {
+                f"trace_{side}": factor.trace() / state["weight"],
+                f"condition_{side}": 1 / least.clamp(min=RESOLUTION * torch.finfo(values.dtype).eps),
+            }
+        return found
+
+    def refresh_flops(self, shape: costs.Shape) -> float:
+        """As EKFAC's, but for a power step in place of most decompositions: a product and a QR factorization."""
+        share = 1 / self.full_every
+        power_step = costs.PRODUCT * (1 + (self.tolerance > 0)) + costs.QR
+        basis = share * costs.EIGENDECOMPOSITION + (1 - share) * power_step
+        turned = self._rotation_flops(shape) * len(self._turning)
+        return turned + sum((basis + costs.PRODUCT) * n**3 for _, n, _ in costs.decomposed(self, shape))
+
+    def precondition_flops(self, shape: costs.Shape) -> float:
+        return costs.of_preconditioning(self, shape)
+
+    def statistics_flops(self, shape: costs.Shape, tokens: int) -> float:
+        return costs.of_sides(costs.shapes(self, shape), self.sides, shape) + self._rotation_flops(shape)
+
+    def _rotation_flops(self, shape: costs.Shape) -> float:
+        """Of a matrix of that shape, into both bases or out of them."""
+        return costs.of_preconditioning(self, shape) / 2

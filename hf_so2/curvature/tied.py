@@ -14,7 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_so2.curvature import costs, spectrum
 from hf_so2.curvature.base import CurvatureBlock, State, TokenBlock, corrected_average
+from hf_so2.curvature.forms import from_left, from_right
 from hf_so2.curvature.kfac import KFAC
 from hf_so2.damping import Damping
 from hf_so2.linalg import common_basis
@@ -129,6 +131,37 @@ class Tied(CurvatureBlock):
     def precondition(self, state: State, gradient: Tensor) -> Tensor:
         basis, share = state["common_basis"], state["share"].unsqueeze(1)
         return basis @ ((basis.mT @ gradient) / torch.lerp(state["rows"], state["head_rows"], share))
+
+    def spectra(self, state: State, damping: Damping) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for side, (factor, rho) in self.damped_factors(state, damping).items():
+            found |= {f"trace_{side}": spectrum.trace(factor), f"damping_{side}": rho}
+        blocks = [mean for mean, _ in self.mean_blocks(state, damping).values()]
+        if blocks:
+            # The basis whitens the average token's block: its own norm is that of the inverse's root.
+            inverse_norm = spectrum.norm(state["common_basis"]).square()
+            found["condition"] = (spectrum.norm(torch.stack(blocks).sum(dim=0)) * inverse_norm).clamp(min=1)
+        return found
+
+    def refresh_flops(self, shape: costs.Shape) -> float:
+        return costs.of_roots(self, shape)
+
+    def precondition_flops(self, shape: costs.Shape) -> float:
+        return costs.of_preconditioning(self, shape)
+
+    def statistics_flops(self, shape: costs.Shape, tokens: int) -> float:
+        return costs.of_tokens(self, shape, tokens)
+
+    def curvature_along(self, state: State, change: Tensor) -> Tensor:
+        """With the sum of the ends' products."""
+        factors = self.factors(state)
+        pairs = [(factors.get(hidden), factors.get(rows)) for hidden, rows in (("B", "A"), ("head_A", "head_B"))]
+        images = [from_right(from_left(hidden, change), rows) for hidden, rows in pairs if hidden is not None]
+        return (change * sum(images, torch.zeros_like(change))).sum()
+
+    @property
+    def models_the_loss(self) -> bool:
+        return True
 
 
 def of_end(state: State, prefix: str) -> State:

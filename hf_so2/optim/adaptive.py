@@ -10,13 +10,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import singledispatch
 
 import torch
 from torch import Tensor
 
-from hf_so2.curvature import EKFAC, KFAC, CurvatureBlock, State, Tied
-from hf_so2.curvature.forms import from_left, from_right, transposed
 from hf_so2.distributed import sum_over_ranks, world
 from hf_so2.errors import ConfigurationError
 from hf_so2.optim.preconditioned import LayerUpdate
@@ -31,46 +28,6 @@ LEAST, MOST = 1e-6, 1e6
 Loss = Callable[[], Tensor | float]
 
 
-@singledispatch
-def curvature_along(block: CurvatureBlock, state: State, change: Tensor) -> Tensor:
-    """`<Δ, F Δ>`, 0-dim, with the block's own undamped approximation of the Fisher matrix.
-
-    Args:
-        block: K-FAC or TKFAC (`F = A ⊗ B`), EKFAC or TEKFAC (diagonal S in the eigenbasis), or a tied weight's sum.
-        state: its averages.
-        change: Δ, (fan_out, fan_in).
-
-    Raises:
-        NotImplementedError: the block has no such approximation.
-    """
-    raise NotImplementedError(type(block).__name__)
-
-
-@curvature_along.register
-def _(block: KFAC, state: State, change: Tensor) -> Tensor:
-    a, b = (block.moments.factor(state, side) for side in "AB")
-    return (change * from_right(from_left(b, change), a)).sum()
-
-
-@curvature_along.register
-def _(block: EKFAC, state: State, change: Tensor) -> Tensor:
-    # On a side that is kept as a diagonal there is no basis to go to.
-    rotated = from_right(from_left(transposed(state.get("B_basis")), change), state.get("A_basis"))
-    return (rotated.square() * state["S"]).sum()
-
-
-@curvature_along.register
-def _(block: Tied, state: State, change: Tensor) -> Tensor:
-    factors = block.factors(state)
-    pairs = [(factors.get(hidden), factors.get(rows)) for hidden, rows in (("B", "A"), ("head_A", "head_B"))]
-    images = [from_right(from_left(hidden, change), rows) for hidden, rows in pairs if hidden is not None]
-    return (change * sum(images, torch.zeros_like(change))).sum()
-
-
-def _models_the_loss(block: CurvatureBlock) -> bool:
-    return isinstance(block, EKFAC | Tied) or (isinstance(block, KFAC) and block.exponents.keys() == {"A", "B"})
-
-
 def predicted_change(updates: Sequence[LayerUpdate]) -> float:
     """`Σ <G, Δ> + ½ <Δ, F Δ>` over the layers, Δ being what is about to be added: momentum, clip and decay included.
 
@@ -80,7 +37,9 @@ def predicted_change(updates: Sequence[LayerUpdate]) -> float:
     for index, u in enumerate(updates):
         if u.layer.owned:
             change = u.change()
-            terms[index] = (u.gradient * change).sum() + curvature_along(u.layer.block, u.layer.state, change) / 2
+            bends = u.layer.block.curvature_along(u.layer.state, change)
+            assert bends is not None
+            terms[index] = (u.gradient * change).sum() + bends / 2
     sum_over_ranks([terms])
     return float(terms.sum())
 
@@ -104,7 +63,7 @@ class AdaptiveDamping:
         self.losses: list[Loss] = []
         self.ratio = math.nan
         for layer in curvature.layers.values():
-            if not _models_the_loss(layer.block):
+            if not layer.block.models_the_loss:
                 allowed = f"needs both factors of K-FAC's kind of every weight, and {layer.name} has not"
                 raise ConfigurationError("adaptive_damping", True, allowed)
 

@@ -38,7 +38,7 @@ from hf_so2.distributed import (
     world,
 )
 from hf_so2.errors import ConfigurationError
-from hf_so2.optim.costs import held_flops, is_square, is_symmetric, refresh_flops
+from hf_so2.optim.costs import held_flops, is_square, is_symmetric
 from hf_so2.optim.layer import Layer
 
 T = TypeVar("T")
@@ -91,7 +91,7 @@ class Sharing:
             layer.owned, layer.held = layer.owner == rank, self._communicator.holds(layer.owner)
 
     def _cost(self, layer: Layer) -> Cost:
-        refresh = refresh_flops(layer.block, layer.shape) / self._refresh_steps
+        refresh = layer.block.refresh_flops(layer.shape) / self._refresh_steps
         return Cost(refresh, held_flops(layer.block, layer.shape))
 
     def sum_statistics(self, sums: Iterable[tuple[Layer, Mapping[str, Statistic], State]]) -> None:

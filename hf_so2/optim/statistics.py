@@ -17,7 +17,6 @@ from hf_so2.layers import Capture, SampledCapture
 from hf_so2.layers.sketch import Fold
 from hf_so2.layers.sums import Source
 from hf_so2.linalg import FAILURES, matmul_precision, trace
-from hf_so2.optim.costs import refresh_flops
 from hf_so2.optim.ends import End, ends_of
 from hf_so2.optim.layer import COUNTERS, Layer
 from hf_so2.optim.means import means
@@ -84,7 +83,7 @@ class Curvature:
         self.damping_factor, self.adapted_at = 1.0, 0
         self.sharing = Sharing(layers, gradient_worker_fraction, refresh_steps)
         self._refresh_steps, self._statistics_steps = refresh_steps, statistics_steps
-        costs = {layer.name: refresh_flops(layer.block, layer.shape) for layer in layers}
+        costs = {layer.name: layer.block.refresh_flops(layer.shape) for layer in layers}
         self._turns = turns(costs, refresh_steps)
         self._statistics_turns = statistics_turns(costs, statistics_steps, refresh_steps)
         if fisher == "mc":

@@ -27,7 +27,6 @@ from hf_so2.benchmark.report import against_peers, peer_table, table, to_dict
 from hf_so2.benchmark.rounds import Measurement
 from hf_so2.benchmark.stopwatch import Stopwatch
 from hf_so2.optim import OPTIMIZERS, SecondOrderOptimizer
-from hf_so2.optim.costs import precondition_flops, refresh_flops, statistics_flops
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark.py"
 CPU = torch.device("cpu")
@@ -142,9 +141,9 @@ def test_a_step_of_kfac_does_what_the_cost_model_says() -> None:
     layers = optimizer.curvature.layers.values() if optimizer.curvature else []
     shared = [layer for layer in layers if layer.name.split(".")[-2] in ("k_proj", "v_proj", "up_proj")]
     again = sum(2 * 16 * layer.shape[1] ** 2 for layer in shared)
-    assert counted["capture"] == sum(statistics_flops(x.block, x.shape, 16) for x in layers) - again
-    assert counted["refresh"] == pytest.approx(sum(refresh_flops(x.block, x.shape) for x in layers), rel=1e-4)
-    assert counted["precondition"] == sum(precondition_flops(x.block, x.shape) for x in layers)
+    assert counted["capture"] == sum(x.block.statistics_flops(x.shape, 16) for x in layers) - again
+    assert counted["refresh"] == pytest.approx(sum(x.block.refresh_flops(x.shape) for x in layers), rel=1e-4)
+    assert counted["precondition"] == sum(x.block.precondition_flops(x.shape) for x in layers)
     assert counted["average"] == 0
 
 

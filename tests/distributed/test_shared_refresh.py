@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -38,10 +39,10 @@ def train(name: str, net: nn.Module, rank: int, ranks: int) -> tuple[list[torch.
     refreshed = 0
     inner = optimizer.curvature._refresh
 
-    def counting(layer: Layer) -> str | None:
+    def counting(layers: Sequence[Layer]) -> dict[str, str | None]:
         nonlocal refreshed
-        refreshed += 1
-        return inner(layer)
+        refreshed += len(layers)
+        return inner(layers)
 
     optimizer.curvature._refresh = counting  # type: ignore[method-assign]
     wrapped = nn.parallel.DistributedDataParallel(net) if ranks > 1 else net
@@ -71,8 +72,9 @@ def fail_on_one_rank(rank: int) -> None:
     optimizer = hf_so2.build_optimizer("kfac", net := model(), lr=0.1, preconditioner_update_steps=1)
     assert optimizer.curvature is not None
 
-    def failing(layer: Layer) -> str | None:
-        return str(DecompositionError("made to fail")) if layer.name == "0.weight" else None
+    def failing(layers: Sequence[Layer]) -> dict[str, str | None]:
+        error = str(DecompositionError("made to fail"))
+        return {layer.name: error if layer.name == "0.weight" else None for layer in layers}
 
     optimizer.curvature._refresh = failing  # type: ignore[method-assign]
     for step in range(MAX_FAILURES_IN_A_ROW):

@@ -213,7 +213,7 @@ def test_flops_of_preconditioning_are_those_that_torch_counts(name: str, setting
         state = {key: torch.ones_like(value) for key, value in layer.blank_state().items()}
         with FlopCounterMode(display=False) as counter:
             layer.block.precondition(state, torch.ones(layer.shape))
-        assert costs.precondition_flops(layer.block, layer.shape) == counter.get_total_flops()
+        assert layer.block.precondition_flops(layer.shape) == counter.get_total_flops()
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_flops_of_statistics_are_those_that_torch_counts(name: str, settings: di
                 layer.block.observe_gradient(layer.state, torch.ones(layer.shape))
             else:
                 layer.block.observe(layer.state, torch.ones(tokens, fan_in), torch.ones(tokens, fan_out))
-        assert costs.statistics_flops(layer.block, layer.shape, tokens) == counter.get_total_flops()
+        assert layer.block.statistics_flops(layer.shape, tokens) == counter.get_total_flops()
 
 
 def test_flops_of_a_refresh_go_by_what_is_decomposed() -> None:
@@ -242,7 +242,7 @@ def test_flops_of_a_refresh_go_by_what_is_decomposed() -> None:
     def flops(name: str, shape: tuple[int, int], **settings: Any) -> float:
         model = nn.Sequential(nn.Linear(shape[1], shape[0], bias=False))
         (layer,) = hf_so2.build_optimizer(name, model, **settings).curvature.layers.values()
-        return costs.refresh_flops(layer.block, layer.shape)
+        return layer.block.refresh_flops(layer.shape)
 
     m, n = 9, 7
     assert flops("kfac", (m, n)) == m**3 + n**3
@@ -277,7 +277,7 @@ def test_the_cost_model_is_right_about_a_model_that_runs_here(name: str, fractio
                 optimizer.zero_grad()
         layers = optimizer.curvature.layers.values()
         kept.append(sum(state_bytes(layer) for layer in layers))
-        refreshed.append(sum(costs.refresh_flops(x.block, x.shape) for x in layers if x.owned))
+        refreshed.append(sum(x.block.refresh_flops(x.shape) for x in layers if x.owned))
         given.append(sum(size for kind, size in sent.items() if kind.endswith("float32")))
     assert max(kept) == expected.state_bytes
     assert max(refreshed) / 10 == pytest.approx(expected.refresh_flops)

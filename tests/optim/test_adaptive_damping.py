@@ -98,7 +98,7 @@ def test_curvature_along_a_step_where_a_side_is_a_diagonal(diagonal: str) -> Non
     state = {f"{side}_basis": torch.from_numpy(basis) for side, basis in bases.items()} | {"S": torch.from_numpy(s)}
     basis = np.kron(*(bases.get(side, np.eye(shapes[side])) for side in "BA"))
     expected = change.reshape(-1) @ (basis * s.reshape(-1)) @ basis.T @ change.reshape(-1)
-    found = adaptive.curvature_along(EKFAC(0.9, diagonal=diagonal), state, torch.from_numpy(change))
+    found = EKFAC(0.9, diagonal=diagonal).curvature_along(state, torch.from_numpy(change))
     assert float(found) == pytest.approx(expected, rel=1e-12)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -14,7 +15,6 @@ from torch import nn
 
 import hf_so2
 from hf_so2.distributed import assign
-from hf_so2.optim.costs import refresh_flops
 from hf_so2.optim.layer import Layer
 from hf_so2.optim.schedule import EARLY_STEPS, due, turns
 
@@ -64,9 +64,9 @@ def recorded(optimizer: hf_so2.SecondOrderOptimizer) -> list[str]:
     assert curvature is not None
     inner = curvature._refresh
 
-    def counting(layer: Layer) -> str | None:
-        names.append(layer.name)
-        return inner(layer)
+    def counting(layers: Sequence[Layer]) -> dict[str, str | None]:
+        names.extend(layer.name for layer in layers)
+        return inner(layers)
 
     curvature._refresh = counting  # type: ignore[method-assign]
     return names
@@ -85,7 +85,7 @@ def test_a_model_refreshes_at_once_early_and_in_turns_later() -> None:
         by_step[step] = list(names)
     for step in EARLY_STEPS:
         assert by_step[step] == list(layers)
-    work = {name: refresh_flops(layer.block, layer.shape) for name, layer in layers.items()}
+    work = {name: layer.block.refresh_flops(layer.shape) for name, layer in layers.items()}
     for steps in (range(8, 13), range(13, 18)):
         assert sorted(name for step in steps for name in by_step[step]) == sorted(layers)
         for step in steps:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 import hf_so2
 from hf_so2.curvature import Tied
 from hf_so2.damping import Damping
-from hf_so2.optim.adaptive import curvature_along
 from hf_so2.optim.sampled_labels import generator_for
 
 METHODS = ("kfac", "ekfac", "tkfac", "tekfac")
@@ -288,7 +287,7 @@ def test_curvature_along_a_change_is_that_of_the_undamped_sum() -> None:
     block, state, averages = random_case()
     change = np.random.default_rng(3).normal(size=(4, 7))
     dense = np.kron(averages["B"], averages["A"]) + np.kron(averages["head_A"], averages["head_B"])
-    found = curvature_along(block, state, torch.from_numpy(change))
+    found = block.curvature_along(state, torch.from_numpy(change))
     assert float(found) == pytest.approx(change.ravel() @ dense @ change.ravel(), rel=1e-12)
 
 
