@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import hf_so2
 
 Odd = Callable[[int, nn.Module, hf_so2.SecondOrderOptimizer], object]
-NAMES = ["kfac", "ekfac", "tkfac", "foof"]
+NAMES = ["kfac", "ekfac", "tkfac", "tekfac", "foof"]
 
 
 def net() -> nn.Module:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from curvature.dense_fisher import STANDSTILL, relative
-from helpers import SMALL, DenseFactors, dense_factors, in_float64, llama, rows_that_count
+from helpers import SMALL, DenseFactors, dense_factors, in_float64, llama, rows_that_count, t5
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -19,8 +19,6 @@ from transformers import (
     BertForTokenClassification,
     LlamaConfig,
     LlamaForSequenceClassification,
-    T5Config,
-    T5ForConditionalGeneration,
 )
 
 import hf_so2
@@ -138,16 +136,7 @@ def seq2seq(side: str) -> Task:
     labels = torch.where(mask.flip(0) == 1, TOKENS.flip(1), -100)
     inputs = {"input_ids": tokens, "attention_mask": mask, "labels": labels}
 
-    def model() -> nn.Module:
-        torch.manual_seed(0)
-        sizes = {"vocab_size": 32, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4}
-        net = T5ForConditionalGeneration(T5Config(**sizes, dropout_rate=0.0, pad_token_id=0, decoder_start_token_id=0))
-        for name, module in list(net.named_modules()):
-            if type(module).__name__ == "T5LayerNorm":  # computes in float32 whatever it is given
-                net.set_submodule(name, nn.RMSNorm(len(module.weight), eps=module.variance_epsilon))
-        return net.double()
-
-    return Task(model, inputs, cross_entropy, int((labels != -100).sum()))
+    return Task(lambda: in_float64(t5()), inputs, cross_entropy, int((labels != -100).sum()))
 
 
 def pairs(side: str) -> Task:
