@@ -23,7 +23,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.module_tracker import ModuleTracker
 
 from hf_so2.errors import ConfigurationError
-from hf_so2.layers.backward import Backward, edge_of_predictions, logits_in, tell_of_gradient
+from hf_so2.layers.backward import Backward, edge_of_predictions, logits_in, tell_of_gradient, written_to
 from hf_so2.layers.capture import Capture
 from hf_so2.layers.rows import live_rows
 from hf_so2.layers.sums import Call, Captured
@@ -155,7 +155,7 @@ class SampledCapture(Capture):
     def _await(self, call: Call, output: Tensor) -> None:
         # A layer that runs during a backward pass is being recomputed for checkpointing, and has been noted before.
         if not ModuleTracker().is_bw:
-            self._forward.notes.append((call, get_gradient_edge(output)))
+            self._forward.notes.append((call, get_gradient_edge(written_to(output))))
             self._noted.add(call.name)
         elif call.name not in self._noted:
             raise ConfigurationError("fisher", "mc", REENTRANT)
