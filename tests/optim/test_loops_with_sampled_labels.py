@@ -82,3 +82,14 @@ def test_an_evaluation_with_gradients_on_keeps_no_graph(fisher: str, head: bool)
         handle.remove()
     if fisher == "mc":
         assert not optimizer.curvature.capture._forward.notes
+
+
+@pytest.mark.slow  # compiles a model
+def test_buffers_that_a_compiled_backward_pass_uses_up_are_refused() -> None:
+    torch._dynamo.reset()
+    model = llama(num_hidden_layers=1).train()
+    optimizer = hf_so2.build_optimizer("kfac", model, fisher="mc")
+    tokens = torch.ones(2, 8, dtype=torch.long)
+    outputs = torch.compile(model, backend="aot_eager")(input_ids=tokens, labels=tokens)
+    with pytest.raises(hf_so2.ConfigurationError, match=r"^fisher='mc': needs .*donated_buffer = False"):
+        optimizer.sample_fisher(outputs.logits, loss=outputs.loss)
