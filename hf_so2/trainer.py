@@ -16,7 +16,7 @@ from hf_so2.arguments import SecondOrderArgumentsMixin, SecondOrderTrainingArgum
 from hf_so2.callbacks import DiscardStaleCaptures, ObserveLoggedSteps, keep_curvature_off_the_console
 from hf_so2.distributed import is_offloading
 from hf_so2.errors import ConfigurationError
-from hf_so2.mup import apply_mup, read_mup
+from hf_so2.mup import apply_mup, read_mup, refuse_adapters
 from hf_so2.optim import CoverageReport, SecondOrderOptimizer
 from hf_so2.optim.build import build_from_settings, with_way_out
 from hf_so2.optim.methods import MUP_SUFFIX
@@ -144,7 +144,7 @@ class SecondOrderMixin(ResumableMixin):
         assert optimizer is not None
         labels = inputs.get("labels")  # a label smoother takes them out
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        logits = outputs["logits"] if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
+        logits = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
         if not isinstance(logits, Tensor):
             raise ConfigurationError("fisher", "mc", f"needs a model that returns logits, not {type(outputs).__name__}")
         independent = False
@@ -240,6 +240,10 @@ def _apply_mup(model: nn.Module, args: SecondOrderArgumentsMixin) -> None:
     name = str(args.optim.value)
     if not (args.is_ours(name) and name.endswith(MUP_SUFFIX)) or read_mup(model) is not None:
         return
+    try:
+        refuse_adapters(model)
+    except ConfigurationError as error:
+        raise with_way_out(error, name) from None
     if not hasattr(model, "config"):
         allowed = f"has no config, whose width optim={name} needs: call hf_so2.apply_mup(model, base_model) beforehand"
         raise ConfigurationError("model", type(model).__name__, allowed)

@@ -22,6 +22,8 @@ from transformers import (
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 import hf_so2
@@ -212,10 +214,16 @@ def mixtral(width: int = 16, **changes: Any) -> MixtralForCausalLM:
     return MixtralForCausalLM(MixtralConfig(**(fields | changes)))
 
 
+def t5() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCABULARY, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4}
+    return T5ForConditionalGeneration(T5Config(**sizes, dropout_rate=0.0, pad_token_id=0, decoder_start_token_id=0))
+
+
 def in_float64(model: nn.Module) -> nn.Module:
-    """`model.double()` with RMS norms that stay in float64; Llama's own compute in float32 whatever they are given."""
+    """`model.double()` with RMS norms that stay in float64; the library's compute in float32 in any case."""
     for name, module in list(model.named_modules()):
-        if type(module).__name__ in ("LlamaRMSNorm", "MixtralRMSNorm"):
+        if type(module).__name__ in ("LlamaRMSNorm", "MixtralRMSNorm", "T5LayerNorm"):
             norm = nn.RMSNorm(len(module.weight), eps=module.variance_epsilon)
             model.set_submodule(name, norm)
     return model.double()

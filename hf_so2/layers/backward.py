@@ -70,6 +70,18 @@ def accumulator_of(weight: Tensor | None) -> Node | None:
     return get_gradient_edge(weight).node
 
 
+def written_to(output: Tensor) -> Tensor:
+    """The tensor that a module has computed, (rows, fan_out), behind the view of it that a `Linear` returns.
+
+    What comes next may write into the view (Wav2Vec2 writes zeros, or what stands for a masked frame), which takes the
+    view's own history out of the graph. Gradients of what is returned here leave out what was written over.
+    """
+    base = output._base
+    if base is None or not base.requires_grad or not (base.is_contiguous() and output.is_contiguous()):
+        return output
+    return base if base.shape == (output.numel() // output.shape[-1], output.shape[-1]) else output
+
+
 def will_run(accumulator: Node) -> bool | None:
     """Whether the backward pass in progress adds to the gradient of a weight.
 

@@ -30,6 +30,7 @@ from hf_so2.layers.backward import (
     predictions_in,
     tell_of_gradient,
     will_run,
+    written_to,
 )
 from hf_so2.layers.hooks import Hook
 from hf_so2.layers.rows import WEIGHT_SHARING, live_rows
@@ -179,7 +180,7 @@ class Capture:
             self._count(predictions_in(out))
 
     def _await(self, call: Call, output: Tensor) -> None:
-        output.register_hook(lambda gradient: self._arrived(call, gradient))
+        written_to(output).register_hook(lambda gradient: self._arrived(call, gradient))
 
     def _count(self, predictions: Tensor | None) -> None:
         self._tell(predictions, self._reached)

@@ -23,12 +23,13 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.module_tracker import ModuleTracker
 
 from hf_so2.errors import ConfigurationError
-from hf_so2.layers.backward import Backward, edge_of_predictions, logits_in, tell_of_gradient
+from hf_so2.layers.backward import Backward, edge_of_predictions, logits_in, tell_of_gradient, written_to
 from hf_so2.layers.capture import Capture
 from hf_so2.layers.rows import live_rows
 from hf_so2.layers.sums import Call, Captured
 
 REENTRANT = "cannot be used with reentrant gradient checkpointing; pass use_reentrant=False"
+DONATED = "needs torch._functorch.config.donated_buffer = False under torch.compile: it makes two backward passes"
 FORGOTTEN = "needs a call of the optimizer's sample_fisher(logits) between every forward pass and its backward"
 
 
@@ -83,7 +84,7 @@ class SampledCapture(Capture):
     def rows_with_loss(self, logits: Tensor, loss: Tensor) -> Tensor | None:
         """Where the gradient of `loss` by `logits` (..., classes) is not zero, (...) of booleans; None if not seen."""
         with self._busy():
-            (gradient,) = torch.autograd.grad(loss, [edge_of_predictions(logits)], retain_graph=True, allow_unused=True)
+            (gradient,) = _differentiated(loss, [edge_of_predictions(logits)])
         return None if gradient is None else live_rows([gradient]).reshape(logits.shape[:-1])
 
     @contextlib.contextmanager
@@ -99,12 +100,7 @@ class SampledCapture(Capture):
     def _gradients(loss: Tensor, edges: Sequence[GradientEdge]) -> Sequence[Tensor | None]:
         if not edges:
             raise ConfigurationError("fisher", "mc", REENTRANT)
-        try:
-            return torch.autograd.grad(loss, edges, retain_graph=True, allow_unused=True)
-        except RuntimeError as error:
-            if "use_reentrant" in str(error):
-                raise ConfigurationError("fisher", "mc", REENTRANT) from None
-            raise
+        return _differentiated(loss, edges)
 
     def take(self, *, by_hand: bool = True) -> Captured:
         """As in `Capture`.
@@ -155,7 +151,18 @@ class SampledCapture(Capture):
     def _await(self, call: Call, output: Tensor) -> None:
         # A layer that runs during a backward pass is being recomputed for checkpointing, and has been noted before.
         if not ModuleTracker().is_bw:
-            self._forward.notes.append((call, get_gradient_edge(output)))
+            self._forward.notes.append((call, get_gradient_edge(written_to(output))))
             self._noted.add(call.name)
         elif call.name not in self._noted:
             raise ConfigurationError("fisher", "mc", REENTRANT)
+
+
+def _differentiated(loss: Tensor, edges: Sequence[GradientEdge]) -> Sequence[Tensor | None]:
+    """The gradients of a loss at these places of its graph, which stays; None where it does not depend on one."""
+    try:
+        return torch.autograd.grad(loss, edges, retain_graph=True, allow_unused=True)
+    except RuntimeError as error:
+        for sign, allowed in (("use_reentrant", REENTRANT), ("donated", DONATED)):
+            if sign in str(error):
+                raise ConfigurationError("fisher", "mc", allowed) from None
+        raise

@@ -150,7 +150,8 @@ class Summation:
         if self.waiting is None or not self.waiting.include(call, source.adapter, dtype, backward):
             done = self.waiting
             self.waiting = Readers(call.inputs, call.inputs._version, source.adapter, dtype, backward)
-        self.waiting.gradients[call.name] = gradient.detach()
+        positions = positions_of(call.inputs, source.adapter)
+        self.waiting.gradients[call.name] = gradient.detach().reshape(*positions, gradient.shape[-1])
         return done
 
     @torch.no_grad()
@@ -177,9 +178,14 @@ class Summation:
         given, adapter = readers.given, readers.adapter
         live = live_rows(list(readers.gradients.values()))
         rows = self._weight_sharing.inputs(adapter, given, readers.dtype, live)
-        positions = given.shape if adapter.one_hot else given.shape[:-1]
+        positions = positions_of(given, adapter)
         fold = fold_of_sequences(positions, self._sketch, self.step, given.device) if self._sketch > 1 else None
         return rows, fold
+
+
+def positions_of(inputs: Tensor, adapter: Adapter) -> torch.Size:
+    """The shape of the positions that a layer was given inputs at."""
+    return inputs.shape if adapter.one_hot else inputs.shape[:-1]
 
 
 def _undo(scale: Tensor, sums: Sums, degrees: Mapping[str, int]) -> None:

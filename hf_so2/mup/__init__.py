@@ -1,6 +1,6 @@
 """Maximal update parametrization of any transformers model: widths, roles, rules, the patch and its proof."""
 
-from .patch import apply_mup, read_mup
+from .patch import apply_mup, read_mup, refuse_adapters
 from .report import MupReport
 from .roles import infer_widths
 from .rules import LearningRateRule, ParameterWidth, Role
@@ -14,5 +14,6 @@ __all__ = [
     "apply_mup",
     "infer_widths",
     "read_mup",
+    "refuse_adapters",
     "scale_width",
 ]

@@ -98,9 +98,20 @@ def apply_mup(
     return report
 
 
+def refuse_adapters(model: nn.Module) -> None:
+    """Raise of a model that PEFT has put adapters into, itself or in a wrapper: no base of another width has them.
+
+    Raises:
+        ConfigurationError: it has adapters.
+    """
+    if getattr(model, "peft_config", None):
+        raise ConfigurationError("model", type(model).__name__, "has adapters, for which muP has no rule")
+
+
 def _check_patchable(model: nn.Module) -> None:
     if read_mup(model) is not None:
         raise ConfigurationError("model", type(model).__name__, "is in muP already; apply_mup works once")
+    refuse_adapters(model)
     config = getattr(model, "config", None)
     if getattr(config, "quantization_config", None) is not None or getattr(model, "is_quantized", False):
         raise ConfigurationError("model", type(model).__name__, "is quantized; must hold floating-point weights")

@@ -16,7 +16,7 @@ from hf_so2.distributed import is_sharded, refuse_other_sharding
 from hf_so2.errors import ConfigurationError
 from hf_so2.layers import Treatment, select
 from hf_so2.layers.selection import Extent
-from hf_so2.mup import ParameterWidth, apply_mup, read_mup, rules
+from hf_so2.mup import ParameterWidth, apply_mup, read_mup, refuse_adapters, rules
 from hf_so2.optim.coverage import Coverage, CoverageReport
 from hf_so2.optim.damping_overrides import DampingOverrides
 from hf_so2.optim.layer import Layer, statistics_dtype
@@ -156,15 +156,14 @@ def build_from_settings(
 
 def _widths(name: str, model: nn.Module, base: PretrainedConfig | nn.Module | None) -> Mapping[str, ParameterWidth]:
     """The model's μP record, made now unless there is one."""
-    record = read_mup(model)
-    if record is None:
-        if base is None:
+    try:
+        refuse_adapters(model)
+        record = read_mup(model)
+        if record is None and base is None:
             raise ConfigurationError("base_config", None, f"{name} needs the config at whose width it was tuned")
-        try:
-            record = apply_mup(model, base)
-        except ConfigurationError as error:
-            raise with_way_out(error, name) from None
-    return record
+        return apply_mup(model, base) if record is None else record
+    except ConfigurationError as error:
+        raise with_way_out(error, name) from None
 
 
 def with_way_out(error: ConfigurationError, name: str) -> ConfigurationError:
