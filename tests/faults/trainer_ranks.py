@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from helpers import optimizer_of, token_rows
+from helpers import token_rows
 from plain_loop import differing
 from torch import nn
 from trainer_acts import FAULTS, Before
