@@ -156,8 +156,8 @@ def _ratio(target: Tensor | float, norm: Tensor) -> Tensor:
     return torch.where(norm > 0, target / norm, torch.zeros_like(norm))
 
 
-def control(updates: Sequence[LayerUpdate], settings: Settings) -> None:
-    """Apply the norm control of the settings, in place.
+def control(updates: Sequence[LayerUpdate], settings: Settings) -> list[bool]:
+    """Apply the norm control of the settings, in place; which updates linear algebra has failed for.
 
     Where linear algebra fails for one layer, its update is left at zero and counted as one that is not finite: how long
     it would have to be is not known.
@@ -165,19 +165,26 @@ def control(updates: Sequence[LayerUpdate], settings: Settings) -> None:
     apply = NORM_CONTROLS[settings.norm_control]
     if settings.norm_control in OF_THE_WHOLE_MODEL:
         apply(updates, settings)
-        return
+        return [False] * len(updates)
+    failed = []
     for u in updates:
+        failed.append(False)
         try:
             apply([u], settings)
         except FAILURES as error:
+            failed[-1] = True
             u.update.zero_()
             u.layer.overflows = u.layer.overflows + 1
             # Text alone: who keeps a log's records would keep the error, and with its frames the model.
             logger.warning("%s: norm control failed, the weight is left out of this step: %s", u.layer.name, str(error))
+    return failed
 
 
 # The others look at one layer at a time, and so where the layer is held, before its update is sent to other ranks.
 OF_THE_WHOLE_MODEL = frozenset({"kl_clip"})
+
+# These ask LAPACK, and keep this for the next step.
+MAY_FAIL = {"spectral": ("leading_directions",)}
 
 # These look at the gradient of the step; the others at what was preconditioned and what became of it.
 OF_RAW_GRADIENTS = frozenset({"graft_adam"})

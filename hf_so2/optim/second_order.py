@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from hf_so2.optim.alike import control_alike, may_part
 from hf_so2.optim.layer import Layer, statistics_dtype
 from hf_so2.optim.norm_control import OF_THE_WHOLE_MODEL, control
 from hf_so2.optim.preconditioned import LayerUpdate, Member, layer_update
@@ -63,6 +64,7 @@ def second_order_updates(
         or record.enabled
         or sharing.is_spread
         or any(map(any_sharded, entries))
+        or may_part(sharing, [layer for layer, _ in entries], settings)
     ):
         yield from _together(entries, states, sharing, settings, record, step)
         return
@@ -85,7 +87,8 @@ def _together(
     whole = [entry for entry in entries if not any_sharded(entry)]
     updates = [layer_update(layer, members, states, settings) for layer, members in whole]
     if not at_the_end:
-        control([update for update in updates if update.layer.held], settings)
+        held = [update if update.layer.held else None for update in updates]
+        control_alike([layer for layer, _ in whole], held, settings, sharing)
     sharing.send_updates((update.layer, update.update) for update in updates)
     updates += sharded_updates(sharing, filter(any_sharded, entries), states, settings)
     record.before_norm_control(updates)

@@ -64,6 +64,11 @@ class Sharing:
         """Whether there are layers that this rank does not hold."""
         return self._grid.columns > 1
 
+    @property
+    def holders(self) -> int:
+        """How many ranks hold each layer."""
+        return self._grid.workers
+
     def settle(self) -> None:
         """Give every layer its place among the ranks there are: a process group may start after the optimizer.
 

@@ -24,8 +24,15 @@ SEEDS = 2  # of every name and fault, in the long selection
 OF_ONE = 60.0  # seconds for one fault
 
 
-def go_wrong(names: tuple[str, ...], seeds: range, folder: Path) -> None:
-    faults = [(name, fault, seed) for fault in trainer_ranks.BOTH_GO_ON for name in names for seed in seeds]
+Drawn = tuple[str, str, int]
+FOUND: list[Drawn] = [("shampoo", "lapack", 1)]  # one rank left an update out that the other made
+
+
+def drawn(names: tuple[str, ...], seeds: range) -> list[Drawn]:
+    return [(name, fault, seed) for fault in trainer_ranks.BOTH_GO_ON for name in names for seed in seeds]
+
+
+def go_wrong(faults: list[Drawn], folder: Path) -> None:
     wait(start(trainer_ranks.many, folder, faults), OF_ONE * len(faults))
     first, second = (json.loads((folder / f"{rank}.json").read_text()) for rank in range(2))
     assert first == second
@@ -33,12 +40,12 @@ def go_wrong(names: tuple[str, ...], seeds: range, folder: Path) -> None:
 
 
 def test_a_few_faults_on_one_rank(tmp_path: Path) -> None:
-    go_wrong(FEW, range(1), tmp_path / "ranks")
+    go_wrong([*drawn(FEW, range(1)), *FOUND], tmp_path / "ranks")
 
 
 @pytest.mark.slow
 def test_many_faults_on_one_rank(tmp_path: Path) -> None:
-    go_wrong(NAMES, range(1, SEEDS + 1), tmp_path / "ranks")
+    go_wrong(drawn(NAMES, range(1, SEEDS + 1)), tmp_path / "ranks")
 
 
 def leave(name: str, fault: str, seed: int, folder: Path) -> str:
