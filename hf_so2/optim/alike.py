@@ -68,7 +68,7 @@ def _take(update: LayerUpdate | None, layer: Layer, levels: Sequence[int], kept:
     if update is None or made is None:
         return
     update.update.copy_(made[0])
-    layer.overflows = layer.overflows + (levels[source] == LEFT_OUT) - (levels[rank] == LEFT_OUT)
+    layer.overflows = layer.overflows + int(levels[source] == LEFT_OUT) - int(levels[rank] == LEFT_OUT)
     for name in kept:
         layer.state.pop(name, None)
     layer.state |= {name: tensor.to(layer.device) for name, tensor in made[1].items()}
