@@ -72,7 +72,7 @@ def to_resume(wanted: str | os.PathLike[str] | bool | None, output_dir: str | os
     if str(wanted).lower() in ("true", "last"):
         return _newest_complete(str(wanted), Path(output_dir))
     folder = Path(str(wanted))
-    if not folder.is_dir():
+    if not any(gather_objects(folder.is_dir())):
         raise ConfigurationError("resume_from_checkpoint", str(wanted), "must be the folder of a checkpoint, or `last`")
     fault = _agreed_fault(folder)
     if fault is not None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ STATE = "trainer_state.json"
 
 CHECKSUMS = "xxh3_128"
 SELF = "xxh3_128_of_this"
+
+SYNCED_TOGETHER = 4
 
 # What loading looks for by name: of these none may lie in the folder that the manifest does not know.
 LOADED = (
@@ -45,15 +48,26 @@ def write_manifest(folder: Path, ranks: int) -> None:
     """
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     names = [path.relative_to(folder).as_posix() for path in paths]
-    # A disk takes its time, during which a processor can read what is still in memory.
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        found = pool.map(checksum, paths)
-        for path in paths:
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())
-        checksums = dict(zip(names, found, strict=True))
+    with _synced(paths):
+        checksums = {name: checksum(path) for name, path in zip(names, paths, strict=True)}
     sizes = {name: path.stat().st_size for name, path in zip(names, paths, strict=True)}
     _write(folder, {"world_size": ranks, "bytes": sizes, CHECKSUMS: checksums})
+
+
+@contextmanager
+def _synced(paths: Sequence[Path]) -> Iterator[None]:
+    """On the disk when this ends: it takes its time, during which a processor can read what is still in memory, and
+    less of it for files that are written together.
+    """
+    with ThreadPoolExecutor(max_workers=SYNCED_TOGETHER) as pool:
+        synced = pool.map(_sync, paths)
+        yield
+        list(synced)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
 
 
 def write_state(path: Path, write: Callable[[str], object]) -> None:
@@ -68,13 +82,12 @@ def write_state(path: Path, write: Callable[[str], object]) -> None:
     """
     partial = path.with_name(path.name + ".partial")
     write(str(partial))
-    with partial.open("rb+") as file:
-        os.fsync(file.fileno())
-    manifest = read_json(path.with_name(MANIFEST))
-    if manifest is not None:
-        del manifest[SELF]
-        manifest[CHECKSUMS][STATE] = checksum(partial)
-        _write(path.parent, manifest)
+    with _synced([partial]):
+        manifest = read_json(path.with_name(MANIFEST))
+        if manifest is not None:
+            del manifest[SELF]
+            manifest[CHECKSUMS][STATE] = checksum(partial)
+            _write(path.parent, manifest)
     partial.replace(path)
 
 

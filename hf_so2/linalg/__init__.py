@@ -4,7 +4,7 @@ from hf_so2.linalg import block_diagonal
 from hf_so2.linalg.basis import follow_basis, has_null_space, off_diagonal_share
 from hf_so2.linalg.congruence import common_basis
 from hf_so2.linalg.eigen import eigh, is_finite, largest_eigenvalue, mean_over_eigenspaces
-from hf_so2.linalg.errors import FAILURES, DecompositionError
+from hf_so2.linalg.errors import FAILURES, DecompositionError, retries
 from hf_so2.linalg.newton import newton_root
 from hf_so2.linalg.power_iteration import largest_entry, spectral_norm
 from hf_so2.linalg.precision import MATMUL_PRECISIONS, matmul_precision
@@ -30,6 +30,7 @@ __all__ = [
     "newton_root",
     "off_diagonal_share",
     "per_matrix",
+    "retries",
     "spectral_norm",
     "symmetric_product",
     "trace",

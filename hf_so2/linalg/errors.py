@@ -17,6 +17,18 @@ class DecompositionError(ArithmeticError):
 FAILURES = (DecompositionError, torch.linalg.LinAlgError)
 
 
+class _Retried:
+    count = 0
+
+
+_retried = _Retried()
+
+
+def retries() -> int:
+    """How often this process has tried something again in float64."""
+    return _retried.count
+
+
 def retried_in_float64(decompose: Callable[..., T], *matrices: Tensor, missing: str) -> T:
     """What a routine of LAPACK makes of some matrices, or of the same ones in float64 where it fails.
 
@@ -26,6 +38,7 @@ def retried_in_float64(decompose: Callable[..., T], *matrices: Tensor, missing: 
     try:
         return decompose(*matrices)
     except torch.linalg.LinAlgError:
+        _retried.count += 1
         try:
             return decompose(*(matrix.double() for matrix in matrices))
         except torch.linalg.LinAlgError as error:

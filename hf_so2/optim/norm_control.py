@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hf_so2.linalg import FAILURES, spectral_norm
+from hf_so2.linalg import FAILURES, retries, spectral_norm
 from hf_so2.optim.preconditioned import LayerUpdate, NormControl, momentum_weight, over_parts
 from hf_so2.optim.stacks import stacks
 
@@ -172,8 +172,12 @@ def _ratio(target: Tensor | float, norm: Tensor) -> Tensor:
     return torch.where(norm > 0, target / norm, torch.zeros_like(norm))
 
 
-def control(updates: Sequence[LayerUpdate], settings: Settings) -> None:
-    """Apply the norm control of the settings, in place.
+# How an update was come by: the less, the better.
+AT_ONCE, RETRIED, LEFT_OUT = range(3)
+
+
+def control(updates: Sequence[LayerUpdate], settings: Settings) -> dict[str, int]:
+    """Apply the norm control of the settings, in place; by layer how that went: at once, retried or left out.
 
     Where linear algebra fails for one layer, its update is left at zero and counted as one that is not finite: how long
     it would have to be is not known.
@@ -181,27 +185,44 @@ def control(updates: Sequence[LayerUpdate], settings: Settings) -> None:
     apply = NORM_CONTROLS[settings.norm_control]
     if settings.norm_control in OF_THE_WHOLE_MODEL:
         apply(updates, settings)
-        return
+        return {u.layer.name: AT_ONCE for u in updates}
+    found: dict[str, int] = {}
     for together in stacks(updates, lambda u: u.layer):
+        before = retries()
         try:
             apply(together, settings)
-        except FAILURES:
-            for u in together:  # scaling twice leaves what scaling once does
-                _control_alone(u, apply, settings)
+        except FAILURES as error:
+            for u in together:
+                alone = str(error) if len(together) == 1 else _failure_alone(u, apply, settings)
+                found[u.layer.name] = RETRIED if alone is None else LEFT_OUT
+                if alone is not None:
+                    _leave_out(u, alone)
+            continue
+        found |= {u.layer.name: AT_ONCE if retries() == before else RETRIED for u in together}
+    return found
 
 
-def _control_alone(u: LayerUpdate, apply: NormControl, settings: Settings) -> None:
+def _failure_alone(u: LayerUpdate, apply: NormControl, settings: Settings) -> str | None:
+    """What is wrong with one of a stack, if anything is; scaling twice leaves what scaling once does."""
     try:
         apply([u], settings)
     except FAILURES as error:
-        u.update.zero_()
-        u.layer.overflows = u.layer.overflows + 1
-        # Text alone: who keeps a log's records would keep the error, and with its frames the model.
-        logger.warning("%s: norm control failed, the weight is left out of this step: %s", u.layer.name, str(error))
+        return str(error)
+    return None
+
+
+def _leave_out(u: LayerUpdate, error: str) -> None:
+    u.update.zero_()
+    u.layer.overflows = u.layer.overflows + 1
+    # Text alone: who keeps a log's records would keep the error, and with its frames the model.
+    logger.warning("%s: norm control failed, the weight is left out of this step: %s", u.layer.name, error)
 
 
 # The others look at one layer at a time, and so where the layer is held, before its update is sent to other ranks.
 OF_THE_WHOLE_MODEL = frozenset({"kl_clip"})
+
+# These ask LAPACK, and keep this for the next step.
+MAY_FAIL = {"spectral": ("leading_directions",)}
 
 # These look at the gradient of the step; the others at what was preconditioned and what became of it.
 OF_RAW_GRADIENTS = frozenset({"graft_adam"})

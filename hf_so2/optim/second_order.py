@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from hf_so2.optim.alike import control_alike, may_part
 from hf_so2.optim.layer import Layer, statistics_dtype
 from hf_so2.optim.norm_control import OF_THE_WHOLE_MODEL, control
 from hf_so2.optim.preconditioned import Entry, LayerUpdate, Member, layer_updates
@@ -77,6 +78,7 @@ def second_order_updates(
         or record.enabled
         or sharing.is_spread
         or any(map(any_sharded, entries))
+        or may_part(sharing, [layer for layer, _ in entries], settings)
     ):
         yield from _together(entries, states, sharing, settings, record, step)
         return
@@ -98,9 +100,11 @@ def _together(
     at_the_end = settings.norm_control in OF_THE_WHOLE_MODEL
     whole = [entry for entry in entries if not any_sharded(entry)]
     of_stacks = (layer_updates(together, states, settings) for together in stacks(whole, lambda entry: entry[0]))
-    updates = [update for made in of_stacks for update in made]
+    made = {update.layer.name: update for together in of_stacks for update in together}
+    updates = [made[layer.name] for layer, _ in whole]  # in an order that all ranks have
     if not at_the_end:
-        control([update for update in updates if update.layer.held], settings)
+        held = [update if update.layer.held else None for update in updates]
+        control_alike([layer for layer, _ in whole], held, settings, sharing)
     sharing.send_updates((update.layer, update.update) for update in updates)
     updates += sharded_updates(sharing, filter(any_sharded, entries), states, settings)
     record.before_norm_control(updates)

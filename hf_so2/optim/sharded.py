@@ -15,8 +15,9 @@ from torch import Tensor
 
 from hf_so2.distributed import Part, is_sharded, local, split_of
 from hf_so2.errors import ConfigurationError
+from hf_so2.optim.alike import control_alike
 from hf_so2.optim.layer import Layer
-from hf_so2.optim.norm_control import OF_RAW_GRADIENTS, OF_THE_WHOLE_MODEL, control
+from hf_so2.optim.norm_control import OF_RAW_GRADIENTS, OF_THE_WHOLE_MODEL
 from hf_so2.optim.preconditioned import Entry, LayerUpdate, Member, directions, matrix_of, moments
 from hf_so2.optim.sharing import Sharing
 
@@ -101,16 +102,17 @@ def _made(sharing: Sharing, steps: Sequence[_Step], settings: Settings) -> list[
     if settings.norm_control in OF_RAW_GRADIENTS and settings.momentum_order == "before":
         gradients = _whole(sharing, steps, [step.gradients for step in steps])
     made: list[Tensor | None] = []
-    held = []
+    held: list[LayerUpdate | None] = []
     for step, gradient, average in zip(steps, gradients, averages, strict=True):
         if gradient is None or average is None:
             made += [None] * len(step.members)
+            held.append(None)
             continue
         (update,) = directions([step.layer], [average], settings)
         held.append(LayerUpdate(step.layer, gradient, average, update, step.members[0][0]))
         made += step.by_member(update)
     if settings.norm_control not in OF_THE_WHOLE_MODEL:
-        control(held, settings)
+        control_alike([step.layer for step in steps], held, settings, sharing)
     spread = [part for step in steps for part in step.parts(step.averages)]
     own = iter(sharing.scatter_from_holders(made, spread))
     return [step.part_of_update([next(own) for _ in step.members]) for step in steps]

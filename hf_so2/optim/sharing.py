@@ -64,6 +64,11 @@ class Sharing:
         """Whether there are layers that this rank does not hold."""
         return self._grid.columns > 1
 
+    @property
+    def holders(self) -> int:
+        """How many ranks hold each layer."""
+        return self._grid.workers
+
     def settle(self) -> None:
         """Give every layer its place among the ranks there are: a process group may start after the optimizer.
 
@@ -195,7 +200,7 @@ class Sharing:
             return {layer.name: dict(layer.state) for layer in self._layers}
         described = self.from_all(
             {
-                layer.name: {name: (tuple(t.shape), t.dtype) for name, t in layer.state.items()}
+                layer.name: {name: _laid_out_as(tensor) for name, tensor in layer.state.items()}
                 for layer in self._layers
                 if layer.owned
             }
@@ -205,10 +210,18 @@ class Sharing:
             state = layer.state
             if not layer.owned:
                 state = {
-                    name: torch.empty(shape, dtype=dtype, device=layer.device)
-                    for name, (shape, dtype) in described[layer.name].items()
+                    name: torch.empty_strided(shape, strides, dtype=dtype, device=layer.device)
+                    for name, (shape, strides, dtype) in described[layer.name].items()
                 }
             # One layer at a time: the device never has to hold them all.
             send_from_owners([Parcel(tensor, layer.owner) for tensor in state.values()])
             states[layer.name] = {name: tensor.cpu() for name, tensor in state.items()}
         return states
+
+
+def _laid_out_as(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], torch.dtype]:
+    """Shape, strides and dtype of a copy: products round otherwise where columns lie in place of rows, and a resumed
+    run is to be the one that was interrupted.
+    """
+    copy = torch.empty_like(tensor, device="meta")
+    return tuple(copy.shape), copy.stride(), copy.dtype

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import collections
 import json
-import multiprocessing
 import signal
 import sys
 import time
-from collections.abc import Callable
-from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 import two_ranks
+from starting import end, start, wait
 
 from hf_so2 import OPTIMIZERS
 
@@ -24,34 +21,9 @@ NAMES = tuple(OPTIMIZERS)
 SEEDS = 3  # of every name and fault, in the long selection
 
 
-def start(target: Callable[..., None], folder: Path, *arguments: Any) -> list[BaseProcess]:
-    # A server that has imported everything: each start takes a tenth of a second, not ten.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["two_ranks", "hf_so2"])
-    folder.mkdir()
-    ranks = [context.Process(target=target, args=(rank, folder, *arguments)) for rank in range(2)]
-    for rank in ranks:
-        rank.start()
-    return ranks
-
-
-def end(ranks: list[BaseProcess]) -> None:
-    for rank in ranks:
-        if rank.is_alive():
-            rank.kill()
-        rank.join()
-
-
 def go_wrong(names: tuple[str, ...], seeds: range, folder: Path, patience: float) -> None:
     faults = [(name, fault, seed) for fault in two_ranks.FAULTS for name in names for seed in seeds]
-    ranks = start(two_ranks.many, folder, faults)
-    limit = time.monotonic() + patience
-    try:
-        for rank in ranks:
-            rank.join(max(limit - time.monotonic(), 0.1))
-        assert [rank.exitcode for rank in ranks] == [0, 0]
-    finally:
-        end(ranks)
+    wait(start(two_ranks.many, folder, faults), patience)
     first, second = (json.loads((folder / f"{rank}.json").read_text()) for rank in range(2))
     assert first == second
     print(f"\n{len(faults)} faults on one of two ranks: {dict(collections.Counter(map(tuple, first)))}")

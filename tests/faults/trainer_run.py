@@ -151,6 +151,13 @@ def run(name: str, fault: str, seed: int, output: Path) -> str:
     if expected == "raised":
         return _go_on(trainer, callback, setup, output, chance, where)
     trainer.train()
+    return what_became(trainer, callback, setup, fault, rows, where)
+
+
+def what_became(
+    trainer: InOrder, callback: At, setup: Setup, fault: str, rows: list[dict[str, Tensor]], where: str
+) -> str:
+    """Of the step with the fault in a run that has gone on to its end; `rows` are those of all its steps."""
     callback.remove()
     _require_finite(values(trainer), where)
     if optimizer_of(trainer).steps == STEPS:
@@ -159,14 +166,15 @@ def run(name: str, fault: str, seed: int, output: Path) -> str:
         # Steps as long as their gradients have taken weights out of sight: later ones have no finite gradient there.
         control = dict(setup.settings).get("norm_control")
         assert control not in ("spectral", "graft_adam"), where
-        assert not name.startswith("adamw"), where
+        assert not setup.name.startswith("adamw"), where
         assert fault in SIZES, where
         return "made, later ones left out"
-    assert expected != "made", where
+    assert FAULTS[fault][1] != "made", where
     assert optimizer_of(trainer).skipped_steps == 1, where
     assert not (odd := differing(callback.after, callback.before)), f"{where}: {odd}"
-    without = rows[: AT * ROWS] + rows[(AT + 1) * ROWS :]
-    straight = trainer_of(setup, output, without, max_steps=STEPS - 1)
+    of_a_step = len(rows) // STEPS
+    without = rows[: AT * of_a_step] + rows[(AT + 1) * of_a_step :]
+    straight = trainer_of(setup, Path("unused"), without, max_steps=STEPS - 1)
     straight.train()
     assert not (odd := differing(values(trainer), values(straight))), f"{where}: {odd}"
     return "left out"

@@ -62,6 +62,7 @@ ILLEGAL: dict[str, list[Any]] = {
     "basis_tolerance": NOT_NEGATIVE,
     "max_preconditioner_dim": COUNT,
     "block_size": COUNT,
+    "expert_method": ["sgd", "kfac", "", None],
     "curvature_matmul_precision": ["high", "bf16", None],
     "gradient_worker_fraction": [-0.1, 1.01, *NOT_A_NUMBER],
     "skip_modules": ["q_proj", 3, (1, 2), [None], {"q_proj": 1}],
