@@ -20,7 +20,7 @@ import sys
 import time
 import traceback
 from collections import defaultdict
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -280,8 +280,6 @@ def patch() -> None:
 
 
 def _with_factored(rule: DampingRule, factored: Any) -> DampingRule:
-    from dataclasses import replace
-
     return replace(rule, factored=factored)
 
 
@@ -344,7 +342,7 @@ def train(run: Run, data: dict[str, Any], device: str, *, tf32: bool, steps: int
         if index == steps // 2:
             CURRENT[0].kept, middle = {}, CURRENT[0].kept
         if (index + 1) % 20 == 0:
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
             if not losses[-1] < 12:
                 diverged = True
                 break
@@ -384,8 +382,6 @@ def _by_role(kept: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, float]]:
 
 
 # Which run next.
-
-REACH = {"S": 0.4, "F": -0.3, "SF": 0.0, "P4": 0.1}
 
 # The step of the grid of the best rate at width 64, and by how many steps it moves with each doubling of the width.
 CENTRES: dict[str, tuple[float, float]] = {
@@ -519,8 +515,18 @@ class Plan:
 # Workers.
 
 
-def work(number: int, inbox: Any, outbox: Any, data: dict[str, Any], options: argparse.Namespace) -> None:
+def load(folder: Path) -> dict[str, Any]:
+    return {
+        "train": np.load(folder / "train.npy"),
+        "eval": np.load(folder / "eval.npy"),
+        "config": json.loads((folder / "config.json").read_text()),
+    }
+
+
+def work(number: int, inbox: Any, outbox: Any, options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
+    data = load(options.data)
+    patch()
     while True:
         run = inbox.get()
         if run is None:
@@ -542,6 +548,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="fewer, to try the program")
     parser.add_argument("--plan", default="full")
     parser.add_argument("--runs", type=int, default=10**9)
+    parser.add_argument("--first", nargs="*", default=[], help="curves before the plan's: SF:64,1024:1,2 and so on")
     parser.add_argument("--tf32", action="store_true")
     options = parser.parse_args()
     deadline = time.monotonic() + options.seconds
@@ -549,23 +556,22 @@ def main() -> None:
     path = options.output / "results.jsonl"
     results = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     torch.set_num_threads(1)
-    data = {
-        "train": np.load(options.data / "train.npy"),
-        "eval": np.load(options.data / "eval.npy"),
-        "config": json.loads((options.data / "config.json").read_text()),
-    }
-    patch()
-    context = multiprocessing.get_context("fork")  # imports are done once; no device has been touched so far
+    # A device that the parent has asked for is lost to a fork.
+    context = multiprocessing.get_context("fork" if options.device == "cpu" else "spawn")
     outbox = context.Queue()
     inboxes = [context.Queue() for _ in range(options.workers)]
     processes = [
-        context.Process(target=work, args=(i, inbox, outbox, data, options), daemon=True)
+        context.Process(target=work, args=(i, inbox, outbox, options), daemon=True)
         for i, inbox in enumerate(inboxes)
     ]
     for process, inbox in zip(processes, inboxes, strict=True):
         process.start()
         inbox.put(Run("S", 64, 0, -1))  # warms up
-    todo = Plan(plan(options.plan), results)
+    curves = [Curve(name, int(width), int(seed))
+              for part in options.first
+              for name, widths, seeds in [part.split(":")]
+              for seed in seeds.split(",") for width in widths.split(",")]  # fmt: skip
+    todo = Plan(list(dict.fromkeys([*curves, *plan(options.plan)])), results)
     busy, idle, count, started = set(range(options.workers)), set(), 0, time.monotonic()
     with path.open("a", encoding="utf-8") as file:
         while time.monotonic() < deadline:
