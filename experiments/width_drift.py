@@ -304,7 +304,6 @@ def train(run: Run, data: dict[str, Any], device: str, *, tf32: bool, steps: int
     variant = VARIANTS[run.variant]
     steps = steps or variant.steps
     rounded = tf32 if variant.tf32 is None else variant.tf32
-    torch.set_float32_matmul_precision("high" if rounded else "highest")
     base = LlamaConfig(**data["config"])
     CURRENT[:] = [Current(variant, run.width / BASE)]
     set_seed(max(run.seed, 0))
@@ -333,8 +332,11 @@ def train(run: Run, data: dict[str, Any], device: str, *, tf32: bool, steps: int
     for index in range(steps):
         CURRENT[0].keep = index == steps - 1 or index == steps // 2
         ids = rows[index]
+        # What is preconditioned must not be rounded: directions of large eigenvalues are a thousandth of the inverse.
+        torch.set_float32_matmul_precision("high" if rounded else "highest")
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
+        torch.set_float32_matmul_precision("highest")
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         scheduler.step()
@@ -382,6 +384,11 @@ def _by_role(kept: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, float]]:
 
 
 # Which run next.
+
+# At the base width the same as another.
+SAME_AT_BASE = {
+    "S_mean": "S", "S_root": "S", "S_blocks": "S", "SF_mean": "SF", "SF_blocks": "SF", "P4_mean": "P4"
+}  # fmt: skip
 
 # The step of the grid of the best rate at width 64, and by how many steps it moves with each doubling of the width.
 CENTRES: dict[str, tuple[float, float]] = {
@@ -464,8 +471,7 @@ def plan(which: str) -> list[Curve]:
         add("FI S_800 S_eps1e-4 tkfac foof ekfac", "512 64")
         add("S_blocks S_mean S75F25", "64 512", "1 2")
         add("muon kl_shampoo adamw soap shampoo tekfac", "64 512", "1 2")
-    seen: dict[Curve, None] = dict.fromkeys(curves)
-    return list(seen)
+    return list(dict.fromkeys(curve for curve in curves if curve.width != BASE or curve.variant not in SAME_AT_BASE))
 
 
 class Plan:
@@ -573,8 +579,14 @@ def main() -> None:
               for seed in seeds.split(",") for width in widths.split(",")]  # fmt: skip
     todo = Plan(list(dict.fromkeys([*curves, *plan(options.plan)])), results)
     busy, idle, count, started = set(range(options.workers)), set(), 0, time.monotonic()
+    warm, cold = 0, 0
     with path.open("a", encoding="utf-8") as file:
         while time.monotonic() < deadline:
+            if not warm and (cold == options.workers or time.monotonic() - started > 80):
+                print("no worker has come up", flush=True)
+                for process in processes:
+                    process.kill()
+                os._exit(3)
             for number in sorted(idle):
                 run = todo.next(deadline - time.monotonic()) if count < options.runs else None
                 if run is None:
@@ -595,6 +607,8 @@ def main() -> None:
                 continue
             busy.discard(number)
             idle.add(number)
+            if run.seed < 0:
+                warm, cold = warm + (not isinstance(result, str)), cold + isinstance(result, str)
             if isinstance(result, str):
                 print(f"FAILED {run}\n{result}", flush=True)
                 continue

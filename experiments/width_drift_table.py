@@ -19,6 +19,8 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 NEAR, DRAWS, NOISE = 2.01, 400, 0.006  # steps of √2 on either side of the best; standard deviation of a loss, at least
+BASE = 64
+SAME_AT_BASE = {"S_mean": "S", "S_root": "S", "S_blocks": "S", "SF_mean": "SF", "SF_blocks": "SF", "P4_mean": "P4"}
 NORMS = ("S", "F", "P4", "FN", "FI")
 
 
@@ -155,6 +157,9 @@ def main() -> None:
     variants: dict[str, dict[tuple[int, int], dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
     for (variant, width, seed, step), run in runs.items():
         variants[variant][width, seed][step] = math.inf if run["loss"] is None else run["loss"]
+    for variant, same in SAME_AT_BASE.items():
+        if variant in variants:
+            variants[variant] |= {key: curve for key, curve in variants[same].items() if key[0] == BASE}
     noise = residual_noise({(v, *key): curve for v, curves in variants.items() for key, curve in curves.items()})
     found = {}
     for variant, curves in variants.items():
