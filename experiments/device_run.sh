@@ -24,7 +24,6 @@ if [ "$DEVICE" = cuda ] && command -v nvidia-cuda-mps-control >/dev/null && [ -z
 else
   echo "no MPS"
 fi
-python3 -c 'import sys,torch,transformers;print(sys.version.split()[0],torch.__version__,transformers.__version__,torch.cuda.is_available())'
 timeout 600 nvidia-smi --query-gpu=utilization.gpu,memory.used --format=csv,noheader -l 5 >"$OUT/use.csv" 2>/dev/null 3>&- &
 watcher=$!
 go() {

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, get_scheduler, set_seed
 
@@ -562,6 +563,7 @@ def main() -> None:
     path = options.output / "results.jsonl"
     results = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     torch.set_num_threads(1)
+    print("Python", sys.version.split()[0], "torch", torch.__version__, "transformers", transformers.__version__)
     # A device that the parent has asked for is lost to a fork.
     context = multiprocessing.get_context("fork" if options.device == "cpu" else "spawn")
     outbox = context.Queue()
