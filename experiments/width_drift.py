@@ -35,6 +35,7 @@ from hf_so2.curvature import kl_shampoo as kl_module
 from hf_so2.curvature.base import State
 from hf_so2.damping import RULES, Damping
 from hf_so2.damping import Rule as DampingRule
+from hf_so2.errors import TrainingDivergedError
 from hf_so2.linalg import newton_root
 from hf_so2.linalg.roots import damped_root
 from hf_so2.mup import apply_mup, scale_width
@@ -541,6 +542,9 @@ def work(number: int, inbox: Any, outbox: Any, options: argparse.Namespace) -> N
         try:
             steps = 1 if run.seed < 0 else options.steps
             outbox.put((number, run, train(run, data, options.device, tf32=options.tf32, steps=steps)))
+        except TrainingDivergedError:
+            numbers = {"rate": run.rate, "method": VARIANTS[run.variant].method, "loss": None, "diverged": True}
+            outbox.put((number, run, {**asdict(run), **numbers, "seconds": 0.0}))
         except Exception:
             outbox.put((number, run, traceback.format_exc()))
 
@@ -613,6 +617,8 @@ def main() -> None:
                 warm, cold = warm + (not isinstance(result, str)), cold + isinstance(result, str)
             if isinstance(result, str):
                 print(f"FAILED {run}\n{result}", flush=True)
+                if run.seed >= 0:  # as if it had diverged, or the curve would wait for it
+                    todo.take({**asdict(run), "loss": None})
                 continue
             if run.seed < 0:
                 print(f"worker {number} is warm after {time.monotonic() - started:.1f} s", flush=True)
