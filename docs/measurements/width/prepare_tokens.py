@@ -1,6 +1,6 @@
 """Token ids of the embedded corpus as `configs/transfer.yaml` cuts it, in two small files.
 
-    python experiments/prepare_tokens.py FOLDER
+python docs/measurements/width/prepare_tokens.py FOLDER
 """
 
 import json

@@ -1,6 +1,8 @@
 """Which part of K-FAC makes its best learning rate move with the width?
 
-    python experiments/width_drift.py --data FOLDER --output FOLDER --device cuda --workers 14 --seconds 500
+    python docs/measurements/width/prepare_tokens.py out/tokens
+    python docs/measurements/width/width_drift.py --data out/tokens --output out/width --device cuda --workers 14 --tf32
+    python docs/measurements/width/width_drift_table.py out/width/results.jsonl --output out/width
 
 Trains the Llama of `configs/transfer.yaml` over widths, rates, seeds and variants of the size of an update, of the
 damping and of the blocks, many runs side by side on one device. What to run next is decided by what has come back: a
@@ -436,43 +438,35 @@ class Curve:
         return [step for step in dict.fromkeys(wanted) if step not in done and step not in running]
 
 
-def plan(which: str) -> list[Curve]:
+def plan() -> list[Curve]:
     """The curves, most informative first."""
     curves: list[Curve] = []
 
     def add(names: str, widths: str, seeds: str = "0") -> None:
         for seed in map(int, seeds.split()):
             for name in names.split():
-                for width in map(int, widths.split()):
-                    curves.append(Curve(name, width, seed))
+                curves.extend(Curve(name, int(width), seed) for width in widths.split())
 
-    if which == "tiny":
-        add("S SF P4 S_mean S_blocks FN75FI25 S_spectral", "64 128")
-        add("kl_shampoo soap muon adamw tekfac shampoo", "128")
-    elif which == "cpu":
-        add("S SF P4 S_mean", "64 256")
-        add("S_blocks FN75FI25 S75F25 P8 F S_eps1e-2", "64 256")
-    else:
-        # What separates the causes, at the ends of the range.
-        add("S", "1024 64 256")
-        add("SF P4 S_blocks S_mean", "1024 64 256")
-        add("S75F25 F", "1024 64")
-        add("S_fallback_half S_fallback_twice S_eps1e-2", "512 64")
-        add("FN75FI25 FN", "512 64")
-        # The other methods, at widths that they are quick at.
-        add("muon kl_shampoo adamw", "512 64")
-        add("S SF P4", "512 128 1024 64 256", "1")
-        add("soap shampoo tekfac", "512 64")
-        add("P4_mean SF_mean SF_blocks", "512 64")
-        add("S SF P4", "512 128")
-        add("S SF P4", "1024 64 256 512 128", "2")
-        add("S_8192 S_spectral P8 S_root", "512 64")
-        add("kl_shampoo_SF soap_SF shampoo_SF tekfac_SF", "512 64")
-        add("muon adamw kl_shampoo", "1024 256 128")
-        add("S_exact", "512")
-        add("FI S_800 S_eps1e-4 tkfac foof ekfac", "512 64")
-        add("S_blocks S_mean S75F25", "64 512", "1 2")
-        add("muon kl_shampoo adamw soap shampoo tekfac", "64 512", "1 2")
+    # What separates the causes, at the ends of the range.
+    add("S", "1024 64 256")
+    add("SF P4 S_blocks S_mean", "1024 64 256")
+    add("S75F25 F", "1024 64")
+    add("S_fallback_half S_fallback_twice S_eps1e-2", "512 64")
+    add("FN75FI25 FN", "512 64")
+    # The other methods, at widths that they are quick at.
+    add("muon kl_shampoo adamw", "512 64")
+    add("S SF P4", "512 128 1024 64 256", "1")
+    add("soap shampoo tekfac", "512 64")
+    add("P4_mean SF_mean SF_blocks", "512 64")
+    add("S SF P4", "512 128")
+    add("S SF P4", "1024 64 256 512 128", "2")
+    add("S_8192 S_spectral P8 S_root", "512 64")
+    add("kl_shampoo_SF soap_SF shampoo_SF tekfac_SF", "512 64")
+    add("muon adamw kl_shampoo", "1024 256 128")
+    add("S_exact", "512")
+    add("FI S_800 S_eps1e-4 tkfac foof ekfac", "512 64")
+    add("S_blocks S_mean S75F25", "64 512", "1 2")
+    add("muon kl_shampoo adamw soap shampoo tekfac", "64 512", "1 2")
     return list(dict.fromkeys(curve for curve in curves if curve.width != BASE or curve.variant not in SAME_AT_BASE))
 
 
@@ -545,7 +539,7 @@ def work(number: int, inbox: Any, outbox: Any, options: argparse.Namespace) -> N
         except TrainingDivergedError:
             numbers = {"rate": run.rate, "method": VARIANTS[run.variant].method, "loss": None, "diverged": True}
             outbox.put((number, run, {**asdict(run), **numbers, "seconds": 0.0}))
-        except Exception:
+        except Exception:  # noqa: BLE001 - a run that fails ends no other
             outbox.put((number, run, traceback.format_exc()))
 
 
@@ -557,7 +551,6 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=1e9)
     parser.add_argument("--steps", type=int, help="fewer, to try the program")
-    parser.add_argument("--plan", default="full")
     parser.add_argument("--runs", type=int, default=10**9)
     parser.add_argument("--first", nargs="*", default=[], help="curves before the plan's: SF:64,1024:1,2 and so on")
     parser.add_argument("--tf32", action="store_true")
@@ -573,8 +566,7 @@ def main() -> None:
     outbox = context.Queue()
     inboxes = [context.Queue() for _ in range(options.workers)]
     processes = [
-        context.Process(target=work, args=(i, inbox, outbox, options), daemon=True)
-        for i, inbox in enumerate(inboxes)
+        context.Process(target=work, args=(i, inbox, outbox, options), daemon=True) for i, inbox in enumerate(inboxes)
     ]
     for process, inbox in zip(processes, inboxes, strict=True):
         process.start()
@@ -583,16 +575,10 @@ def main() -> None:
               for part in options.first
               for name, widths, seeds in [part.split(":")]
               for seed in seeds.split(",") for width in widths.split(",")]  # fmt: skip
-    todo = Plan(list(dict.fromkeys([*curves, *plan(options.plan)])), results)
+    todo = Plan(list(dict.fromkeys([*curves, *plan()])), results)
     busy, idle, count, started = set(range(options.workers)), set(), 0, time.monotonic()
-    warm, cold = 0, 0
     with path.open("a", encoding="utf-8") as file:
         while time.monotonic() < deadline:
-            if not warm and (cold == options.workers or time.monotonic() - started > 80):
-                print("no worker has come up", flush=True)
-                for process in processes:
-                    process.kill()
-                os._exit(3)
             for number in sorted(idle):
                 run = todo.next(deadline - time.monotonic()) if count < options.runs else None
                 if run is None:
@@ -613,8 +599,6 @@ def main() -> None:
                 continue
             busy.discard(number)
             idle.add(number)
-            if run.seed < 0:
-                warm, cold = warm + (not isinstance(result, str)), cold + isinstance(result, str)
             if isinstance(result, str):
                 print(f"FAILED {run}\n{result}", flush=True)
                 if run.seed >= 0:  # as if it had diverged, or the curve would wait for it
