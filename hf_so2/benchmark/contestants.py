@@ -18,8 +18,8 @@ from hf_so2.benchmark.phases import APPLY, FORWARD_BACKWARD, phases_timed
 from hf_so2.benchmark.stopwatch import Stopwatch
 from hf_so2.errors import ConfigurationError
 from hf_so2.layers import select
+from hf_so2.methods.table import parse_name
 from hf_so2.optim import SecondOrderOptimizer, build_optimizer
-from hf_so2.optim.methods import parse_name
 
 # The cost of a step does not depend on its size, and a small one keeps every method finite on random tokens.
 LEARNING_RATE = 1e-4

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, addmm_flop, sdpa_backward_flop_count, sdpa_flop_count
 
 from hf_so2.benchmark.stopwatch import Stopwatch
-from hf_so2.curvature.costs import EIGENDECOMPOSITION
+from hf_so2.curvature.parts.costs import EIGENDECOMPOSITION
 
 Shape = Sequence[int]
 

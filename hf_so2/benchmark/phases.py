@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
 from hf_so2.benchmark.stopwatch import Stopwatch
-from hf_so2.optim import SecondOrderOptimizer, norm_control
+from hf_so2.engine import norm_control
+from hf_so2.optim import SecondOrderOptimizer
 
 FORWARD_BACKWARD, APPLY = "forward+backward", "apply"
 PHASES = (FORWARD_BACKWARD, "capture", "reduce", "average", "refresh", "precondition", "norm control", APPLY)
@@ -24,7 +26,8 @@ def phases_timed(optimizer: SecondOrderOptimizer, stopwatch: Stopwatch) -> Itera
             timed = stopwatch.around(phase, getattr(owner, attribute))
             stack.enter_context(mock.patch.object(owner, attribute, timed))
         controls = {
-            name: stopwatch.around("norm control", function) for name, function in norm_control.NORM_CONTROLS.items()
+            name: replace(control, apply=stopwatch.around("norm control", control.apply))
+            for name, control in norm_control.NORM_CONTROLS.items()
         }
         stack.enter_context(mock.patch.dict(norm_control.NORM_CONTROLS, controls))
         yield

@@ -8,9 +8,9 @@ from functools import cache
 
 from hf_so2.curvature import CurvatureBlock
 from hf_so2.distributed import Cost, Grid, place
-from hf_so2.optim import costs
+from hf_so2.methods.table import METHODS, Site
 from hf_so2.optim.build import UNSCALED
-from hf_so2.optim.methods import METHODS, Site
+from hf_so2.weights import costs
 
 BYTES = 4  # statistics are float32
 
@@ -72,7 +72,7 @@ class Load:
 
 @dataclass(frozen=True)
 class _Weight:
-    """What one weight costs; see the functions of `hf_so2.optim.costs`."""
+    """What one weight costs; see the functions of `hf_so2.weights.costs`."""
 
     size: int
     state: int

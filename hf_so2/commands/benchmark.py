@@ -35,8 +35,8 @@ from hf_so2.benchmark.rounds import Measurement, measure
 from hf_so2.cli import parse, require_device
 from hf_so2.errors import ConfigurationError
 from hf_so2.folders import require_folder
+from hf_so2.methods.table import parse_name
 from hf_so2.optim import OPTIMIZERS
-from hf_so2.optim.methods import parse_name
 from hf_so2.spelling import did_you_mean
 
 INSTALLED = [peer.name for peer in PEERS if peer.installed]

@@ -16,20 +16,20 @@ from types import SimpleNamespace
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from hf_so2.arguments import SecondOrderTrainingArguments
 from hf_so2.cli import parse
 from hf_so2.data import DataArguments
 from hf_so2.errors import ConfigurationError
 from hf_so2.folders import require_folder
+from hf_so2.methods.settings import Settings
 from hf_so2.models import ModelArguments, build_config, require_positions
 from hf_so2.mup.coord_check import CoordinateCheck
 from hf_so2.mup.coord_run import run_coordinate_check
 from hf_so2.mup.widths import HeadGrowth
 from hf_so2.optim import SecondOrderOptimizer
 from hf_so2.optim.build import build_from_settings
-from hf_so2.optim.settings import Settings
-from hf_so2.transfer.coordinate_plot import plot_coordinate_check
+from hf_so2.training.arguments import SecondOrderTrainingArguments
 from hf_so2.transfer.coordinates import informed
+from hf_so2.transfer.reporting.coordinate_plot import plot_coordinate_check
 
 
 @dataclass

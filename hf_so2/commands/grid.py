@@ -35,7 +35,7 @@ from hf_so2.transfer.grid import (
     run_grid,
     validation_loss,
 )
-from hf_so2.transfer.plots import plot_losses
+from hf_so2.transfer.reporting.plots import plot_losses
 
 TRAIN = ("-m", "hf_so2.commands.train")  # after the name of this very Python
 

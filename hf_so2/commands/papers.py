@@ -30,7 +30,8 @@ def main() -> int:
     require_folder("output_dir", args.output_dir)
     require_extra()
     # What needs scikit-learn (and its SciPy) is imported only now that they are known to be there.
-    from hf_so2.papers.report import carry_out, experiments
+    from hf_so2.papers import experiments
+    from hf_so2.papers.report import carry_out
     from hf_so2.papers.verdict import exit_code
 
     chosen = NAMES if args.name == "all" else (args.name,)

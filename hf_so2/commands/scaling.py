@@ -48,7 +48,9 @@ where the weight is float64):
 Gradients are the same on all ranks under DDP, so what is made of them alone needs no sum. SOAP's momentum is kept in
 its bases, with its statistics, and only where these are. EKFAC's S is a sum over tokens in the eigenbases, and every
 rank needs these for its own tokens. A few numbers per layer are not listed: counts of rows and tokens, flags of what
-failed, a scalar here and there. Between the ends (1 < g < w) sums are reduced along the rows and then down the
+failed, a scalar here and there. With f above 1/w and the norm control `spectral`, ranks that make the same update tell
+each other at every step whether linear algebra has failed, for which all updates are there at the same time: another
+copy of the preconditioned weights. Between the ends (1 < g < w) sums are reduced along the rows and then down the
 columns, results go down the columns, and updates along the rows. Tensors travel in buckets of at most 64 MiB, a few at
 a time; a collective's payload is what is counted here: an all-reduce moves about twice that.
 

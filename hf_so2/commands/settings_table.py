@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import fields
 
 from hf_so2 import cli
-from hf_so2.optim.methods import METHODS
-from hf_so2.optim.resolution import INSTEAD, parts_in_use
-from hf_so2.optim.settings import Settings
+from hf_so2.methods.resolution import INSTEAD, parts_in_use
+from hf_so2.methods.settings import Settings
+from hf_so2.methods.table import METHODS
 
 HEAD = """# Settings
 

@@ -24,14 +24,14 @@ from typing import Any
 from hf_so2 import cli
 from hf_so2.errors import ConfigurationError
 from hf_so2.folders import require_folder
+from hf_so2.methods.table import MUP_SUFFIX
 from hf_so2.mup import scale_width
 from hf_so2.mup.coord_check import CoordinateCheck
-from hf_so2.optim.methods import MUP_SUFFIX
-from hf_so2.transfer.coordinate_plot import plot_coordinate_check
 from hf_so2.transfer.coordinates import coordinate_check
 from hf_so2.transfer.proxies import Proxy, make_recipe, proxies_of, standard_parametrization
 from hf_so2.transfer.recipe import Recipe, write_recipe
-from hf_so2.transfer.report import SweepResult, versions, write_report
+from hf_so2.transfer.reporting.coordinate_plot import plot_coordinate_check
+from hf_so2.transfer.reporting.report import SweepResult, versions, write_report
 from hf_so2.transfer.runner import TYPES, quieten
 from hf_so2.transfer.store import SweepStore
 from hf_so2.transfer.sweep import Sweep, SweepArguments, shown

@@ -18,8 +18,7 @@ import datasets
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from hf_so2 import checkpoints, cli
-from hf_so2.arguments import SecondOrderTrainingArguments
+from hf_so2 import cli
 from hf_so2.data import Corpus, DataArguments, collate_blocks, load_corpus
 from hf_so2.errors import ConfigurationError
 from hf_so2.folders import require_folder
@@ -27,8 +26,10 @@ from hf_so2.metrics import causal_lm_metrics, summarize_logits
 from hf_so2.models import ModelArguments, build_model_and_config, require_positions
 from hf_so2.mup import read_mup
 from hf_so2.mup.widths import text_width
-from hf_so2.trainer import SecondOrderTrainer
-from hf_so2.transfer.plots import plot_loss_curve
+from hf_so2.training import checkpoints
+from hf_so2.training.arguments import SecondOrderTrainingArguments
+from hf_so2.training.trainer import SecondOrderTrainer
+from hf_so2.transfer.reporting.plots import plot_loss_curve
 from hf_so2.transfer.wide_run import comparison, read_flags_and_recipe, share_batch
 
 TYPES = (ModelArguments, DataArguments, SecondOrderTrainingArguments)

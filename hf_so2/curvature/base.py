@@ -1,9 +1,9 @@
 """What a curvature method is: a few statistics, of tokens or of gradients, and four verbs on a dictionary of tensors.
 
 Convention of this package: a layer computes `u = W h`; every matrix is `(fan_out, fan_in)`; `inputs` are the rows `h`
-of shape (rows, fan_in), or for one-hot `h` the integers (rows,) of `hf_so2.curvature.forms`, and `gradients` the rows
-`δ = ∂ℓ/∂u` of shape (rows, fan_out), of each token's own loss. A block knows nothing of modules, processes, the Trainer
-or μP.
+of shape (rows, fan_in), or for one-hot `h` the integers (rows,) of `hf_so2.curvature.parts.forms`, and `gradients` the
+rows `δ = ∂ℓ/∂u` of shape (rows, fan_out), of each token's own loss. A block knows nothing of modules, processes, the
+Trainer or μP.
 
 Stacks: `refresh`, `observe_gradient`, `precondition` and `rotate` also take several weights of one shape at once. Every
 tensor of the state, the gradient and the numbers of `Damping` then have the same leading dimensions, and what comes out
@@ -20,7 +20,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from hf_so2.curvature.costs import Shape
+from hf_so2.curvature.parts.costs import Shape
 from hf_so2.damping import Damping
 from hf_so2.linalg import per_matrix
 
@@ -106,7 +106,7 @@ class CurvatureBlock(Protocol):
 
     @abstractmethod
     def spectra(self, state: State, damping: Damping) -> dict[str, Tensor]:
-        """Trace, damping ρ and condition number of the damped factors as they stand, see `hf_so2.curvature.spectrum`.
+        """Trace, damping ρ and condition number of the damped factors, see `hf_so2.curvature.parts.spectrum`.
 
         Raises:
             DecompositionError: as `refresh`, under a rule that needs eigenvalues.

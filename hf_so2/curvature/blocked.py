@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_so2.curvature import costs
 from hf_so2.curvature.base import GradientBlock, State
-from hf_so2.curvature.spectrum import quantity_of
+from hf_so2.curvature.parts import costs
+from hf_so2.curvature.parts.spectrum import quantity_of
 from hf_so2.damping import Damping
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_so2.curvature import costs
 from hf_so2.curvature.base import Fold, State, Statistic, TokenBlock, update_average, update_averages
-from hf_so2.curvature.forms import (
+from hf_so2.curvature.parts import costs
+from hf_so2.curvature.parts.forms import (
     from_left,
     from_right,
     in_turn,
@@ -19,7 +19,7 @@ from hf_so2.curvature.forms import (
     sum_by_index,
     transposed,
 )
-from hf_so2.curvature.moments import INDEPENDENT, Moments
+from hf_so2.curvature.parts.moments import INDEPENDENT, Moments
 from hf_so2.damping import Damping
 from hf_so2.linalg import DecompositionError, block_diagonal, eigh, per_matrix
 
@@ -45,7 +45,7 @@ class EKFAC(TokenBlock):
         beta: decay of the running averages, in [0, 1).
         moments: how the block is split into the factors whose eigenbases are used.
         diagonal: the sides, of "A" and "B", whose factor is kept as a diagonal.
-        moment_stride: S is observed on one of so many rows, see `hf_so2.curvature.forms.in_turn`; on all of an
+        moment_stride: S is observed on one of so many rows, see `hf_so2.curvature.parts.forms.in_turn`; on all of an
             embedding's, where a rare token may not be missed.
         block_size: as in `KFAC`; there is one ρ for each pair of blocks.
     """

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_so2.curvature import costs, spectrum
 from hf_so2.curvature.base import Fold, State, Statistic, TokenBlock, update_averages
-from hf_so2.curvature.forms import from_left, from_right, root
-from hf_so2.curvature.moments import INDEPENDENT, Moments
+from hf_so2.curvature.parts import costs, spectrum
+from hf_so2.curvature.parts.forms import from_left, from_right, root
+from hf_so2.curvature.parts.moments import INDEPENDENT, Moments
 from hf_so2.damping import Damping
 
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_so2.curvature import costs, spectrum
-from hf_so2.curvature import sides as two_sided
 from hf_so2.curvature.base import GradientBlock, State, update_averages
+from hf_so2.curvature.parts import costs, spectrum
+from hf_so2.curvature.parts import sides as two_sided
 from hf_so2.damping import Damping
 from hf_so2.linalg import damped_root, largest_entry, per_matrix
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim import _muon as torch_muon
 
-from hf_so2.curvature import costs
 from hf_so2.curvature.base import GradientBlock, State
+from hf_so2.curvature.parts import costs
 from hf_so2.damping import Damping
 from hf_so2.linalg import largest_entry, per_matrix
 

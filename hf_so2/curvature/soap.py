@@ -8,10 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hf_so2.curvature import costs
-from hf_so2.curvature import sides as two_sided
 from hf_so2.curvature.base import RotatingBlock, State, corrected_average, update_average, update_averages
-from hf_so2.curvature.forms import over_eigenspaces
+from hf_so2.curvature.parts import costs
+from hf_so2.curvature.parts import sides as two_sided
+from hf_so2.curvature.parts.forms import over_eigenspaces
 from hf_so2.damping import Damping
 from hf_so2.linalg import DecompositionError, eigh, follow_basis, has_null_space, is_finite, per_matrix
 from hf_so2.linalg.eigen import RESOLUTION

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hf_so2.curvature.ekfac import EKFAC
-from hf_so2.curvature.moments import trace_restricted
+from hf_so2.curvature.parts.moments import trace_restricted
 
 
 def TEKFAC(  # noqa: N802  named as the method, like its siblings

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_so2.curvature import costs, spectrum
 from hf_so2.curvature.base import CurvatureBlock, State, TokenBlock, corrected_average
-from hf_so2.curvature.forms import from_left, from_right
 from hf_so2.curvature.kfac import KFAC
+from hf_so2.curvature.parts import costs, spectrum
+from hf_so2.curvature.parts.forms import from_left, from_right
 from hf_so2.damping import Damping
 from hf_so2.linalg import common_basis
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hf_so2.curvature.kfac import KFAC
-from hf_so2.curvature.moments import trace_restricted
+from hf_so2.curvature.parts.moments import trace_restricted
 
 
 def TKFAC(  # noqa: N802  named as the method, like its siblings

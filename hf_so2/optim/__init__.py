@@ -1,9 +1,9 @@
 """The optimizer: settings, methods by name, and one step pipeline."""
 
+from hf_so2.methods.settings import Settings
+from hf_so2.methods.table import OPTIMIZERS
 from hf_so2.optim.build import build_optimizer
 from hf_so2.optim.coverage import CoverageReport
-from hf_so2.optim.methods import OPTIMIZERS
 from hf_so2.optim.optimizer import SecondOrderOptimizer
-from hf_so2.optim.settings import Settings
 
 __all__ = ["OPTIMIZERS", "CoverageReport", "SecondOrderOptimizer", "Settings", "build_optimizer"]

@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from torch import nn
 from transformers import PretrainedConfig
 from transformers.trainer_pt_utils import get_parameter_names
 
-from hf_so2.damping import Damping
-from hf_so2.distributed import is_sharded, refuse_other_sharding
+from hf_so2.distributed import refuse_other_sharding
+from hf_so2.engine.statistics import Curvature
 from hf_so2.errors import ConfigurationError
-from hf_so2.layers import Treatment, select
+from hf_so2.layers import select
 from hf_so2.layers.selection import Extent
-from hf_so2.mup import ParameterWidth, apply_mup, read_mup, refuse_adapters, rules
+from hf_so2.methods.damping_overrides import DampingOverrides
+from hf_so2.methods.settings import Settings
+from hf_so2.methods.table import MUP_SUFFIX, parse_name
+from hf_so2.mup import ParameterWidth, apply_mup, read_mup, refuse_adapters
 from hf_so2.optim.coverage import Coverage, CoverageReport
-from hf_so2.optim.damping_overrides import DampingOverrides
-from hf_so2.optim.layer import Layer, statistics_dtype
-from hf_so2.optim.methods import MUP_SUFFIX, Method, Site, parse_name
+from hf_so2.optim.decisions import damping_of, is_one_sided, layers_of, options_of
 from hf_so2.optim.optimizer import SecondOrderOptimizer
-from hf_so2.optim.settings import Settings
-from hf_so2.optim.statistics import Curvature
-from hf_so2.optim.width_damping import Multipliers, factored_damping
-
-# Of an embedding of its own: tokens much rarer than the mean have gradients too noisy to magnify further.
-EMBEDDING_DAMPING = 1.0
+from hf_so2.weights.layer import Layer
 
 # Without μP nothing is multiplied.
 UNSCALED = ParameterWidth("scalar", 1.0, 1.0)
@@ -56,8 +51,8 @@ def build_optimizer(
             which the settings were tuned. May be left out when the model carries a μP record.
         decay_parameters: names of the parameters that `weight_decay` applies to; by default those that the Trainer
             decays (neither biases nor norms).
-        settings: fields of `hf_so2.optim.settings.Settings` (`lr` may be spelled `learning_rate`); the others take the
-            method's defaults.
+        settings: fields of `hf_so2.methods.settings.Settings` (`lr` may be spelled `learning_rate`); the others take
+            the method's defaults.
 
     Raises:
         ConfigurationError: an unknown name or setting, a value out of range, a setting that the method or the model
@@ -107,18 +102,18 @@ def build_from_settings(
             report.append(Coverage(parameter_name, tuple(parameter.shape), "none", "frozen"))
             continue
         width = widths.get(parameter_name, UNSCALED)
-        one_sided = _is_one_sided(treatment, method, resolved)
+        one_sided = is_one_sided(treatment, method, resolved)
         is_decayed = parameter_name in decay_parameters
         own = (of_experts, expert_settings) if treatment.count else (method, resolved)
-        options = _options(*own, treatment, width, one_sided=one_sided, is_decayed=is_decayed)
+        options = options_of(*own, treatment, width, one_sided=one_sided, is_decayed=is_decayed)
         groups.setdefault(tuple(options.values()), {"params": [], **options})["params"].append(
             (parameter_name, parameter)
         )
         damping = None
         is_bias = parameter.ndim < 2
         if method.block is not None and treatment.preconditioned and not is_bias:
-            damping = _damping(*own, treatment, width, overrides, one_sided=one_sided)
-            layers += _layers(parameter_name, parameter, treatment, *own, width, damping, one_sided)
+            damping = damping_of(*own, treatment, width, overrides, one_sided=one_sided)
+            layers += layers_of(parameter_name, parameter, treatment, *own, width, damping, one_sided)
         report.append(
             Coverage(
                 parameter_name,
@@ -181,123 +176,6 @@ def _refuse_gradients_of_other_kinds(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if getattr(module, "sparse", False) and isinstance(module, nn.Embedding | nn.EmbeddingBag):
             raise ConfigurationError("model", name, "has sparse gradients; must be built with sparse=False")
-
-
-def _options(
-    method: Method,
-    settings: Settings,
-    treatment: Treatment,
-    width: ParameterWidth,
-    *,
-    one_sided: bool,
-    is_decayed: bool,
-) -> dict[str, Any]:
-    """The hyperparameters of one parameter, width multipliers included: the keys of its group."""
-    second_order = method.block is not None and treatment.preconditioned
-    first_order_rule = rules.ADAM if method.first_order == "adamw" else rules.SGD
-    fallback_lr = settings.fallback_learning_rate or settings.lr
-    if treatment.is_hidden:
-        # A first-order method has one rate for hidden matrices and may have another for the rest.
-        fallback_lr = settings.lr if method.block is None else settings.hidden_fallback_learning_rate or fallback_lr
-    lr = settings.lr if second_order else fallback_lr
-    rule = method.learning_rate_rule(settings, one_sided=one_sided) if second_order else first_order_rule
-    scaled_lr = lr * rules.learning_rate_multiplier(rule, width)
-    options: dict[str, Any] = {
-        "algorithm": method.name if second_order else method.first_order,
-        "lr": scaled_lr,
-        "weight_decay": settings.weight_decay * rules.weight_decay_multiplier(rule, width) if is_decayed else 0.0,
-    }
-    if method.first_order == "sgd":
-        return {**options, "momentum": settings.momentum}
-    fallback_ratio = 1.0
-    if second_order:
-        fallback_ratio = fallback_lr * rules.learning_rate_multiplier(rules.ADAM, width) / scaled_lr
-    if second_order:
-        options["momentum"] = settings.momentum
-    return {
-        **options,
-        "betas": (settings.adam_beta1, settings.adam_beta2),
-        "eps": settings.adam_epsilon * rules.damping_multiplier("adam_eps", width),
-        "fallback_lr_ratio": fallback_ratio,
-    }
-
-
-def _damping(
-    method: Method,
-    settings: Settings,
-    treatment: Treatment,
-    width: ParameterWidth,
-    overrides: DampingOverrides,
-    *,
-    one_sided: bool,
-) -> Damping:
-    """The damping of one weight; that of a tied one is what its embedding and its head would have each."""
-
-    def of(modules: Sequence[nn.Module], epsilon: float, multipliers: Multipliers) -> Damping:
-        return overrides.apply(Damping(settings.damping_rule, epsilon, **multipliers), modules)
-
-    counts_tokens = treatment.adapter.one_hot and "tokens" in method.uses
-    is_tied = counts_tokens and bool(treatment.head)
-    strength = method.damping_strength(settings, factored=one_sided or is_tied)
-    if not is_tied:
-        epsilon = (settings.embedding_damping or EMBEDDING_DAMPING) if counts_tokens else strength
-        return of(treatment.modules, epsilon, method.damping_multipliers(width, one_sided=one_sided))
-    as_embedding, as_head = rules.tied_ends(width)
-    # The head adds to the same sum, of which damping as strong as an embedding's own would leave it no part: 0.08 nats.
-    embedding = of(treatment.modules, settings.embedding_damping or strength, factored_damping(as_embedding))
-    return replace(embedding, head=of(treatment.head, strength, factored_damping(as_head)))
-
-
-def _layers(
-    name: str,
-    parameter: nn.Parameter,
-    treatment: Treatment,
-    method: Method,
-    settings: Settings,
-    width: ParameterWidth,
-    damping: Damping,
-    one_sided: bool,
-) -> list[Layer]:
-    """The layer of a weight, or those of the matrices of a stack.
-
-    Raises:
-        ConfigurationError: a stack is sharded.
-    """
-    if treatment.count and is_sharded(parameter):
-        allowed = "is a stack of experts under FSDP2, which is not supported; use DDP, or skip_modules for AdamW"
-        raise ConfigurationError("model", name, allowed)
-    adapters = {name: treatment.adapter}
-    if treatment.count:
-        adapters = {f"{name}[{index}]": replace(treatment.adapter, index=index) for index in range(treatment.count)}
-    fan_out, fan_in = next(iter(adapters.values())).matrix(parameter).shape
-    adapter = treatment.adapter
-    diagonal = "A" * adapter.one_hot + "B" * treatment.is_head
-    shape = (fan_out, fan_in + adapter.has_bias)
-    site = Site(shape, width, diagonal, one_sided, tied=bool(treatment.head) and "tokens" in method.uses)
-    block = method.block_for(settings, site)
-    assert block is not None
-    dtype = statistics_dtype(parameter.dtype)
-    return [
-        Layer(
-            own_name,
-            site.shape,
-            block,
-            treatment.modules,
-            own_adapter,
-            damping,
-            parameter.device,
-            dtype,
-            treatment.partner,
-            treatment.head,
-            treatment.is_head,
-        )
-        for own_name, own_adapter in adapters.items()
-    ]
-
-
-def _is_one_sided(treatment: Treatment, method: Method, settings: Settings) -> bool:
-    """Whether the K-FAC family leaves the output side alone; the Shampoo family decides by size, see `Site.sides`."""
-    return "tokens" in method.uses and treatment.is_head and settings.head_output_factor == "identity"
 
 
 def _base_rate_first(groups: Iterable[dict[str, Any]], lr: float) -> list[dict[str, Any]]:

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from hf_so2.distributed import is_sharded, world
+from hf_so2.engine.adaptive import AdaptiveDamping, Loss
 from hf_so2.layers import SampledCapture
-from hf_so2.optim.adaptive import AdaptiveDamping, Loss
+from hf_so2.layers.sampled_labels import generator_for, sampled_loss
+from hf_so2.methods.settings import Settings
 from hf_so2.optim.optimizer_state import OptimizerWithCurvature
-from hf_so2.optim.sampled_labels import generator_for, sampled_loss
-from hf_so2.optim.schedule import due
-from hf_so2.optim.settings import Settings
 from hf_so2.optim.skipping import have_no_gradient
+from hf_so2.weights.schedule import due
 
 
 class ObservingOptimizer(OptimizerWithCurvature):

@@ -13,18 +13,19 @@ import torch
 from torch import Tensor
 
 from hf_so2.distributed import local
+from hf_so2.engine.adaptive import AdaptiveDamping
+from hf_so2.engine.fallback import first_order_step
+from hf_so2.engine.second_order import second_order_updates, with_gradients
+from hf_so2.engine.statistics import Curvature
+from hf_so2.engine.step_record import StepRecord
 from hf_so2.errors import ConfigurationError
-from hf_so2.optim.adaptive import AdaptiveDamping
+from hf_so2.methods.settings import Settings
 from hf_so2.optim.coverage import CoverageReport, warn_of_uncaptured
-from hf_so2.optim.fallback import first_order_step
 from hf_so2.optim.observing import ObservingOptimizer
-from hf_so2.optim.schedule import due
-from hf_so2.optim.second_order import second_order_updates, with_gradients
-from hf_so2.optim.settings import Settings
 from hf_so2.optim.skipping import SkippedSteps, are_in_range, gradients_and_limits, have_no_gradient
-from hf_so2.optim.statistics import Curvature
-from hf_so2.optim.telemetry import LEVELS, StepRecord, report
+from hf_so2.optim.telemetry import LEVELS, report
 from hf_so2.optim.whole import WholeStep
+from hf_so2.weights.schedule import due
 
 
 class SecondOrderOptimizer(ObservingOptimizer):

@@ -7,8 +7,8 @@ from typing import Any, NoReturn
 
 import torch
 
+from hf_so2.engine.statistics import Curvature
 from hf_so2.optim.skipping import SkippedSteps
-from hf_so2.optim.statistics import Curvature
 from hf_so2.optim.whole import WholeStep
 
 logger = logging.getLogger(__name__)

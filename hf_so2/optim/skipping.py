@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from hf_so2.distributed import is_sharded, local, true_on_all_ranks
+from hf_so2.engine.fallback import largest_gradient, of_finite_square
+from hf_so2.engine.norm_control import NORM_CONTROLS
+from hf_so2.engine.statistics import Curvature
 from hf_so2.errors import TrainingDivergedError
-from hf_so2.optim.fallback import largest_gradient, of_finite_square
-from hf_so2.optim.norm_control import OF_FIXED_LENGTH
-from hf_so2.optim.statistics import Curvature
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,8 @@ def gradients_and_limits(
             if curvature is not None and curvature.preconditions(name):
                 # An average takes the difference of what is in it and what enters; statistics are looked at apart.
                 most = torch.finfo(parameter.dtype).max / 2
-                limits.append(most if norm_control in OF_FIXED_LENGTH else min(most, of_finite_square(parameter.dtype)))
+                fixed = NORM_CONTROLS[norm_control].fixes_length
+                limits.append(most if fixed else min(most, of_finite_square(parameter.dtype)))
             else:
                 limits.append(largest_gradient(group, parameter.dtype))
     return gradients, limits

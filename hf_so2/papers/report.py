@@ -103,12 +103,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _plain(entry) for key, entry in value.items()}
     return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value
-
-
-def experiments() -> dict[str, Experiment]:
-    """Every experiment by its name on the command line."""
-    from hf_so2.papers.foof import foof
-    from hf_so2.papers.mup_transfer import mup_transfer
-    from hf_so2.papers.tekfac import tekfac
-
-    return {"mup-transfer": mup_transfer, "foof": foof, "tekfac": tekfac}

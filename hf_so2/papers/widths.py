@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hf_so2 import optim
 from hf_so2.papers.digits import Digits, mlp
 from hf_so2.papers.training import FLOOR, optimizer_step, train
-from hf_so2.transfer.optimum import find_optimum
+from hf_so2.transfer.reporting.optimum import find_optimum
 
 BASE, LAYERS, BATCH = 32, 4, 128
 PROBES = 256  # images on which changes are measured

@@ -9,14 +9,14 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig
 
 from hf_so2 import cli
-from hf_so2.arguments import TRAINER_FIELDS, SecondOrderTrainingArguments
 from hf_so2.data import DataArguments, load_corpus
 from hf_so2.errors import ConfigurationError
+from hf_so2.methods.resolution import parts_in_use
+from hf_so2.methods.settings import Settings
+from hf_so2.methods.table import MUP_SUFFIX, parse_name
 from hf_so2.models import ModelArguments, build_config, parse_overrides, require_positions
 from hf_so2.mup.widths import RECORD_FIELD, text_width
-from hf_so2.optim.methods import MUP_SUFFIX, parse_name
-from hf_so2.optim.resolution import parts_in_use
-from hf_so2.optim.settings import Settings
+from hf_so2.training.arguments import TRAINER_FIELDS, SecondOrderTrainingArguments
 from hf_so2.transfer.recipe import Recipe, shapes_training
 from hf_so2.transfer.runner import TYPES
 from hf_so2.transfer.space import Params, Space

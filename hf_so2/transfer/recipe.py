@@ -10,12 +10,12 @@ from typing import Any
 import yaml
 from transformers import AutoConfig
 
-from hf_so2.arguments import SecondOrderTrainingArguments
 from hf_so2.data import DataArguments
 from hf_so2.errors import ConfigurationError
 from hf_so2.models import ModelArguments
 from hf_so2.mup.widths import text_width
 from hf_so2.spelling import did_you_mean
+from hf_so2.training.arguments import SecondOrderTrainingArguments
 
 VERSION = 1
 """Of the format: raised when a recipe of today could be misread."""

@@ -24,11 +24,11 @@ from transformers import (
 from transformers.utils import logging
 
 from hf_so2 import cli
-from hf_so2.arguments import SecondOrderTrainingArguments
 from hf_so2.data import Corpus, DataArguments, collate_blocks, load_corpus
 from hf_so2.errors import TrainingDivergedError
 from hf_so2.models import ModelArguments, build_model_and_config
-from hf_so2.trainer import SecondOrderTrainer
+from hf_so2.training.arguments import SecondOrderTrainingArguments
+from hf_so2.training.trainer import SecondOrderTrainer
 from hf_so2.transfer.space import Params, Space
 from hf_so2.transfer.store import DIVERGED, PARAMS, SEED
 

@@ -6,14 +6,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from hf_so2.arguments import TRAINER_FIELDS
 from hf_so2.errors import ConfigurationError
+from hf_so2.training.arguments import TRAINER_FIELDS
 from hf_so2.transfer.proxies import Proxy, shared_settings
+from hf_so2.transfer.reporting.verdict import Verdict, judge
 from hf_so2.transfer.runner import TrialTask, run_trial
 from hf_so2.transfer.space import Space, default_grid, parse_grid, parse_ranges
 from hf_so2.transfer.store import SweepStore, Wanted, study_name
 from hf_so2.transfer.trials import Trial, best_setting, finalists
-from hf_so2.transfer.verdict import Verdict, judge
 from hf_so2.transfer.workers import run_tasks
 
 MOST_EXTENSIONS = 4  # of a grid in one call; each makes every edge in question one value longer

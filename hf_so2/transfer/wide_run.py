@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hf_so2 import cli
-from hf_so2.arguments import SecondOrderTrainingArguments
 from hf_so2.errors import ConfigurationError
+from hf_so2.training.arguments import SecondOrderTrainingArguments
 from hf_so2.transfer.recipe import Recipe, read_recipe
-from hf_so2.transfer.verdict import predicted_loss
+from hf_so2.transfer.reporting.verdict import predicted_loss
 
 
 @dataclass

@@ -16,10 +16,10 @@ from torch import Tensor
 
 import hf_so2
 from hf_so2.curvature import EKFAC, FOOF, KFAC, TEKFAC, TKFAC, CurvatureBlock
-from hf_so2.curvature.costs import decomposed
+from hf_so2.curvature.parts.costs import decomposed
 from hf_so2.damping import RULES, Damping
 from hf_so2.linalg import block_diagonal
-from hf_so2.optim.costs import observed_numbers, preconditioner_sent, state_numbers
+from hf_so2.weights.costs import observed_numbers, preconditioner_sent, state_numbers
 
 FAN_OUT, FAN_IN = 5, 7
 

@@ -19,7 +19,7 @@ from ranks import parameters, sharded_cases, train
 
 import hf_so2
 from hf_so2.distributed import GridCommunicator, local
-from hf_so2.optim import sharing
+from hf_so2.parallel import sharing
 
 
 def shard(model: nn.Module) -> None:

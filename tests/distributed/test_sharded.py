@@ -23,8 +23,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import hf_so2
-from hf_so2 import checkpoints
 from hf_so2.distributed import Split
+from hf_so2.training import checkpoints
 
 PROGRAM = Path(__file__).with_name("sharded_program.py")
 

@@ -14,10 +14,10 @@ import torch.multiprocessing as mp
 from torch import nn
 
 import hf_so2
+from hf_so2.engine.statistics import MAX_FAILURES_IN_A_ROW
 from hf_so2.errors import TrainingDivergedError
 from hf_so2.linalg import DecompositionError
-from hf_so2.optim.layer import Layer
-from hf_so2.optim.statistics import MAX_FAILURES_IN_A_ROW
+from hf_so2.weights.layer import Layer
 
 ROWS, RANKS = 24, 2
 

@@ -23,8 +23,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import hf_so2
 from hf_so2.benchmark.scaling import Llama, load
 from hf_so2.curvature import GradientBlock
-from hf_so2.optim import costs
-from hf_so2.optim.layer import Layer
+from hf_so2.weights import costs
+from hf_so2.weights.layer import Layer
 
 SHAPES = [(12, 10), (12, 12), (8, 12), (8, 8), (6, 8), (10, 6), (10, 10), (7, 10)]
 STEPS = 10

@@ -30,10 +30,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from helpers import arguments, optimizer_of
 
 import hf_so2
-from hf_so2 import checkpoints, files, manifest
+from hf_so2 import files
 from hf_so2.distributed import local
 from hf_so2.optim import optimizer as pipeline
 from hf_so2.optim.whole import WholeStep
+from hf_so2.training import checkpoints, manifest
 
 VOCABULARY, TOKENS = 2048, (8, 128)
 
@@ -168,7 +169,7 @@ def sizes_alone(folder: Path, ranks: int) -> None:
 
 def sealed_as_before(patch: Patch) -> None:
     patch.setattr(checkpoints, "write_manifest", sizes_alone)
-    patch.setattr("hf_so2.resumable.write_state", lambda path, write: write(str(path)))
+    patch.setattr("hf_so2.training.resumable.write_state", lambda path, write: write(str(path)))
 
 
 def without_digest(patch: Patch) -> None:

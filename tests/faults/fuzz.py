@@ -20,9 +20,9 @@ from transformers import PreTrainedTokenizerFast
 
 import hf_so2
 from hf_so2 import cli
-from hf_so2.arguments import SecondOrderTrainingArguments
 from hf_so2.data import DataArguments
 from hf_so2.models import ModelArguments, build_config, build_model_and_config
+from hf_so2.training.arguments import SecondOrderTrainingArguments
 from hf_so2.transfer.grid import GridStore
 from hf_so2.transfer.space import parse_grid, parse_ranges
 from hf_so2.transfer.store import SweepStore
@@ -204,7 +204,7 @@ def _is_small(config: Any) -> bool:
 
 def optimizer(chance: random.Random, folder: Path) -> bool:
     """Settings of an optimizer in one string, axes of a grid and of a search, and μP's base."""
-    names = [*hf_so2.optim.settings.SETTING_NAMES, "learning_rate", "x"]
+    names = [*hf_so2.methods.settings.SETTING_NAMES, "learning_rate", "x"]
     how = chance.randrange(4)
     texts = [
         f"{chance.choice(names)}{chance.choice(['=', '=', '=', '', ':'])}{chance.choice(VALUES)}" for _ in range(2)

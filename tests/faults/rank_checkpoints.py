@@ -20,7 +20,7 @@ from plain_loop import flat
 from two_ranks import start
 
 import hf_so2
-from hf_so2 import checkpoints
+from hf_so2.training import checkpoints
 
 PATIENCE = 60.0  # seconds that a rank waits for the other
 RUN = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}

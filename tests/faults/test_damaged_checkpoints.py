@@ -17,7 +17,7 @@ import torch
 from helpers import arguments, assert_same_parameters, llama, optimizer_of, token_rows, trained
 
 import hf_so2
-from hf_so2 import checkpoints, manifest
+from hf_so2.training import checkpoints, manifest
 
 sys.path.insert(0, str(Path(__file__).parent))
 from damage import KINDS, damage
@@ -175,7 +175,7 @@ def test_a_full_disk_ends_in_one_line_and_leaves_the_checkpoint_before(
 ) -> None:
     shutil.rmtree(output / "checkpoint-4")
     owner, name = SAVES[place]
-    owner = sys.modules["hf_so2.resumable"] if place == "the state" else owner
+    owner = sys.modules["hf_so2.training.resumable"] if place == "the state" else owner
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -191,7 +191,7 @@ def test_an_error_after_weights_have_moved_says_so_and_nothing_goes_on_from_ther
         raise torch.OutOfMemoryError("made to fail")
 
     backward(model, 1)
-    monkeypatch.setattr("hf_so2.optim.fallback.adamw", out_of_memory)
+    monkeypatch.setattr("hf_so2.engine.fallback.adamw", out_of_memory)
     with pytest.raises(torch.OutOfMemoryError) as caught:
         optimizer.step()
     monkeypatch.undo()

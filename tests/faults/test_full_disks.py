@@ -18,7 +18,7 @@ from helpers import arguments, assert_same_parameters, llama, token_rows, traine
 from transformers import TrainerCallback
 
 import hf_so2
-from hf_so2 import checkpoints
+from hf_so2.training import checkpoints
 
 RUN = {
     "max_steps": 4,

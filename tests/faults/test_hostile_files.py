@@ -13,14 +13,14 @@ import yaml
 
 import hf_so2
 from hf_so2 import cli
-from hf_so2.arguments import SecondOrderTrainingArguments
 from hf_so2.data import DataArguments
 from hf_so2.models import ModelArguments
+from hf_so2.training.arguments import SecondOrderTrainingArguments
 from hf_so2.transfer.recipe import Recipe, read_recipe, write_recipe
-from hf_so2.transfer.report import SweepResult, write_report
+from hf_so2.transfer.reporting.report import SweepResult, write_report
+from hf_so2.transfer.reporting.verdict import judge
 from hf_so2.transfer.store import SweepStore
 from hf_so2.transfer.trials import Trial
-from hf_so2.transfer.verdict import judge
 
 TYPES = (ModelArguments, DataArguments, SecondOrderTrainingArguments)
 PACKAGE = Path(hf_so2.__file__).parent

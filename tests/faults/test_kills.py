@@ -16,7 +16,7 @@ import pytest
 from helpers import assert_same_parameters, llama, token_rows, trained
 
 import hf_so2
-from hf_so2 import checkpoints
+from hf_so2.training import checkpoints
 
 RUN = {
     "max_steps": 6,

@@ -11,7 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from plain_loop import FAULTS, run
 
-from hf_so2.optim.methods import METHODS
+from hf_so2.methods.table import METHODS
 
 NAMES = tuple(METHODS)
 FEW = ("kfac", "ekfac", "soap", "muon", "adamw")

@@ -16,7 +16,8 @@ import trainer_ranks
 import two_ranks
 from starting import end, start, wait
 
-from hf_so2 import OPTIMIZERS, checkpoints
+from hf_so2 import OPTIMIZERS
+from hf_so2.training import checkpoints
 
 NAMES = tuple(OPTIMIZERS)
 FEW = ("kfac_mup",)

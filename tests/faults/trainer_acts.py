@@ -92,7 +92,7 @@ def _raised(error: type[BaseException]) -> Callable[[random.Random], Act]:
         class InStep:
             def __init__(self) -> None:
                 self.patch = pytest.MonkeyPatch()
-                target = "hf_so2.optim.fallback.adamw" if way == "late" else "hf_so2.optim.optimizer.are_in_range"
+                target = "hf_so2.engine.fallback.adamw" if way == "late" else "hf_so2.optim.optimizer.are_in_range"
                 self.patch.setattr(target, fail)
 
             def remove(self) -> None:

@@ -119,7 +119,7 @@ SAVES = [
     _in_a_save("_save_checkpoint"),
     _in_a_save("_save_optimizer_and_scheduler"),
     _in_a_save("_save_rng_state"),
-    lambda model, act: Before("hf_so2.checkpoints.write_part", act),
+    lambda model, act: Before("hf_so2.training.checkpoints.write_part", act),
 ]
 
 

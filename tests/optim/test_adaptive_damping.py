@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import hf_so2
 from hf_so2.curvature import EKFAC
-from hf_so2.optim import adaptive
+from hf_so2.engine import adaptive
 
 METHODS = ["kfac", "tkfac", "ekfac", "tekfac"]
 ADAPTIVE: dict[str, Any] = {"adaptive_damping": True, "norm_control": "kl_clip"}

@@ -13,8 +13,8 @@ from helpers import BOTH_ENDS, VOCABULARY, assert_same_parameters, llama, relati
 from torch import Tensor, nn
 
 import hf_so2
-from hf_so2.optim.methods import METHODS
-from hf_so2.optim.settings import Settings
+from hf_so2.methods.settings import Settings
+from hf_so2.methods.table import METHODS
 
 NAMES = tuple(METHODS)
 SECOND_ORDER = tuple(name for name, method in METHODS.items() if method.block is not None)

@@ -1,4 +1,6 @@
-"""Arrows point one way: linalg ← damping ← curvature ← optim ← trainer ← scripts; leaves know none of them."""
+"""Arrows point one way: linalg ← damping ← curvature ← weights ← parallel ← engine ← methods ← optim ← training ←
+scripts; leaves know none of them.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +16,8 @@ PACKAGE = ROOT / "hf_so2"
 # What each part may import of the others. Every part may also import itself and the plain helpers.
 HELPERS = {"errors", "files", "folders", "orientation", "spelling"}
 LEAVES = {"layers", "mup", "distributed", "data", "metrics"}
+BLOCKS = {"linalg", "damping", "curvature"}
+STEP = {*BLOCKS, "layers", "distributed", "weights", "parallel", "engine"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "files": set(),
@@ -30,32 +34,28 @@ ALLOWED: dict[str, set[str]] = {
     "distributed": set(),
     "data": set(),
     "metrics": set(),
-    "optim": {"linalg", "damping", "curvature", "layers", "mup", "distributed"},
-    "callbacks": {"optim"},
-    "argument_fields": {"optim"},
-    "arguments": {"argument_fields", "optim", "mup"},
-    "manifest": set(),
-    "checkpoints": {"manifest", "distributed"},
-    "resumable": {"manifest", "checkpoints", "callbacks", "optim"},
-    "trainer": {"arguments", "callbacks", "resumable", "optim", "layers", "mup", "distributed", "data", "metrics"},
-    "factories": {"arguments", "trainer"},
+    "weights": {*BLOCKS, "layers", "distributed"},
+    "parallel": {*BLOCKS, "layers", "distributed", "weights"},
+    "engine": {*STEP, "mup"},
+    "methods": {*BLOCKS, "layers", "mup", "engine"},
+    "optim": {*STEP, "mup", "methods"},
+    "training": {*LEAVES, "parallel", "engine", "methods", "optim"},
     # The command line's own parts: used by commands only.
     "cli": set(),
     "models": {"mup", "cli"},
-    "benchmark": {"optim", "layers", "curvature", "distributed"},
-    "papers": {"linalg", "optim", "curvature", "damping", "natural_gradient", "transfer"},
-    "transfer": {"arguments", "trainer", "optim", "cli", "models", *LEAVES},
+    "benchmark": {*STEP, "methods", "optim"},
+    "papers": {*BLOCKS, "optim", "natural_gradient", "transfer"},
+    "transfer": {*LEAVES, "training", "methods", "optim", "cli", "models"},
     "commands": {
-        "arguments",
-        "trainer",
-        "checkpoints",
+        *LEAVES,
+        "training",
+        "methods",
         "optim",
         "cli",
         "models",
         "transfer",
         "benchmark",
         "papers",
-        *LEAVES,
     },
     "__main__": {"commands"},
 }
@@ -116,6 +116,39 @@ def test_the_allowed_arrows_have_no_cycle() -> None:
         done.update(free)
         for part in free:
             del remaining[part]
+
+
+def test_no_file_imports_itself_by_way_of_others() -> None:
+    """Imports for types count, too: a reader follows them."""
+    files = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in modules()}
+    arrows = {
+        name: {part for _, line in imported(path) if (part := file_of(line, files))} for name, path in files.items()
+    }
+    while arrows:
+        free = {name for name, needs in arrows.items() if not (needs & arrows.keys() - {name})}
+        assert free, f"a circle among {sorted(arrows)}"
+        arrows = {name: needs for name, needs in arrows.items() if name not in free}
+
+
+def file_of(dotted: str, files: dict[str, Path]) -> str | None:
+    """The file that a dotted name is in: itself, or what it is a name of."""
+    parts = dotted.split(".")
+    names = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
+    found = (name + suffix for name in names for suffix in ("", ".__init__") if name + suffix in files)
+    return next(found, None)
+
+
+@pytest.mark.parametrize("path", [*modules(), PACKAGE / "__init__.py"], ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_file_is_longer_than_a_reader_takes_in(path: Path) -> None:
+    assert len(path.read_text("utf-8").splitlines()) <= 300
+
+
+def test_no_folder_is_a_heap() -> None:
+    folders = {path.parent for path in modules()}
+    counts = {
+        folder: sum(path.stem not in ("__init__", "__main__") for path in folder.glob("*.py")) for folder in folders
+    }
+    assert {str(folder.relative_to(PACKAGE)): count for folder, count in counts.items() if count > 12} == {}
 
 
 @pytest.mark.parametrize("part", ["linalg", "damping", "curvature"])

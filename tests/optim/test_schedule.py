@@ -15,8 +15,8 @@ from torch import nn
 
 import hf_so2
 from hf_so2.distributed import assign
-from hf_so2.optim.layer import Layer
-from hf_so2.optim.schedule import EARLY_STEPS, due, turns
+from hf_so2.weights.layer import Layer
+from hf_so2.weights.schedule import EARLY_STEPS, due, turns
 
 COSTS = st.dictionaries(st.text("abc.0123", min_size=1, max_size=6), st.floats(0, 1e18), max_size=40)
 

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 import hf_so2
 from hf_so2.curvature import EKFAC, FOOF, KFAC, SOAP, TEKFAC, TKFAC, Blocked, CurvatureBlock, KLShampoo, Muon, Shampoo
 from hf_so2.damping import RULES, Damping
+from hf_so2.engine.norm_control import NORM_CONTROLS
 from hf_so2.linalg import DecompositionError, spectral_norm
 from hf_so2.linalg.power_iteration import orthonormal_by_cholesky
-from hf_so2.optim import stacks
-from hf_so2.optim.methods import METHODS
-from hf_so2.optim.norm_control import NORM_CONTROLS
+from hf_so2.methods.table import METHODS
+from hf_so2.weights import stacks
 
 SECOND_ORDER = tuple(name for name, method in METHODS.items() if method.block is not None)
 # Newton-Schulz runs in bfloat16, and its rounding differs between one product and many.
@@ -50,8 +50,7 @@ def stacked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             sizes.append(len(members))
             super().__init__(members)
 
-    for module in (stacks, hf_so2.optim.statistics):
-        monkeypatch.setattr(module, "StackedState", Counted)
+    monkeypatch.setattr(stacks, "StackedState", Counted)
     monkeypatch.setattr(stacks, "stack_bytes", lambda device: 1 << 30)
     return sizes
 
@@ -190,7 +189,7 @@ def test_a_norm_control_that_fails_for_one_leaves_out_one(
             raise DecompositionError("made up")
         return spectral_norm(matrix, basis, iterations)
 
-    monkeypatch.setattr("hf_so2.optim.norm_control.spectral_norm", failing)
+    monkeypatch.setattr("hf_so2.engine.norm_control.spectral_norm", failing)
     model = trained("kfac", steps=1)
     before = model_of_three_layers()
     still = [

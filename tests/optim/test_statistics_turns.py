@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import hf_so2
 from hf_so2.layers.sums import Captured, Readers
-from hf_so2.optim.schedule import EARLY_STEPS, statistics_turns, turns
+from hf_so2.weights.schedule import EARLY_STEPS, statistics_turns, turns
 
 COSTS = st.dictionaries(st.text("abc.0123", min_size=1, max_size=6), st.floats(0, 1e18), max_size=40)
 

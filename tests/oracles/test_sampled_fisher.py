@@ -13,7 +13,7 @@ from helpers import captured_factors, dense_factors, gpt2, in_float64, llama, ro
 from torch import Tensor, nn
 
 import hf_so2
-from hf_so2.optim.sampled_labels import generator_for, sampled_loss
+from hf_so2.layers.sampled_labels import generator_for, sampled_loss
 
 DRAWS = 3000
 

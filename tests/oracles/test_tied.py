@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import hf_so2
 from hf_so2.curvature import Tied
 from hf_so2.damping import Damping
-from hf_so2.optim.sampled_labels import generator_for
+from hf_so2.layers.sampled_labels import generator_for
 
 METHODS = ("kfac", "ekfac", "tkfac", "tekfac")
 DIAGONAL = {**BOTH_ENDS, "head_output_factor": "diagonal"}

@@ -12,7 +12,7 @@ import pytest
 
 from hf_so2 import cli
 from hf_so2.commands import papers
-from hf_so2.papers import digits, report
+from hf_so2.papers import digits, experiments, report
 from hf_so2.papers.verdict import Claim, compare
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "papers.py"
@@ -46,16 +46,16 @@ def findings(outcome: str) -> report.Findings:
 def test_the_exit_code_is_the_verdict(
     outcome: str, code: int, script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(report, "experiments", lambda: {"foof": lambda: findings(outcome)})
+    monkeypatch.setattr("hf_so2.papers.experiments", lambda: {"foof": lambda: findings(outcome)})
     assert call(script, monkeypatch, "foof", "--output_dir", str(tmp_path)) == code
     assert (tmp_path / "foof.json").is_file()
 
 
 def test_all_is_every_experiment(script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert set(papers.NAMES) == set(report.experiments())
+    assert set(papers.NAMES) == set(experiments())
     outcomes = dict(zip(papers.NAMES, ("holds", "fails", "undecided"), strict=True))
     made_up = {name: lambda outcome=outcome: findings(outcome) for name, outcome in outcomes.items()}
-    monkeypatch.setattr(report, "experiments", lambda: made_up)
+    monkeypatch.setattr("hf_so2.papers.experiments", lambda: made_up)
     assert call(script, monkeypatch, "all", "--output_dir", str(tmp_path)) == 1
     assert len(list(tmp_path.glob("*.json"))) == 3
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 import hf_so2
-from hf_so2.optim import methods
+from hf_so2.methods import table as methods
 from hf_so2.optim.optimizer import SecondOrderOptimizer
 
 LAYER = "0.weight"
@@ -46,7 +47,8 @@ def test_updates_are_those_of_an_average_in_the_weights_axes(
     shape: tuple[int, int], settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = soap(shape, **settings)
-    monkeypatch.setattr(methods, "OF_UPDATES", frozenset())
+    controls = {name: replace(control, needs="moment") for name, control in methods.NORM_CONTROLS.items()}
+    monkeypatch.setattr(methods, "NORM_CONTROLS", controls)
     plain = soap(shape, **settings)
     assert "M" in kept.curvature.layers[LAYER].state
     assert "M" not in plain.curvature.layers[LAYER].state

@@ -19,8 +19,8 @@ from transformers import TrainerCallback, TrainerState
 from transformers import trainer as transformers_trainer
 
 import hf_so2
-from hf_so2 import checkpoints
-from hf_so2.resumable import ResumableMixin
+from hf_so2.training import checkpoints
+from hf_so2.training.resumable import ResumableMixin
 
 RUN = {"max_steps": 6, "per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 2}
 CURVATURE = "curvature-0-of-1.pt"

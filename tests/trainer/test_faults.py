@@ -16,7 +16,8 @@ from launching import ACCELERATE, TORCHRUN, launch
 sys.path.insert(0, str(Path(__file__).parent))
 import faults_program
 
-from hf_so2 import SecondOrderTrainer, checkpoints
+from hf_so2 import SecondOrderTrainer
+from hf_so2.training import checkpoints
 
 PROGRAM = Path(faults_program.__file__)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from launching import ACCELERATE, ROOT, launch
 
-from hf_so2 import checkpoints
+from hf_so2.training import checkpoints
 
 CONFIGS = ROOT / "configs" / "accelerate"
 SCRIPT = ROOT / "scripts" / "train.py"

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from hf_so2.errors import ConfigurationError
 from hf_so2.transfer.grid import GridStore, combinations, markdown_table, mean_losses, optima, parse_axis, run_grid
-from hf_so2.transfer.plots import plot_losses
+from hf_so2.transfer.reporting.plots import plot_losses
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,10 +12,10 @@ import yaml
 from transformers import GPT2Config, LlamaConfig
 
 from hf_so2 import cli
-from hf_so2.arguments import SecondOrderTrainingArguments
 from hf_so2.data import DataArguments
 from hf_so2.errors import ConfigurationError
 from hf_so2.models import ModelArguments, parse_overrides
+from hf_so2.training.arguments import SecondOrderTrainingArguments
 from hf_so2.transfer.proxies import Proxy, make_recipe
 from hf_so2.transfer.recipe import Recipe, read_recipe, shapes_training, write_recipe
 from hf_so2.transfer.wide_run import comparison, read_flags_and_recipe, share_batch

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_so2.transfer.optimum import find_optimum
-from hf_so2.transfer.report import SweepResult, _points
+from hf_so2.transfer.reporting.optimum import find_optimum
+from hf_so2.transfer.reporting.report import SweepResult, _points
+from hf_so2.transfer.reporting.verdict import Verdict, judge, predicted_loss, predicted_rate
 from hf_so2.transfer.trials import Trial, best_setting, finalists, profile, seed_noise, without_seed_effects
-from hf_so2.transfer.verdict import Verdict, judge, predicted_loss, predicted_rate
 
 GRID = (0.015, 0.03, 0.06, 0.12, 0.24)
 

@@ -37,11 +37,12 @@ from hf_so2.curvature import kl_shampoo as kl_module
 from hf_so2.curvature.base import State
 from hf_so2.damping import RULES, Damping
 from hf_so2.damping import Rule as DampingRule
+from hf_so2.engine import norm_control, second_order
 from hf_so2.errors import TrainingDivergedError
 from hf_so2.linalg import newton_root
 from hf_so2.linalg.roots import damped_root
 from hf_so2.mup import apply_mup, scale_width
-from hf_so2.optim import build_optimizer, norm_control, second_order
+from hf_so2.optim import build_optimizer
 
 BASE, SEQUENCE, STEPS, WARMUP, FALLBACK, CLIP = 64, 128, 200, 0.1, 0.04, 1.0
 DIRECTIONS, COLD, WARM = 16, 8, 3

@@ -1,0 +1,62 @@
+"""What the methods with a factor on each side of the gradient share: `L` on fan_out, `R` on fan_in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from hf_so2.curvature.base import State, corrected_average
+from hf_so2.curvature.parts.forms import from_left, from_right
+from hf_so2.damping import Damping
+from hf_so2.linalg import per_matrix, trace
+
+BOTH: frozenset[str] = frozenset("LR")
+"""The sides of a matrix that can be preconditioned; one that is left out is the identity."""
+
+
+def square_states(shape: tuple[int, int], sides: frozenset[str], device: torch.device, dtype: torch.dtype) -> State:
+    """A zero matrix for each side, `L` (fan_out, fan_out) and `R` (fan_in, fan_in), and a zero `weight`."""
+    state = {"weight": torch.zeros((), device=device, dtype=dtype)}
+    for side, size in zip("LR", shape, strict=True):
+        if side in sides:
+            state[side] = torch.zeros(size, size, device=device, dtype=dtype)
+    return state
+
+
+def gram(gradient: Tensor, side: str) -> Tensor:
+    """`G Gᵀ` for `L`, `Gᵀ G` for `R`."""
+    return gradient @ gradient.mT if side == "L" else gradient.mT @ gradient
+
+
+def apply(matrices: Mapping[str, Tensor], gradient: Tensor) -> Tensor:
+    """`X_L G X_R`, where a side that is not in `matrices` is the identity."""
+    return from_right(from_left(matrices.get("L"), gradient), matrices.get("R"))
+
+
+def suffixed(state: State, suffix: str) -> dict[str, Tensor]:
+    """The tensors `L<suffix>` and `R<suffix>` by side, as far as the state has them."""
+    return {side: state[side + suffix] for side in "LR" if side + suffix in state}
+
+
+def damped_factors(state: State, sides: frozenset[str], damping: Damping) -> dict[str, tuple[Tensor, Tensor]]:
+    """Each side's bias-corrected factor and its damping ρ.
+
+    A side that is left alone counts as the number 1, so that a rule which compares the sides stays defined. A factor so
+    small that a share of it is not a normal number any more (of gradients that are, or have long been, about zero)
+    counts as zero, which damping turns into the identity.
+
+    Raises:
+        DecompositionError: under a rule that needs eigenvalues, a factor that has none.
+    """
+    one = torch.ones_like(state["weight"])[..., None, None]
+    left, right = (_zero_if_negligible(corrected_average(state, side)) if side in sides else one for side in "LR")
+    rho_right, rho_left = damping(right, left)
+    return {side: pair for side, pair in (("L", (left, rho_left)), ("R", (right, rho_right))) if side in sides}
+
+
+def _zero_if_negligible(factor: Tensor) -> Tensor:
+    """In place."""
+    limits = torch.finfo(factor.dtype)
+    return factor.mul_(per_matrix(~(trace(factor) < limits.tiny / limits.eps), factor))

@@ -1,0 +1,207 @@
+"""From a raw gradient to the update of one preconditioned weight: momentum, then curvature, or vice versa."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_so2.curvature.base import RotatingBlock, State
+from hf_so2.distributed import local, sum_over_ranks, world
+from hf_so2.engine.step_settings import StepSettings
+from hf_so2.linalg import matmul_precision
+from hf_so2.weights.layer import Layer
+from hf_so2.weights.stacks import in_stack
+
+Member = tuple[dict[str, Any], Tensor]
+Entry = tuple[Layer, Sequence[Member]]
+
+
+@dataclass
+class LayerUpdate:
+    """One layer's step in the making, or this rank's part of it where the weight is sharded.
+
+    Args:
+        layer: shape, block and state; norm control keeps its own tensors in the state, beside the block's.
+        gradient: G, the raw gradient of this step, (fan_out, fan_in), in the dtype of the statistics.
+        moment: its moving average (with `momentum_order` "after", G itself): what was preconditioned.
+        update: the step's direction, (fan_out, fan_in); scaled in place by norm control. Where another rank holds the
+            layer, room for what it will send.
+        group: the weight's parameter group: `lr` and `weight_decay` with width multipliers and schedule, Adam's
+            constants.
+        pieces: what is going to move: of the weight, and of the bias if the last column is one, a view that writes
+            through, the view of `update` that belongs to it, and its group.
+        copies: 0 for a whole update. Of a part, all three tensors are vectors, the bias's part at the end, and this is
+            how many ranks have the same part.
+    """
+
+    layer: Layer
+    gradient: Tensor
+    moment: Tensor
+    update: Tensor
+    group: dict[str, Any]
+    pieces: Sequence[tuple[Tensor, Tensor, dict[str, Any]]] = ()
+    copies: int = 0
+
+    def change(self) -> Tensor:
+        """What `apply` is going to add, of the update's shape and dtype; of a whole update."""
+        columns = [
+            -group["lr"] * (update + group["weight_decay"] * parameter.to(update.dtype))
+            for parameter, update, group in self.pieces
+        ]
+        return torch.cat(columns, dim=1)
+
+    def apply(self) -> None:
+        """Decoupled weight decay, then the step."""
+        for parameter, update, group in self.pieces:
+            if group["weight_decay"]:
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            parameter.sub_(update.to(parameter.dtype), alpha=group["lr"])
+
+
+def layer_updates(
+    entries: Sequence[Entry], states: Mapping[Tensor, dict[str, Any]], settings: StepSettings
+) -> list[LayerUpdate]:
+    """The updates of a stack of weights that every rank has all of, before norm control.
+
+    Args:
+        entries: each layer, refreshed at least once, with group and parameter of its weight, which has a gradient, and
+            of the bias that goes with it.
+        states: as of `moments`.
+        settings: momentum, its order and Nesterov's variant.
+    """
+    pairs = []
+    for layer, members in entries:
+        gradients, averages = moments(layer, members, states, settings)
+        gradient = matrix_of(layer, gradients)
+        pairs.append((gradient, gradient if averages is gradients else matrix_of(layer, averages)))
+    layers, found = [layer for layer, _ in entries], [moment for _, moment in pairs]
+    is_held = layers[0].held
+    updates = directions(layers, found, settings) if is_held else [torch.zeros_like(moment) for moment in found]
+    return [_update(entry, *pair, update) for entry, pair, update in zip(entries, pairs, updates, strict=True)]
+
+
+def _update(entry: Entry, gradient: Tensor, moment: Tensor, update: Tensor) -> LayerUpdate:
+    layer, ((group, weight), *bias) = entry
+    pieces = [(layer.adapter.matrix(weight), update[:, : update.shape[1] - len(bias)], group)]
+    pieces += [(vector.unsqueeze(1), update[:, -1:], its_group) for its_group, vector in bias]
+    return LayerUpdate(layer, gradient, moment, update, group, pieces)
+
+
+def moments(
+    layer: Layer, members: Sequence[Member], states: Mapping[Tensor, dict[str, Any]], settings: StepSettings
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The gradient, and what of it is to be preconditioned, of weight and bias, as far as this rank has them.
+
+    Counts a step of the layer.
+
+    Args:
+        states: the optimizer's state by parameter. Averages of gradients are kept there as `momentum_buffer`, spread
+            over ranks as the parameter is.
+    """
+    layer.steps += 1
+    gradients = [layer.adapter.part(local(p.grad)).to(layer.dtype) for _, p in members if p.grad is not None]
+    if settings.momentum_order == "after" or layer.rotating:
+        return gradients, gradients
+    averages = []
+    for (_, parameter), gradient in zip(members, gradients, strict=True):
+        state = states[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        averages.append(_averaged(gradient, layer.adapter.part(local(state["momentum_buffer"])), layer, settings))
+    return gradients, averages
+
+
+def matrix_of(layer: Layer, tensors: Sequence[Tensor]) -> Tensor:
+    """(fan_out, fan_in) of the weight's tensor and, as the last column, its bias's."""
+    weight, *bias = tensors
+    matrix = layer.adapter.matrix(weight)
+    return torch.cat([matrix, *(vector.unsqueeze(1) for vector in bias)], dim=1) if bias else matrix
+
+
+def directions(layers: Sequence[Layer], found: Sequence[Tensor], settings: StepSettings) -> list[Tensor]:
+    """The preconditioned gradients of a stack, (fan_out, fan_in), or averages of them, kept in the layers' states.
+
+    Those averages are on the ranks that hold the layers, and named `momentum_buffer` too.
+
+    Args:
+        layers: of one block and shape.
+        found: of each what is to be preconditioned.
+        settings: momentum, its order and Nesterov's variant.
+    """
+    updates = _preconditioned(layers, found, settings)
+    if settings.momentum_order == "before":
+        return updates
+    return [_averaged_update(layer, update, settings) for layer, update in zip(layers, updates, strict=True)]
+
+
+def _averaged_update(layer: Layer, update: Tensor, settings: StepSettings) -> Tensor:
+    if "momentum_buffer" not in layer.state:
+        layer.state["momentum_buffer"] = torch.zeros_like(update)
+    # A copy, since norm control works in place and the average may be the buffer itself.
+    return _averaged(update, layer.state["momentum_buffer"], layer, settings).clone()
+
+
+def over_parts(updates: Sequence[LayerUpdate], sums: Tensor) -> Tensor:
+    """(updates,) sums over the entries of whole updates, out of those over the parts that this rank has of them.
+
+    Where nothing is sharded they are whole, and returned as they are; else a collective.
+    """
+    if not any(update.copies for update in updates):
+        return sums
+    copies = torch.tensor([update.copies or world()[1] for update in updates], dtype=sums.dtype, device=sums.device)
+    total = sums / copies
+    sum_over_ranks([total])
+    return total
+
+
+def _preconditioned(layers: Sequence[Layer], gradients: Sequence[Tensor], settings: StepSettings) -> list[Tensor]:
+    """`P(G)` of each; zero where that leaves the range of the dtype, as a finite but huge gradient can make it, and
+    where linear algebra fails. Counted.
+    """
+    with matmul_precision(settings.curvature_matmul_precision):
+        verb: Callable[[State, Tensor], Tensor] = layers[0].block.precondition
+        if (block := layers[0].rotating) is not None:
+            verb = block.precondition_rotated
+            pairs = zip(layers, gradients, strict=True)
+            gradients = [_averaged_rotated(gradient, layer, block, settings) for layer, gradient in pairs]
+        update = in_stack(verb, layers, gradients)
+        if update is None:
+            each = [in_stack(verb, [layer], [gradient]) for layer, gradient in zip(layers, gradients, strict=True)]
+            failed = torch.full_like(gradients[0], torch.nan).unsqueeze(0)
+            update = torch.cat([failed if one is None else one for one in each])
+    is_finite = torch.isfinite(update.sum(dim=(-2, -1)))
+    for layer, is_its_finite in zip(layers, is_finite.unbind(), strict=True):
+        layer.overflows = layer.overflows + ~is_its_finite  # on the device: nobody waits for it
+    # On a CPU looking costs nothing, and a copy does.
+    if update.device.type != "cpu" or not bool(is_finite.all()):
+        update = torch.where(is_finite[:, None, None], update, torch.zeros_like(update[0]))
+    return list(update.unbind())
+
+
+def _averaged_rotated(gradient: Tensor, layer: Layer, block: RotatingBlock, settings: StepSettings) -> Tensor:
+    """The moving average of gradients in the coordinates of the block."""
+    rotated, layer.rotated = layer.rotated, None
+    if rotated is None:
+        rotated = block.rotate(layer.state, gradient)
+    # What a finite but huge gradient overflows to would stay in the average for ever.
+    return _averaged(rotated.nan_to_num_(0.0, 0.0, 0.0), layer.state["M"], layer, settings)
+
+
+def _averaged(value: Tensor, buffer: Tensor, layer: Layer, settings: StepSettings) -> Tensor:
+    """The moving average with `value` in it; with Nesterov's momentum one step ahead, as in `torch.optim.Muon`."""
+    beta = layer.momentum
+    buffer.lerp_(value.to(buffer.dtype), 1 - beta)
+    average = buffer.to(value.dtype)
+    if settings.nesterov:
+        average = value.lerp(average, beta)
+    return average / momentum_weight(layer, settings) if layer.block.corrects_momentum else average
+
+
+def momentum_weight(layer: Layer, settings: StepSettings) -> float:
+    """What an average from zero has seen: after t equal gradients it is this share of one of them."""
+    # A look ahead is the average of one gradient more.
+    return 1 - layer.momentum ** (layer.steps + settings.nesterov)

@@ -1,0 +1,114 @@
+"""All preconditioned weights together: their gradients, and their updates under one norm control."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from hf_so2.engine.controlled import control, control_alike, may_part
+from hf_so2.engine.norm_control import NORM_CONTROLS
+from hf_so2.engine.preconditioned import Entry, LayerUpdate, Member, layer_updates
+from hf_so2.engine.sharded import any_sharded, sharded_updates
+from hf_so2.engine.statistics import Curvature
+from hf_so2.engine.step_record import StepRecord
+from hf_so2.engine.step_settings import StepSettings
+from hf_so2.parallel.sharing import Sharing
+from hf_so2.weights.layer import Layer, statistics_dtype
+from hf_so2.weights.stacks import stacks
+
+
+def with_gradients(groups: Iterable[dict[str, Any]], curvature: Curvature) -> dict[str, Tensor]:
+    """The weights with a gradient by the name of each of their layers that is not idle; a layer follows a weight that
+    moved.
+    """
+    weights: dict[str, Tensor] = {}
+    for group in groups:
+        for name, parameter in zip(group["param_names"], group["params"], strict=True):
+            layers = curvature.layers_of.get(name, ())
+            for layer in layers:
+                layer.follow(parameter.device, statistics_dtype(parameter.dtype))
+            if parameter.grad is None or not layers:
+                continue
+            _tell_idle(layers, parameter.grad)
+            weights.update((layer.name, parameter) for layer in layers if not layer.is_idle)
+    return weights
+
+
+def _tell_idle(layers: Sequence[Layer], gradient: Tensor) -> None:
+    """Find the matrices of a stack that no token has reached."""
+    if layers[0].adapter.index is not None:
+        for layer, is_reached in zip(layers, gradient.flatten(1).any(dim=1).tolist(), strict=True):
+            layer.is_idle = not is_reached
+
+
+def second_order_updates(
+    parameters: Mapping[str, Member],
+    states: Mapping[Tensor, dict[str, Any]],
+    curvature: Curvature,
+    settings: StepSettings,
+    record: StepRecord,
+    step: int,
+) -> Iterator[LayerUpdate]:
+    """The updates of all weights that have a preconditioner and a gradient, ready to be applied; alike on all ranks.
+
+    Where nothing looks at all of them together, each is made when it is asked for, in the memory of those before it:
+    fresh memory takes longer to get than most of what is done in it.
+
+    Args:
+        parameters: group and parameter by name, biases that go with a weight among them.
+        states: the optimizer's state by parameter, see `moments`.
+        curvature: the layers.
+        settings: momentum and norm control.
+        record: of what telemetry wants to know of this step.
+        step: its number.
+    """
+    entries = [
+        (layer, [parameters[member] for member in (name, layer.bias or "") if member in parameters])
+        for name in parameters
+        for layer in curvature.layers_of.get(name, ())
+        if layer.refreshes and not layer.building and not layer.is_idle
+    ]
+    for layer, ((group, _), *_) in entries:
+        layer.momentum = group.get("momentum", settings.momentum)  # a checkpoint of an earlier version has none
+    sharing = curvature.sharing
+    if (
+        NORM_CONTROLS[settings.norm_control].of_the_whole_model
+        or record.enabled
+        or sharing.is_spread
+        or any(map(any_sharded, entries))
+        or may_part(sharing, [layer for layer, _ in entries], settings)
+    ):
+        yield from _together(entries, states, sharing, settings, record, step)
+        return
+    for together in stacks(entries, lambda entry: entry[0]):
+        updates = layer_updates(together, states, settings)
+        control(updates, settings)
+        yield from updates
+
+
+def _together(
+    entries: Sequence[Entry],
+    states: Mapping[Tensor, dict[str, Any]],
+    sharing: Sharing,
+    settings: StepSettings,
+    record: StepRecord,
+    step: int,
+) -> list[LayerUpdate]:
+    """All updates at once; a collective where weights or layers are spread over ranks."""
+    at_the_end = NORM_CONTROLS[settings.norm_control].of_the_whole_model
+    whole = [entry for entry in entries if not any_sharded(entry)]
+    of_stacks = (layer_updates(together, states, settings) for together in stacks(whole, lambda entry: entry[0]))
+    made = {update.layer.name: update for together in of_stacks for update in together}
+    updates = [made[layer.name] for layer, _ in whole]  # in an order that all ranks have
+    if not at_the_end:
+        held = [update if update.layer.held else None for update in updates]
+        control_alike([layer for layer, _ in whole], held, settings, sharing)
+    sharing.send_updates((update.layer, update.update) for update in updates)
+    updates += sharded_updates(sharing, filter(any_sharded, entries), states, settings)
+    record.before_norm_control(updates)
+    if at_the_end:
+        control(updates, settings)
+    record.after_norm_control(updates, step)
+    return updates

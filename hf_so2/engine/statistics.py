@@ -1,0 +1,273 @@
+"""From captured sums to fresh preconditioners: normalise, add up over ranks, average, refresh."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_so2.curvature import GradientBlock, State
+from hf_so2.damping import Damping
+from hf_so2.engine.means import means
+from hf_so2.errors import TrainingDivergedError
+from hf_so2.layers import Capture, SampledCapture
+from hf_so2.layers.sketch import Fold
+from hf_so2.layers.sums import Source
+from hf_so2.linalg import matmul_precision, trace
+from hf_so2.parallel.sharing import Sharing
+from hf_so2.weights.ends import End, ends_of
+from hf_so2.weights.layer import COUNTERS, Layer
+from hf_so2.weights.schedule import due, statistics_turns, turns
+from hf_so2.weights.stacks import observe_stack, refresh_stack, stacks
+
+logger = logging.getLogger(__name__)
+
+# A layer whose factors cannot be decomposed keeps its last preconditioner; one that never recovers is a bug or a
+# diverged run, and going on would hide it.
+MAX_FAILURES_IN_A_ROW = 10
+
+
+class Curvature:
+    """The statistics and preconditioners of all layers of a model.
+
+    Args:
+        model: whose weights they are, and whose predictions are counted.
+        layers: the preconditioned weights; every rank must list the same ones in the same order.
+        fisher: `empirical` or `mc`: where the gradients of token statistics come from.
+        weight_sharing: `expand` or `reduce`.
+        precision: of the products, see `hf_so2.linalg.matmul_precision`.
+        token_sketch: so many tokens are folded into one row of the statistics.
+        gradient_worker_fraction: of the ranks that hold a layer.
+        refresh_steps: steps between refreshes of a layer, which are spread over these steps and balanced with the work
+            of every one.
+        statistics_steps: steps between updates of a layer's statistics, which are spread likewise; but those of sampled
+            labels, whose one backward pass serves all layers, are updated at once.
+
+    Attributes:
+        sharing: who holds which layer.
+        layers_of: by the name of a parameter, the layers that it is made of: one, or the matrices of a stack.
+        weight_of_bias: the name of the weight that each preconditioned bias is a column of.
+        dropped_statistics: how many times a layer's statistics were not finite and were left out.
+        failed_refreshes: how many times a layer kept its last preconditioner because a new one could not be computed.
+        damping_factor: what adaptive damping multiplies the strength of every layer's damping by.
+        adapted_at: the step at which it did so last.
+        refresh_seconds: how long refreshes took here at the last step that had any, waiting for other ranks included.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[Layer],
+        fisher: str = "empirical",
+        weight_sharing: str = "expand",
+        precision: str = "highest",
+        token_sketch: int = 1,
+        *,
+        gradient_worker_fraction: float = 1.0,
+        refresh_steps: int = 1,
+        statistics_steps: int = 1,
+    ) -> None:
+        self.layers = {layer.name: layer for layer in layers}
+        self.layers_of: dict[str, list[Layer]] = {}
+        for layer in layers:
+            self.layers_of.setdefault(layer.parameter, []).append(layer)
+        self._precision = precision
+        self.weight_of_bias = {layer.bias: layer.name for layer in layers if layer.bias}
+        self.dropped_statistics = 0
+        self.failed_refreshes = 0
+        self.refresh_seconds = 0.0
+        self.damping_factor, self.adapted_at = 1.0, 0
+        self.sharing = Sharing(layers, gradient_worker_fraction, refresh_steps)
+        self._refresh_steps, self._statistics_steps = refresh_steps, statistics_steps
+        costs = {layer.name: layer.block.refresh_flops(layer.shape) for layer in layers}
+        self._turns = turns(costs, refresh_steps)
+        self._statistics_turns = statistics_turns(costs, statistics_steps, refresh_steps)
+        if fisher == "mc":
+            self._statistics_turns = dict.fromkeys(costs, 0)
+        self._ends: dict[str, End] = {}
+        self._of_gradients: dict[str, GradientBlock] = {}
+        self._outer: dict[str, set[str]] = {layer.name: set() for layer in layers}
+        for layer in layers:
+            if isinstance(layer.block, GradientBlock):
+                self._of_gradients[layer.name] = layer.block
+                self._outer[layer.name] = {"L", "R"}
+            else:
+                for end in ends_of(layer):
+                    self._ends[end.name] = end
+                    self._outer[layer.name] |= {end.prefix + key for key in end.sums_of_outer_products}
+        self.capture = (SampledCapture if fisher == "mc" else Capture)(
+            model, {name: self._source(end) for name, end in self._ends.items()}, weight_sharing, token_sketch
+        )
+
+    def preconditions(self, name: str) -> bool:
+        """Whether there is a preconditioner by now for the weight of this name, or for the one that the bias is of."""
+        layers = self.layers_of.get(self.weight_of_bias.get(name, name), ())
+        return any(layer.refreshes > 0 for layer in layers)
+
+    def _source(self, end: End) -> Source:
+        def observe(inputs: Tensor, gradients: Tensor, known: State, fold: Fold | None) -> State:
+            with matmul_precision(self._precision):
+                return end.observe(inputs, gradients, known, fold)
+
+        return Source(end.modules, end.adapter, observe, end.gradient_degrees, end.statistics_dtype)
+
+    def prepare(self, step: int) -> None:
+        """Have the coming forward passes captured as far as they are needed for the statistics of this step."""
+        self.capture.summation.step = step
+        self.capture.due = frozenset(
+            name for name, end in self._ends.items() if self._takes_statistics(end.layer, step)
+        )
+
+    def _takes_statistics(self, layer: Layer, step: int) -> bool:
+        return due(step, self._statistics_steps, self._statistics_turns[layer.name])
+
+    def update(self, weights: Mapping[str, Tensor], step: int) -> None:
+        """Move the running averages that are due by what was captured since the last step, on all ranks, and by its
+        gradients.
+
+        Args:
+            weights: the parameter of every layer, by its name, that has a gradient, averaged over ranks.
+            step: number of the step, counted from 1.
+        """
+        for layer in self.layers.values():
+            layer.rotated = None
+        chosen = {name for name, layer in self.layers.items() if self._takes_statistics(layer, step)}
+        if not chosen:
+            self.capture.discard()
+            return
+        self.sharing.settle()
+        ends = {name: end for name, end in self._ends.items() if end.layer.name in chosen}
+        observations = means(ends, self.capture.take(by_hand=bool(weights)), self.sharing)
+        of_gradients = [self.layers[name] for name in self._of_gradients if name in chosen and name in weights]
+        for together in stacks(self.sharing.whole_gradients(of_gradients, weights), lambda pair: pair[0]):
+            with matmul_precision(self._precision):
+                found = observe_stack(together)
+            for (layer, _), observation in zip(together, found, strict=True):
+                observations[layer.name] = observation
+                layer.rotated = observation.pop("rotated", None)
+        dropped = self._not_finite(observations)
+        for name, observation in observations.items():
+            layer = self.layers[name]
+            if dropped[name]:
+                self.dropped_statistics += 1
+                logger.warning("%s: the statistics of this step are not finite and were left out", name)
+                continue
+            if layer.held:
+                layer.block.update(layer.state, observation)
+            layer.updates += 1
+
+    def refresh(self, step: int) -> None:
+        """Rebuild the preconditioners that are due, of layers that have statistics; each rank does its share and the
+        results are sent round.
+
+        Args:
+            step: number of the step, counted from 1.
+
+        Raises:
+            TrainingDivergedError: a layer has failed `MAX_FAILURES_IN_A_ROW` times in a row; on every rank alike.
+        """
+        chosen = [layer for layer in self.layers.values() if layer.updates and self._is_due(layer, step)]
+        if not chosen:
+            return
+        started = time.perf_counter()
+        self.sharing.settle()
+        owned = [layer for layer in chosen if layer.owned]
+        errors = {name: error for layers in stacks(owned, lambda x: x) for name, error in self._refresh(layers).items()}
+        failed = self.sharing.on_any_rank({layer.name: errors.get(layer.name) is not None for layer in chosen})
+        self.sharing.send_preconditioners(layer for layer in chosen if not failed[layer.name])
+        for layer in chosen:
+            self._count(layer, errors.get(layer.name) or "on another rank" if failed[layer.name] else None)
+        self.refresh_seconds = time.perf_counter() - started
+
+    def _is_due(self, layer: Layer, step: int) -> bool:
+        # A layer that is first seen late, as an idle expert is, does not wait for its turn.
+        is_new = not (layer.refreshes or layer.failures)
+        return is_new or due(step, self._refresh_steps, self._turns[layer.name])
+
+    def damping_of(self, layer: Layer) -> Damping:
+        """The damping of a layer as it stands, adaptive factor included."""
+        return layer.damping.scaled(self.damping_factor)
+
+    def _refresh(self, layers: Sequence[Layer]) -> dict[str, str | None]:
+        return refresh_stack(layers, self.damping_of(layers[0]))
+
+    def _count(self, layer: Layer, error: str | None) -> None:
+        if error is None:
+            layer.failures = 0
+            layer.rotated = None
+            layer.refreshes += 1
+            return
+        self.failed_refreshes += 1
+        layer.failures += 1
+        logger.warning("%s: refresh failed, the last preconditioner stays: %s", layer.name, error)
+        if layer.failures >= MAX_FAILURES_IN_A_ROW:
+            raise TrainingDivergedError(
+                f"{layer.name}: its factors could not be decomposed {layer.failures} times in a row ({error});"
+                f" raise damping (now {self.damping_of(layer).epsilon}) or lower the learning rate"
+            )
+
+    def _not_finite(self, observations: Mapping[str, State]) -> dict[str, bool]:
+        """Which observations hold a number that is not finite, on a rank that holds the layer."""
+        held = {name: observation for name, observation in observations.items() if self.layers[name].held}
+        totals = [self._total(name, observation) for name, observation in held.items()]
+        finite = dict(zip(held, torch.isfinite(torch.stack(totals)).tolist() if totals else [], strict=True))
+        flags = {name: not finite.get(name, True) for name in observations}
+        return self.sharing.on_any_rank(flags) if self.sharing.is_spread else flags
+
+    def _total(self, name: str, observation: State) -> Tensor:
+        """A number that is finite where every entry of these statistics is, 0-dim; where its own sum overflows, too."""
+        # Entries of a sum of outer products are bounded by its diagonal, which is much less to look at.
+        outer = self._outer[name]
+        parts = [
+            # Those of a block of a weight are named after it.
+            trace(x) if x.ndim == 2 and key.rpartition("/")[2] in outer else x.sum()
+            for key, x in observation.items()
+        ]
+        return torch.stack(parts).sum() if parts else torch.zeros(())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain numbers only, keyed by layer name; loads with `torch.load(weights_only=True)`.
+
+        It is the same on every rank and loads at any number of ranks. Where layers are spread over ranks this is a
+        collective: every rank has to call it, and gets all tensors in host memory.
+        """
+        states = self.sharing.complete_states()
+        overflows = self.sharing.from_all({x.name: int(x.overflows) for x in self.layers.values() if x.held})
+        counters = {
+            name: {key: int(getattr(layer, key)) for key in COUNTERS if key != "overflows"}
+            for name, layer in self.layers.items()
+        }
+        return {
+            "dropped_statistics": self.dropped_statistics,
+            "failed_refreshes": self.failed_refreshes,
+            "damping_factor": self.damping_factor,
+            "adapted_at": self.adapted_at,
+            "layers": {
+                name: {**counters[name], "overflows": overflows[name], "state": states[name]} for name in self.layers
+            },
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned; a rank takes what it holds.
+
+        Raises:
+            ValueError: the saved layers are not those of this model, or were saved by another method.
+        """
+        self.sharing.settle()
+        saved = state["layers"]
+        if saved.keys() != self.layers.keys():
+            odd = sorted(saved.keys() ^ self.layers.keys())
+            raise ValueError(f"the saved curvature is of other layers than the model's: {', '.join(odd[:5])}")
+        for name, entry in saved.items():
+            layer = self.layers[name]
+            layer.load_state(entry["state"])
+            for key in COUNTERS:
+                setattr(layer, key, int(entry[key]))
+        self.dropped_statistics = int(state["dropped_statistics"])
+        self.failed_refreshes = int(state["failed_refreshes"])
+        self.damping_factor, self.adapted_at = float(state["damping_factor"]), int(state["adapted_at"])
+        self.capture.discard()

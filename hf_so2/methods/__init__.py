@@ -1,0 +1,1 @@
+"""The table of optimizers, and the settings that they run with."""

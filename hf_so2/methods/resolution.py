@@ -1,0 +1,88 @@
+"""The settings that one method runs with: what was given, over its own defaults, and nothing that it would ignore."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from hf_so2.errors import ConfigurationError
+from hf_so2.methods.settings import SETTING_NAMES, Settings
+from hf_so2.spelling import did_you_mean
+
+# What to say where a setting needs a part that the chosen method lacks.
+INSTEAD = {
+    "momentum": "a method with momentum",
+    "curvature": "a method with curvature",
+    "statistics": "a method with curvature statistics",
+    "damping": "a method with damping",
+    "tokens": "a method of the K-FAC family",
+    "token moments": "ekfac or tekfac",
+    "expanded tokens": "a method of the K-FAC family and weight_sharing='expand'",
+    "exponents": "kfac or tkfac",
+    "factors": "a method with curvature factors",
+    "gradients": "a method of the Shampoo family",
+    "shampoo": "shampoo",
+    "basis": "soap",
+    "average": "a method with curvature statistics that are averaged, not summed up",
+    "moving momentum": "a method with curvature and momentum above 0",
+    "whole weights": "a method with curvature, and no block_size",
+    "kl_clip": "norm_control='kl_clip'",
+    "embedding_damping": "precondition_embeddings=True and a method of the K-FAC family",
+    "head_output_factor": "precondition_head=True and a method with output factors",
+}
+
+
+def parts_in_use(uses: frozenset[str], settings: Settings) -> frozenset[str]:
+    """All that a field's `needs` can ask for: the parts of a method, and those that other settings switch on."""
+    switched_on = {
+        settings.norm_control: "curvature" in uses,
+        "average": "statistics" in uses and settings.shampoo_accumulation == "ema",
+        "moving momentum": "curvature" in uses and settings.momentum > 0,
+        "expanded tokens": "tokens" in uses and settings.weight_sharing == "expand",
+        "whole weights": "curvature" in uses and settings.block_size is None,
+        "embedding_damping": settings.precondition_embeddings and "tokens" in uses,
+        "head_output_factor": settings.precondition_head and "output factors" in uses,
+    }
+    return uses | {part for part, is_on in switched_on.items() if is_on}
+
+
+def resolve(
+    method: str, uses: frozenset[str], defaults: Mapping[str, Any], given: Mapping[str, Any], **aliases: str
+) -> Settings:
+    """The settings of one optimizer: what was given, then the method's defaults, then those of `Settings`.
+
+    Args:
+        method: the optimizer's name, for messages.
+        uses: the parts that the method has, as in the fields' `needs`.
+        defaults: the method's own defaults.
+        given: what the user asked for; None means "not given".
+        aliases: other spellings of a setting, alias to name.
+
+    Raises:
+        ConfigurationError: an unknown name, a value out of range, or a setting that this method would ignore.
+    """
+    asked: dict[str, Any] = {}
+    for name, value in given.items():
+        field_name = aliases.get(name, name)
+        if field_name not in SETTING_NAMES:
+            known = [*SETTING_NAMES, *aliases]
+            raise ConfigurationError(name, value, f"must be one of {', '.join(known)}{did_you_mean(name, known)}")
+        if value is None:
+            continue
+        if field_name in asked:
+            raise ConfigurationError(name, value, f"must not be given beside {field_name}, which is the same setting")
+        asked[field_name] = value
+    settings = Settings(**{**defaults, **asked})
+    parts = parts_in_use(uses, settings)
+    for entry in fields(Settings):
+        needs = entry.metadata["needs"]
+        if entry.name in asked and needs and needs not in parts:
+            raise ConfigurationError(
+                entry.name, asked[entry.name], f"has no effect on {method}; it needs {INSTEAD[needs]}"
+            )
+    if settings.adaptive_damping and settings.norm_control not in ("none", "kl_clip"):
+        # Damping would turn an update whose length is fixed, and lengths are what the measured ratio judges.
+        allowed = f"needs norm_control none or kl_clip, not {settings.norm_control}"
+        raise ConfigurationError("adaptive_damping", True, allowed)
+    return settings

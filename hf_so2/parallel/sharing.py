@@ -1,0 +1,227 @@
+"""Who holds which layer, and what is sent for it between processes.
+
+| what | where it is |
+|---|---|
+| statistics, preconditioner, norm control's state, momentum of preconditioned gradients | the ranks of one column |
+| the bases that EKFAC's tokens are seen in, momentum of gradients, counters | every rank |
+
+Of a weight that is sharded, momentum of gradients is sharded too, and the gradient whole on the ranks of the column
+alone, and of a few layers at a time.
+
+A layer's column is that of its owner, the rank that refreshes it; see `hf_so2.distributed.Grid`. With every rank in one
+column all hold everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import zip_longest
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from hf_so2.curvature import State, Statistic
+from hf_so2.distributed import (
+    BUCKET_BYTES,
+    Cost,
+    Grid,
+    GridCommunicator,
+    Parcel,
+    Part,
+    gather_objects,
+    is_sharded,
+    local,
+    place,
+    send_from_owners,
+    sum_over_ranks,
+    world,
+)
+from hf_so2.errors import ConfigurationError
+from hf_so2.weights.costs import held_flops, is_square, is_symmetric
+from hf_so2.weights.layer import Layer
+
+T = TypeVar("T")
+
+
+class Sharing:
+    """Spreads layers over ranks and sends their tensors.
+
+    Args:
+        layers: the same ones in the same order on every rank.
+        fraction: of the ranks that hold a layer; see `Settings.gradient_worker_fraction`.
+        refresh_steps: steps between refreshes, for balance between these and preconditioning.
+    """
+
+    def __init__(self, layers: Sequence[Layer], fraction: float, refresh_steps: int) -> None:
+        self._layers, self._fraction, self._refresh_steps = layers, fraction, refresh_steps
+        self._place()
+        for layer in layers:
+            layer.state = layer.blank_state()
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether there are layers that this rank does not hold."""
+        return self._grid.columns > 1
+
+    @property
+    def holders(self) -> int:
+        """How many ranks hold each layer."""
+        return self._grid.workers
+
+    def settle(self) -> None:
+        """Give every layer its place among the ranks there are: a process group may start after the optimizer.
+
+        Raises:
+            ConfigurationError: the number of ranks has changed since layers were spread over them.
+        """
+        _, ranks = world()
+        if ranks == self._grid.ranks:
+            return
+        if self.is_spread:
+            allowed = f"is in use with {self._grid.ranks} ranks, which have become {ranks}: build the optimizer anew"
+            raise ConfigurationError("gradient_worker_fraction", self._fraction, allowed)
+        self._place()
+        for layer in self._layers:
+            if not layer.held:
+                layer.state = layer.blank_state() | {name: layer.state[name] for name in layer.block.observed}
+
+    def _place(self) -> None:
+        rank, ranks = world()
+        self._grid = Grid.of_fraction(self._fraction, ranks)
+        self._communicator = GridCommunicator(self._grid)
+        owners = place({layer.name: self._cost(layer) for layer in self._layers}, self._grid)
+        for layer in self._layers:
+            layer.owner = owners[layer.name]
+            layer.owned, layer.held = layer.owner == rank, self._communicator.holds(layer.owner)
+
+    def _cost(self, layer: Layer) -> Cost:
+        refresh = layer.block.refresh_flops(layer.shape) / self._refresh_steps
+        return Cost(refresh, held_flops(layer.block, layer.shape))
+
+    def sum_statistics(self, sums: Iterable[tuple[Layer, Mapping[str, Statistic], State]]) -> None:
+        """Add up sums over ranks, in place where the layer is held; elsewhere they are spoilt.
+
+        Args:
+            sums: of which layer, by name what they are of, and the tensors; the same ones on every rank.
+        """
+        self._communicator.sum_to_holders(
+            [
+                Parcel(value, layer.owner, statistics[name].symmetric and is_square(value))
+                for layer, statistics, entry in sums
+                for name, value in entry.items()
+            ]
+        )
+
+    def send_preconditioners(self, layers: Iterable[Layer]) -> None:
+        """Hand on what owners have refreshed to the ranks that hold a layer, and to all what all need."""
+        down: list[Parcel] = []
+        everywhere: list[Parcel] = []
+        for layer in layers:
+            for name in layer.block.refreshed:
+                tensor = layer.state[name]
+                parcel = Parcel(tensor, layer.owner, is_symmetric(name) and is_square(tensor))
+                to_all = self.is_spread and name in layer.block.observed
+                (everywhere if to_all else down).append(parcel)
+        self._communicator.send_to_holders(down)
+        send_from_owners(everywhere)
+
+    def rounds(self, layers: Iterable[Layer]) -> Iterator[list[Layer]]:
+        """Sharded layers whose whole gradients are there at the same time: few enough to be small on any rank.
+
+        Of one dtype, and of each column one layer or a bucket full, so that the columns work side by side.
+        """
+        waiting: dict[torch.dtype, dict[int, list[list[Layer]]]] = {}
+        for layer in layers:
+            buckets = waiting.setdefault(layer.dtype, {}).setdefault(self._grid.column_of(layer.owner), [[]])
+            if buckets[-1] and sum(x.nbytes for x in [*buckets[-1], layer]) > BUCKET_BYTES:
+                buckets.append([])
+            buckets[-1].append(layer)
+        for columns in waiting.values():
+            for together in zip_longest(*columns.values(), fillvalue=()):
+                yield [layer for bucket in together for layer in bucket]
+
+    def whole_gradients(
+        self, layers: Sequence[Layer], weights: Mapping[str, Tensor]
+    ) -> Iterator[tuple[Layer, Tensor | None]]:
+        """Each layer's gradient, (fan_out, fan_in), in the dtype of its statistics; None where it is not held.
+
+        A collective where weights are sharded: every rank has to go through all of it.
+
+        Args:
+            layers: the same ones in the same order on every rank.
+            weights: by name, with gradients.
+        """
+        parts = {}
+        for layer in layers:
+            weight = weights[layer.name]
+            assert weight.grad is not None
+            if is_sharded(weight):
+                parts[layer.name] = Part(local(weight.grad).to(layer.dtype), weight, layer.owner)
+            else:
+                yield layer, layer.adapter.matrix(weight.grad).to(layer.dtype) if layer.held else None
+        for together in self.rounds(layer for layer in layers if layer.name in parts):
+            gathered = self.gather_to_holders([parts[layer.name] for layer in together])
+            for layer, whole in zip(together, gathered, strict=True):
+                yield layer, layer.adapter.matrix(whole) if whole is not None else None
+
+    def gather_to_holders(self, parts: Sequence[Part]) -> list[Tensor | None]:
+        """The wholes of parts, where their layer is held; None elsewhere. Of one dtype."""
+        return self._communicator.gather_to_holders(parts)
+
+    def scatter_from_holders(self, wholes: Sequence[Tensor | None], parts: Sequence[Part]) -> list[Tensor]:
+        """This rank's parts of wholes, which are there where their layer is held. Of one dtype."""
+        return self._communicator.scatter_from_holders(wholes, parts)
+
+    def send_updates(self, updates: Iterable[tuple[Layer, Tensor]]) -> None:
+        """Overwrite each layer's update, (fan_out, fan_in), with that of the ranks that hold the layer."""
+        self._communicator.send_from_holders([Parcel(update, layer.owner) for layer, update in updates])
+
+    def on_any_rank(self, flags: Mapping[str, bool]) -> dict[str, bool]:
+        """Which flags are up on any rank; every rank has to pass the same names."""
+        raised = torch.tensor(list(flags.values()), dtype=torch.int64)
+        if flags and self._grid.ranks > 1:
+            raised = raised.to(self._layers[0].device)
+            sum_over_ranks([raised])
+        return dict(zip(flags, raised.bool().tolist(), strict=True))
+
+    def from_all(self, known: Mapping[str, T]) -> dict[str, T]:
+        """What is known of layers by name, in their order, out of what each rank knows of those it holds.
+
+        A collective of small objects where layers are spread.
+        """
+        parts = gather_objects(dict(known)) if self.is_spread else [known]
+        found = {name: value for part in parts for name, value in part.items()}
+        return {layer.name: found[layer.name] for layer in self._layers if layer.name in found}
+
+    def complete_states(self) -> dict[str, State]:
+        """The tensors of every layer; where layers are spread a collective, whose result is in host memory."""
+        if not self.is_spread:
+            return {layer.name: dict(layer.state) for layer in self._layers}
+        described = self.from_all(
+            {
+                layer.name: {name: _laid_out_as(tensor) for name, tensor in layer.state.items()}
+                for layer in self._layers
+                if layer.owned
+            }
+        )
+        states = {}
+        for layer in self._layers:
+            state = layer.state
+            if not layer.owned:
+                state = {
+                    name: torch.empty_strided(shape, strides, dtype=dtype, device=layer.device)
+                    for name, (shape, strides, dtype) in described[layer.name].items()
+                }
+            # One layer at a time: the device never has to hold them all.
+            send_from_owners([Parcel(tensor, layer.owner) for tensor in state.values()])
+            states[layer.name] = {name: tensor.cpu() for name, tensor in state.items()}
+        return states
+
+
+def _laid_out_as(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], torch.dtype]:
+    """Shape, strides and dtype of a copy: products round otherwise where columns lie in place of rows, and a resumed
+    run is to be the one that was interrupted.
+    """
+    copy = torch.empty_like(tensor, device="meta")
+    return tuple(copy.shape), copy.stride(), copy.dtype

@@ -1,0 +1,1 @@
+"""What a sweep is told by: verdict, report and plots."""
