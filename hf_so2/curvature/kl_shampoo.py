@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_so2.curvature.base import GradientBlock, State, update_averages
+from hf_so2.curvature.base import State, update_averages
 from hf_so2.curvature.parts import costs, spectrum
 from hf_so2.curvature.parts import sides as two_sided
 from hf_so2.damping import Damping
@@ -20,7 +20,7 @@ _OTHER = {"L": "R", "R": "L"}
 
 
 @dataclass(frozen=True)
-class KLShampoo(GradientBlock):
+class KLShampoo(two_sided.TwoRoots):
     """`P(G) = (L + ρ_L I)^-½ G (R + ρ_R I)^-½`, where each factor is whitened by the other before it is averaged.
 
     `L ← EMA(G R^-1 Gᵀ / fan_in)`, `R ← EMA(Gᵀ L^-1 G / fan_out)`: the fixed point minimises
@@ -79,22 +79,9 @@ class KLShampoo(GradientBlock):
         for side, root in roots.items():
             state[f"{side}_root"].copy_(root)
 
-    @property
-    def refreshed(self) -> list[str]:
-        return [f"{side}_root" for side in sorted(self.sides)]
-
-    def precondition(self, state: State, gradient: Tensor) -> Tensor:
-        return two_sided.apply(two_sided.suffixed(state, "_root"), gradient)
-
     def spectra(self, state: State, damping: Damping) -> dict[str, Tensor]:
         factors = two_sided.damped_factors(state, self.sides, damping)
         return spectrum.of_roots(factors, two_sided.suffixed(state, "_root"), exponent=0.5)
-
-    def refresh_flops(self, shape: costs.Shape) -> float:
-        return costs.of_roots(self, shape)
-
-    def precondition_flops(self, shape: costs.Shape) -> float:
-        return costs.of_preconditioning(self, shape)
 
     def statistics_flops(self, shape: costs.Shape, tokens: int) -> float:
         """The gradient is whitened by the other side before either product."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_so2.curvature.base import GradientBlock, State, update_averages
+from hf_so2.curvature.base import State, update_averages
 from hf_so2.curvature.parts import costs, spectrum
 from hf_so2.curvature.parts import sides as two_sided
 from hf_so2.damping import Damping
@@ -16,7 +16,7 @@ from hf_so2.linalg import damped_root, newton_root, per_matrix, trace
 
 
 @dataclass(frozen=True)
-class Shampoo(GradientBlock):
+class Shampoo(two_sided.TwoRoots):
     """`P(G) = (L + ρ_L I)^-p G (R + ρ_R I)^-p` with `L ← EMA(G Gᵀ)`, `R ← EMA(Gᵀ G)`.
 
     p = ¼ is the original. p = ½ times `√tr(L)` is the square root of the best Kronecker approximation of `E[g gᵀ]`,
@@ -93,25 +93,12 @@ class Shampoo(GradientBlock):
             return newton_root(factor, rho, round(1 / self.power))
         return damped_root(factor, rho, self.power)
 
-    @property
-    def refreshed(self) -> list[str]:
-        return [f"{side}_root" for side in sorted(self.sides)]
-
-    def precondition(self, state: State, gradient: Tensor) -> Tensor:
-        return two_sided.apply(two_sided.suffixed(state, "_root"), gradient)
-
     def spectra(self, state: State, damping: Damping) -> dict[str, Tensor]:
         roots = two_sided.suffixed(state, "_root")
         factors = two_sided.damped_factors(state, self.sides, damping)
         if self.normalized and self.sides == two_sided.BOTH:
             roots["L"] = roots["L"] / normalisation(factors["L"][0])
         return spectrum.of_roots(factors, roots, self.power)
-
-    def refresh_flops(self, shape: costs.Shape) -> float:
-        return costs.of_roots(self, shape)
-
-    def precondition_flops(self, shape: costs.Shape) -> float:
-        return costs.of_preconditioning(self, shape)
 
     def statistics_flops(self, shape: costs.Shape, tokens: int) -> float:
         return costs.of_sides(costs.shapes(self, shape), self.sides, shape)

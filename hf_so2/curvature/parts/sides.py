@@ -3,17 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from hf_so2.curvature.base import State, corrected_average
+from hf_so2.curvature.base import GradientBlock, State, corrected_average
+from hf_so2.curvature.parts import costs
 from hf_so2.curvature.parts.forms import from_left, from_right
 from hf_so2.damping import Damping
 from hf_so2.linalg import per_matrix, trace
 
 BOTH: frozenset[str] = frozenset("LR")
 """The sides of a matrix that can be preconditioned; one that is left out is the identity."""
+
+
+class TwoRoots(GradientBlock, Protocol):
+    """A block that multiplies by a root of each side's factor, kept as `L_root` and `R_root`; `sides` are its sides."""
+
+    sides: frozenset[str]
+
+    @property
+    def refreshed(self) -> list[str]:
+        return [f"{side}_root" for side in sorted(self.sides)]
+
+    def precondition(self, state: State, gradient: Tensor) -> Tensor:
+        return apply(suffixed(state, "_root"), gradient)
+
+    def refresh_flops(self, shape: costs.Shape) -> float:
+        return costs.of_roots(self, shape)
+
+    def precondition_flops(self, shape: costs.Shape) -> float:
+        return costs.of_preconditioning(self, shape)
 
 
 def square_states(shape: tuple[int, int], sides: frozenset[str], device: torch.device, dtype: torch.dtype) -> State:
