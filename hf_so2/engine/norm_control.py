@@ -66,8 +66,7 @@ def spectral(updates: Sequence[LayerUpdate], settings: StepSettings) -> None:
 
 
 def _set_spectral_norm(updates: Sequence[LayerUpdate], target: float, *, is_warm: bool) -> None:
-    """Scale updates of one shape, each by its own norm. The state keeps the start of the next step's power iteration.
-    """
+    """Scale updates of one shape, each by its own norm. The state keeps the start of the next power iteration."""
     first, iterations = updates[0].update, WARM_ITERATIONS if is_warm else COLD_ITERATIONS
     if is_warm:
         starts = [u.layer.state["leading_directions"] for u in updates]

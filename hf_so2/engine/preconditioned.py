@@ -27,7 +27,8 @@ class LayerUpdate:
     Args:
         layer: the layer, with shape, block and state. Norm control keeps its own tensors in this state too.
         gradient: G, the raw gradient of this step, (fan_out, fan_in), in the dtype of the statistics.
-        moment: the tensor that was preconditioned: the moving average of G, or G itself with `momentum_order` "after".
+        moment: the tensor that was preconditioned: the moving average of G. It is G itself with `momentum_order`
+            "after", or if the block keeps the momentum.
         update: the direction of the step, (fan_out, fan_in). Norm control scales it in place. If other ranks hold the
             layer, a buffer of zeros for the update that they will send.
         group: the weight's parameter group: `lr` and `weight_decay` with width multipliers and schedule, and Adam's
