@@ -13,7 +13,7 @@ class DecompositionError(ArithmeticError):
     """A matrix cannot be decomposed, not even in float64: it is indefinite after damping, or not finite."""
 
 
-# The errors that a routine of this package can raise. LAPACK's own error is for matrices that are in float64 already.
+# The errors that a routine of this package can raise. It raises LAPACK's own error if no retry in float64 is left.
 FAILURES = (DecompositionError, torch.linalg.LinAlgError)
 
 
