@@ -29,7 +29,7 @@ class EKFAC(TokenBlock):
     """`P(G) = U_B [ (U_Bᵀ G U_A) / (S + ρ) ] U_Aᵀ`, where `U_A`, `U_B` are the eigenbases of the factors `A`, `B`.
 
     `S_ij = E[(U_Bᵀ δ)_i² (U_Aᵀ h)_j²]` is the diagonal of the Fisher block in the Kronecker eigenbasis. It is the best
-    diagonal there in Frobenius norm (proposition 1). S is an average of its own. The first basis seeds it with the
+    diagonal there in Frobenius norm (proposition 1). S has its own running average. The first basis seeds it with the
     Kronecker product of the eigenvalues. At a new basis, S becomes the diagonal of the old approximation in the new
     basis. This keeps its trace.
 
@@ -174,7 +174,7 @@ class EKFAC(TokenBlock):
         return costs.of_tokens(self, shape, tokens)
 
     def curvature_along(self, state: State, change: Tensor) -> Tensor:
-        """With the diagonal S in the eigenbasis. A side that is kept as a diagonal needs no change of basis."""
+        """`<Δ, F Δ>` with the diagonal S in the eigenbasis. A diagonal side needs no change of basis."""
         rotated = from_right(from_left(transposed(state.get("B_basis")), change), state.get("A_basis"))
         return (rotated.square() * state["S"]).sum()
 

@@ -107,7 +107,7 @@ class KFAC(TokenBlock):
         return costs.of_tokens(self, shape, tokens)
 
     def curvature_along(self, state: State, change: Tensor) -> Tensor | None:
-        """With `F = A ⊗ B`."""
+        """`<Δ, F Δ>` with `F = A ⊗ B`."""
         if not self.models_the_loss:
             return None
         a, b = (self.moments.factor(state, side) for side in "AB")

@@ -153,7 +153,7 @@ class Tied(CurvatureBlock):
         return costs.of_tokens(self, shape, tokens)
 
     def curvature_along(self, state: State, change: Tensor) -> Tensor:
-        """With the sum of both ends' Kronecker products."""
+        """`<Δ, F Δ>`, where F is the sum of both ends' Kronecker products."""
         factors = self.factors(state)
         pairs = [(factors.get(hidden), factors.get(rows)) for hidden, rows in (("B", "A"), ("head_A", "head_B"))]
         images = [from_right(from_left(hidden, change), rows) for hidden, rows in pairs if hidden is not None]

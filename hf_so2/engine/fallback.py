@@ -1,6 +1,6 @@
 """First-order updates for everything that is not preconditioned, by torch's own functional AdamW and SGD.
 
-As a method of its own, the update equals that of `torch.optim` bit for bit. Beside second-order updates there is no
+As a method of its own, the update equals that of `torch.optim` bit for bit. Next to second-order updates there is no
 such reference. AdamW on a CPU then uses torch's fused kernel, which takes a fifth of the time, with the same formula
 and state. Each rank updates its own part of a sharded parameter, and keeps the state of this part alone.
 """

@@ -36,7 +36,7 @@ def sharded_updates(
 ) -> list[LayerUpdate]:
     """This rank's parts of the layers' updates. A collective.
 
-    A norm control that looks at one layer at a time is already applied. One of the whole model is not.
+    A norm control that looks at one layer at a time is already applied. A norm control of the whole model is not.
 
     Args:
         sharing: which ranks hold which layer.

@@ -22,7 +22,7 @@ def held_flops(block: CurvatureBlock, shape: Shape) -> float:
 
 
 def state_numbers(block: CurvatureBlock, shape: Shape) -> int:
-    """How many numbers a rank keeps that holds the layer.
+    """How many numbers each rank that holds the layer keeps.
 
     Norm control's numbers do not count, nor does momentum that the block does not keep itself.
     """
