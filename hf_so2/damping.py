@@ -1,11 +1,11 @@
 """Damping rules: how much is added to the diagonal of a curvature factor.
 
-Every rule maps the two factors of a layer and `ε` to `(ρ_A, ρ_B)`. Under μP, `ρ_A` has to grow like `A` and `ρ_B` like
-`B` with the width. `trace` and `spectral` follow their factor by themselves, `constant` needs the multipliers of
-`hf_so2.mup.rules`, `trace_mean` does not scale right and is kept to show so.
+Every rule maps the two factors of a layer and `ε` to `(ρ_A, ρ_B)`. Under μP, `ρ_A` has to grow with the width like `A`,
+and `ρ_B` like `B`. `trace` and `spectral` follow their factor by themselves. `constant` needs the multipliers of
+`hf_so2.mup.rules`. `trace_mean` does not scale correctly; it is kept as a counterexample.
 
-Sources: the trace rule is the rescaled damping of Ishikawa & Karakida 2023 (arXiv 2312.12226, section 4.2); `pi` is
-factored Tikhonov damping, Martens & Grosse 2015 (arXiv 1503.05671, section 6.3).
+Sources: the trace rule is the rescaled damping of Ishikawa & Karakida 2023 (arXiv 2312.12226, section 4.2). `pi` is the
+factored Tikhonov damping of Martens & Grosse 2015 (arXiv 1503.05671, section 6.3).
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ Measure = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Damping:
-    """A rule with its strength: call it with the factors of a layer to get `(ρ_A, ρ_B)`.
+    """A damping rule with its strength. Call it with the factors of a layer to get `(ρ_A, ρ_B)`.
 
     Args:
         rule: a key of `RULES`.
-        epsilon: ε ≥ 0; relative to the factor, except in `pi` and `constant`, where it has the factors' own units.
+        epsilon: ε ≥ 0. It is relative to the factor, except in `pi` and `constant`, where it has the factors' units.
         multiplier_a: width multiplier of `ρ_A` under `constant`.
         multiplier_b: width multiplier of `ρ_B` under `constant`.
-        multiplier: width multiplier under `constant` of a single ρ on the curvature itself.
-        head: the damping of the head's two factors, where a weight is both embedding and head.
+        multiplier: width multiplier of a single ρ on the curvature itself, under `constant`.
+        head: the damping of the head's two factors, if a weight is both embedding and head.
     """
 
     rule: str
@@ -42,52 +42,52 @@ class Damping:
     head: Damping | None = None
 
     def scaled(self, factor: float) -> Damping:
-        """The same with `factor` times the strength."""
+        """The same damping with `factor` times the strength."""
         head = self.head and self.head.scaled(factor)
         return replace(self, epsilon=self.epsilon * factor, head=head)
 
     def __call__(self, factor_a: Tensor, factor_b: Tensor) -> tuple[Tensor, Tensor]:
         """`(ρ_A, ρ_B)`, shape (...), for factors of shape (..., fan_in, fan_in) and (..., fan_out, fan_out).
 
-        Of a block-diagonal factor each block is judged by itself, and ρ has the shape (..., blocks).
+        Each block of a block-diagonal factor is damped by itself. ρ then has the shape (..., blocks).
 
-        A factor may be a diagonal, given as a vector. Its entries belong to single rows, of which a vocabulary has
-        thousands, and are judged one by one: `trace` is relative to their mean there.
+        A factor may be a diagonal, given as a vector. Each entry belongs to a single row, of which a vocabulary has
+        thousands. `trace` is therefore relative to the mean of the entries, not to their sum.
 
-        A factor that is exactly zero holds no information (a LoRA `A` before its `B` has moved), and of one so small
-        that the inverse of ρ leaves the range of its dtype (gradients near 1e-18 in float32) none is left. It is given
-        ρ = 1, which makes its side of the preconditioner the identity.
+        A factor that is exactly zero holds no information (a LoRA `A` before its `B` has moved). The same holds for a
+        factor so small that the inverse of ρ leaves the range of its dtype (gradients near 1e-18 in float32). Both get
+        ρ = 1, which makes their side of the preconditioner the identity.
 
         Raises:
-            DecompositionError: under `spectral`, a factor that has no eigenvalues.
+            DecompositionError: under `spectral`, a factor has no eigenvalues.
         """
         rho_a, rho_b = RULES[self.rule].factored(self, factor_a, factor_b)
         return _one_if_vanishing(_any(factor_a), rho_a), _one_if_vanishing(_any(factor_b), rho_b)
 
     def single(self, s: Tensor, per_row: str = "") -> Tensor:
-        """ρ, shape (...), for a curvature whose diagonal in its own basis is `s`; 1 for a vanishing one.
+        """ρ, shape (...), for a curvature whose diagonal in its own basis is `s`. It is 1 if `s` vanishes.
 
         Args:
-            s: of shape (..., fan_out, fan_in).
-            per_row: the sides, of "A" and "B", that are judged row by row as in the factored form.
+            s: the diagonal, of shape (..., fan_out, fan_in).
+            per_row: the sides, of "A" and "B", that are damped row by row: factors that are diagonals.
         """
         rows = (s.shape[-2] if "B" in per_row else 1) * (s.shape[-1] if "A" in per_row else 1)
         return _one_if_vanishing(s.flatten(-2).any(dim=-1), RULES[self.rule].single(self, s, rows))
 
 
 def _one_if_vanishing(holds_something: Tensor, rho: Tensor) -> Tensor:
-    # A ρ that is not a number passes: the refresh has to notice it.
+    # A ρ that is NaN stays NaN: the refresh has to notice it.
     vanishing = ~holds_something | (rho < torch.finfo(rho.dtype).tiny)
     return torch.where(vanishing, torch.ones_like(rho), rho)
 
 
 def _diagonal(factor: Tensor) -> Tensor:
-    """Of each factor; one of a single dimension is its own."""
+    """The diagonal of each factor. A vector is its own diagonal."""
     return factor if factor.ndim == 1 else factor.diagonal(dim1=-2, dim2=-1)
 
 
 def _of_blocks(factor: Tensor, of_diagonal: Measure, of_matrix: Measure) -> Tensor:
-    """A number of a factor, shape (...), or one of each of its blocks, (..., blocks)."""
+    """A number for the whole factor, shape (...), or one for each of its blocks, (..., blocks)."""
     return of_diagonal(factor) if factor.ndim == 1 else block_diagonal.measure(of_matrix, factor)
 
 
@@ -114,10 +114,10 @@ def _spectral(damping: Damping, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _pi(damping: Damping, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    # π compares the sides as wholes, whatever blocks they are cut into.
+    # π compares the whole sides, even if they are cut into blocks.
     mean_a, mean_b = (_diagonal(x).mean(dim=-1) if _is_one(x) else trace(x) / x.shape[-2] for x in (a, b))
     ratio = torch.sqrt(mean_a / mean_b)
-    # A zero factor leaves π undefined; 1 splits the damping evenly, as if the factors were alike.
+    # A zero factor leaves π undefined. π = 1 splits the damping evenly, as for equal factors.
     ratio = torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, torch.ones_like(ratio))
     rho_a, rho_b = ratio * damping.epsilon**0.5, damping.epsilon**0.5 / ratio
     return _for_each_block(rho_a, a), _for_each_block(rho_b, b)
@@ -144,9 +144,9 @@ class Rule:
 
     Args:
         factored: `(ρ_A, ρ_B)` for a pair of factors.
-        single: ρ for a curvature that is diagonal in some basis, given its diagonal S and over how many rows S extends
-            that are judged one by one.
-        is_relative: whether ρ is ε times a size of what it is added to.
+        single: ρ for a curvature that is diagonal in some basis, given its diagonal S and the number of rows of S that
+            are damped one by one.
+        is_relative: whether ρ is ε times a size of the matrix that it is added to.
     """
 
     factored: Callable[[Damping, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -158,7 +158,7 @@ RULES: dict[str, Rule] = {
     "trace": Rule(_trace, lambda damping, s, rows: damping.epsilon * s.sum(dim=(-2, -1)) / rows, is_relative=True),
     "trace_mean": Rule(_trace_mean, lambda damping, s, rows: damping.epsilon * s.mean(dim=(-2, -1)), is_relative=True),
     "spectral": Rule(_spectral, lambda damping, s, rows: damping.epsilon * s.amax(dim=(-2, -1)), is_relative=True),
-    # Both sides of π's split multiply to ε whatever the factors, and ε is what is left where nothing is to be split.
+    # The two sides of π's split always multiply to ε. If there is nothing to split, ρ is ε itself.
     "pi": Rule(_pi, lambda damping, s, rows: s.new_full(s.shape[:-2], damping.epsilon)),
     "constant": Rule(_constant, lambda d, s, rows: s.new_full(s.shape[:-2], d.epsilon * d.multiplier)),
 }

@@ -1,4 +1,4 @@
-"""Curvature methods: one small file each, all with the four verbs of `hf_so2.curvature.base.CurvatureBlock`."""
+"""Curvature methods, one small file each. All implement the methods of `hf_so2.curvature.base.CurvatureBlock`."""
 
 from hf_so2.curvature.base import CurvatureBlock, GradientBlock, State, Statistic, TokenBlock
 from hf_so2.curvature.blocked import Blocked

@@ -1,13 +1,14 @@
-"""What a curvature method is: a few statistics, of tokens or of gradients, and four verbs on a dictionary of tensors.
+"""The interface of a curvature method: a few statistics, of tokens or of gradients, and functions on a dictionary of
+tensors, the state.
 
-Convention of this package: a layer computes `u = W h`; every matrix is `(fan_out, fan_in)`; `inputs` are the rows `h`
-of shape (rows, fan_in), or for one-hot `h` the integers (rows,) of `hf_so2.curvature.parts.forms`, and `gradients` the
-rows `δ = ∂ℓ/∂u` of shape (rows, fan_out), of each token's own loss. A block knows nothing of modules, processes, the
-Trainer or μP.
+Convention of this package: a layer computes `u = W h`. Every matrix is `(fan_out, fan_in)`. `inputs` are the rows `h`
+of shape (rows, fan_in), or for one-hot `h` the integers (rows,) of `hf_so2.curvature.parts.forms`. `gradients` are the
+rows `δ = ∂ℓ/∂u` of shape (rows, fan_out), where ℓ is each token's own loss. A block knows nothing of modules,
+processes, the Trainer or μP.
 
 Stacks: `refresh`, `observe_gradient`, `precondition` and `rotate` also take several weights of one shape at once. Every
-tensor of the state, the gradient and the numbers of `Damping` then have the same leading dimensions, and what comes out
-of a stack of k is what comes out of k single calls, up to round-off.
+tensor of the state, the gradient and the numbers of `Damping` then have the same leading dimensions. A stack of k gives
+the same results as k single calls, up to round-off.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ class Statistic:
     """How a sum over rows becomes a mean that depends neither on the batch split nor on the loss scale.
 
     Args:
-        gradient_degree: how often `δ` enters as a factor; gradients captured `c` times too large make the sum
-            `c**gradient_degree` too large.
-        per: what the sum is divided by: the `tokens` of the loss, or the `rows` that the layer saw. Both are the same
+        gradient_degree: how often `δ` enters as a factor. If gradients are captured `c` times too large, the sum is
+            `c**gradient_degree` times too large.
+        per: the divisor of the sum: the `tokens` of the loss, or the `rows` that the layer saw. Both are the same
             number unless labels are masked. With masked labels `Σ h hᵀ ⊗ δ δᵀ / tokens` factors into
             `(Σ h hᵀ / rows) ⊗ (Σ δ δᵀ / tokens)` for independent `h` and `δ` (Eschenhagen et al. 2023,
-            arXiv 2311.00636, equation 22), and `tr A` does not depend on how many labels are masked.
-        symmetric: whether it is a sum of products `x xᵀ` with weights ≥ 0, wherever it is a matrix.
+            arXiv 2311.00636, equation 22). `tr A` does not depend on how many labels are masked.
+        symmetric: whether the statistic, if it is a matrix, is a sum of products `x xᵀ` with weights ≥ 0.
     """
 
     gradient_degree: int
@@ -48,13 +49,13 @@ class Statistic:
 
 
 class CurvatureBlock(Protocol):
-    """One layer's preconditioner. The object holds settings only; everything that moves lives in the state.
+    """One layer's preconditioner. The object holds settings only. All values that change are in the state.
 
     The state holds running averages and, under `weight` (0-dim), the running average of 1, zero until the first update.
-    What the averages are of is the difference between the two kinds of blocks below.
+    The two kinds of blocks below average different quantities: sums over tokens, or products of gradients.
 
     Attributes:
-        building_steps: the first updates of the statistics that the weight sits out, momentum included.
+        building_steps: number of first updates of the statistics during which the weight and its momentum do not move.
         corrects_momentum: whether the momentum has to be bias-corrected before it is preconditioned.
         orthogonal: whether every singular value of an update is about 1.
     """
@@ -75,7 +76,7 @@ class CurvatureBlock(Protocol):
 
     @abstractmethod
     def refresh(self, state: State, damping: Damping) -> None:
-        """Rebuild the preconditioner from the running averages; a failed decomposition leaves the old one in place.
+        """Rebuild the preconditioner from the running averages. A failed decomposition leaves the old one unchanged.
 
         Raises:
             DecompositionError: the damped factors cannot be inverted.
@@ -85,16 +86,16 @@ class CurvatureBlock(Protocol):
     @property
     @abstractmethod
     def refreshed(self) -> list[str]:
-        """The names in the state that `refresh` writes: what a rank that did not refresh needs to be sent.
+        """The names in the state that `refresh` writes. Ranks that did not refresh must be sent these tensors.
 
-        What comes from decomposing a factor ends in `_root`, which is symmetric, or `_basis`; its size says what the
-        refresh costs.
+        The name of a tensor from the decomposition of a factor ends in `_root` (symmetric) or `_basis`. The size of the
+        tensor determines the cost of the refresh.
         """
         ...
 
     @property
     def observed(self) -> list[str]:
-        """The names in the state whose values tokens are observed with; of the others it takes shape and dtype."""
+        """The names in the state whose values are needed to observe tokens. Of all others only shape and dtype are."""
         return []
 
     @abstractmethod
@@ -102,34 +103,34 @@ class CurvatureBlock(Protocol):
         """`P(G)` for `G` of shape (fan_out, fan_in)."""
         ...
 
-    # What is told of it.
+    # Diagnostics and costs.
 
     @abstractmethod
     def spectra(self, state: State, damping: Damping) -> dict[str, Tensor]:
         """Trace, damping ρ and condition number of the damped factors, see `hf_so2.curvature.parts.spectrum`.
 
         Raises:
-            DecompositionError: as `refresh`, under a rule that needs eigenvalues.
+            DecompositionError: as `refresh`, if the damping rule needs eigenvalues.
         """
         ...
 
     @abstractmethod
     def refresh_flops(self, shape: Shape) -> float:
-        """Of one refresh."""
+        """FLOPs of one refresh."""
         ...
 
     @abstractmethod
     def precondition_flops(self, shape: Shape) -> float:
-        """Of preconditioning one gradient."""
+        """FLOPs to precondition one gradient."""
         ...
 
     @abstractmethod
     def statistics_flops(self, shape: Shape, tokens: int) -> float:
-        """Of one update of the statistics.
+        """FLOPs of one update of the statistics.
 
         Args:
-            shape: of the weight.
-            tokens: rows that the layer sees; of no meaning to a block of gradients.
+            shape: shape of the weight.
+            tokens: number of rows that the layer sees. A block of gradients ignores it.
         """
         ...
 
@@ -137,14 +138,14 @@ class CurvatureBlock(Protocol):
         """`<Δ, F Δ>`, 0-dim, with the block's own undamped approximation F of the Fisher matrix; None without one.
 
         Args:
-            state: its averages.
+            state: the block's state.
             change: Δ, (fan_out, fan_in).
         """
         return None
 
     @property
     def models_the_loss(self) -> bool:
-        """Whether `curvature_along` knows how the loss bends along a change."""
+        """Whether `curvature_along` gives the curvature of the loss along a change."""
         return False
 
 
@@ -154,7 +155,7 @@ class TokenBlock(CurvatureBlock, Protocol):
     @property
     @abstractmethod
     def statistics(self) -> dict[str, Statistic]:
-        """What is summed over tokens, by name; the state holds a running average under each of these names."""
+        """The statistics that are summed over tokens. The state holds a running average under each of the names."""
         ...
 
     @abstractmethod
@@ -166,12 +167,12 @@ class TokenBlock(CurvatureBlock, Protocol):
         known: State | None = None,
         fold: Fold | None = None,
     ) -> State:
-        """The block's statistics as sums over rows; the sums of two batches add up to the sum of their union.
+        """The block's statistics as sums over rows. The sums of two batches add up to the sums of their union.
 
         Args:
-            known: sums of the same inputs that need not be computed again; handed on as they are.
-            fold: makes fewer rows of rows (rows, n) times their weights (rows, 1), or None, with the same sum of outer
-                products on average; matrices are then of those.
+            known: sums of the same inputs that are already computed. They are returned as they are.
+            fold: a function of rows (rows, n) and their weights (rows, 1), or None. It returns fewer rows that have the
+                same sum of outer products on average. If given, matrices are computed from these rows.
         """
         ...
 
@@ -188,14 +189,14 @@ class GradientBlock(CurvatureBlock, Protocol):
 
 @runtime_checkable
 class RotatingBlock(GradientBlock, Protocol):
-    """A block that divides in coordinates of its own, and can keep the momentum there.
+    """A block that divides in its own coordinates, and can keep the momentum there.
 
-    Averages commute with rotations: a gradient that is rotated once a step, for what is observed of it, then need not
-    be rotated once more for its average.
+    Averages commute with rotations. A gradient is rotated once a step for the statistics, and its average then needs no
+    second rotation.
 
     Attributes:
-        keeps_momentum: whether the state holds, under `M`, an average of rotated gradients that the caller moves and a
-            refresh turns along; an observation then holds, besides what is averaged, the gradient `rotated`.
+        keeps_momentum: whether the state holds an average of rotated gradients under `M`. The caller updates it, and a
+            refresh rotates it with the basis. An observation then also holds the rotated gradient, `rotated`.
     """
 
     keeps_momentum: bool
@@ -205,7 +206,7 @@ class RotatingBlock(GradientBlock, Protocol):
         ...
 
     def precondition_rotated(self, state: State, rotated: Tensor) -> Tensor:
-        """`P(G)` for a `G` that has been rotated."""
+        """`P(G)`, given the rotated `G`."""
         ...
 
 

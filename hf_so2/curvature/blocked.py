@@ -1,4 +1,4 @@
-"""Blocks of a matrix that is too large to precondition as a whole, each with a preconditioner of its own."""
+"""Blocks of a matrix that is too large to precondition as a whole. Each block has its own preconditioner."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ class Blocked(GradientBlock):
     """A method that sees gradients, applied to each block of a grid over the matrix (Anil et al. 2020,
     arXiv 2002.09018, section 3).
 
-    A dimension n above `size` is cut into `⌈n / size⌉` parts whose lengths differ by at most one, so that there is no
-    small leftover whose factors would be noise; one that fits is not cut. With a single block this is `block` itself.
+    A dimension n above `size` is cut into `⌈n / size⌉` parts. Their lengths differ by at most one: a small leftover
+    part would have factors of mere noise. A dimension up to `size` is not cut. A single block equals `block` itself.
 
-    Each block is damped by its own factors. Blocks of orthogonal updates do not make an orthogonal update, so that the
-    size of the whole is left to norm control.
+    The damping of each block depends on its own factors. Blocks of orthogonal updates do not form an orthogonal update,
+    so norm control has to set the size of the whole.
 
-    State: that of every block under `<row>.<column>/<name>`, and `weight`, which is the same in all of them.
+    State: the state of every block under `<row>.<column>/<name>`, and `weight`, which all blocks share.
 
     Args:
-        block: the method; its observations must be of gradients only, since a K-FAC factor belongs to a row or a column
-            of the grid rather than to a block.
+        block: the method. It must observe gradients only: a K-FAC factor belongs to a row or a column of the grid, not
+            to a block.
         size: the largest dimension of a block, ≥ 1.
         shape: (fan_out, fan_in) of the matrix.
     """
@@ -72,7 +72,7 @@ class Blocked(GradientBlock):
         state["weight"].copy_(state[f"{next(self._prefixes())}weight"])
 
     def refresh(self, state: State, damping: Damping) -> None:
-        # All blocks before any is stored: a failure of the last must not leave the first ones new.
+        # All blocks are computed before any is stored: if the last one fails, the first ones must stay old too.
         fresh: State = {}
         for prefix in self._prefixes():
             own = _of(state, prefix)
@@ -101,13 +101,13 @@ class Blocked(GradientBlock):
         return -(-length // self.size)
 
     def _cut(self, matrix: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """The blocks of a matrix with their prefixes, row by row."""
+        """The blocks of a matrix with their prefixes, in the order of rows of blocks."""
         rows = torch.tensor_split(matrix, self._parts(self.shape[0]), dim=-2)
         parts = (part for row in rows for part in torch.tensor_split(row, self._parts(self.shape[1]), dim=-1))
         return zip(self._prefixes(), parts, strict=True)
 
     def spectra(self, state: State, damping: Damping) -> dict[str, Tensor]:
-        """A whole has the sum of its blocks' traces and the largest condition number; of ρ the mean is told."""
+        """The sum of the blocks' traces, their largest condition number, and their mean ρ."""
         parts = [self.block.spectra(own, damping) for own in self.states(state)]
         of_parts: dict[str, Callable[[Tensor], Tensor]] = {"trace": torch.sum, "condition": torch.amax}
         found = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
@@ -124,5 +124,5 @@ class Blocked(GradientBlock):
 
 
 def _of(state: State, prefix: str) -> State:
-    """The tensors of one block, under the block's own names; they share the memory of the whole."""
+    """The tensors of one block, under the block's own names. They share memory with `state`."""
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

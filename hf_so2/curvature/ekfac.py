@@ -28,26 +28,27 @@ from hf_so2.linalg import DecompositionError, block_diagonal, eigh, per_matrix
 class EKFAC(TokenBlock):
     """`P(G) = U_B [ (U_Bᵀ G U_A) / (S + ρ) ] U_Aᵀ`, where `U_A`, `U_B` are the eigenbases of the factors `A`, `B`.
 
-    `S_ij = E[(U_Bᵀ δ)_i² (U_Aᵀ h)_j²]` is the diagonal of the Fisher block in the Kronecker eigenbasis, the best
-    diagonal there in Frobenius norm (proposition 1). It is an average of its own: the first basis seeds it with the
-    Kronecker product of the eigenvalues; a later basis carries it over as the diagonal of the old approximation in the
-    new basis, which keeps its trace.
+    `S_ij = E[(U_Bᵀ δ)_i² (U_Aᵀ h)_j²]` is the diagonal of the Fisher block in the Kronecker eigenbasis. It is the best
+    diagonal there in Frobenius norm (proposition 1). S has its own running average. The first basis seeds it with the
+    Kronecker product of the eigenvalues. At a new basis, S becomes the diagonal of the old approximation in the new
+    basis. This keeps its trace.
 
-    Within an eigenspace of a repeated eigenvalue, every basis is an eigenbasis and S depends on which one the
-    decomposition happened to return: in the null spaces of the first steps, with fewer tokens than dimensions, another
-    split of the same batch would give another update. There S is averaged over the eigenspace, which keeps its trace.
+    In the eigenspace of a repeated eigenvalue, every basis is an eigenbasis, and S depends on the one that the
+    decomposition happens to return. This occurs in the null spaces of the first steps, with fewer tokens than
+    dimensions: another split of the same batch would give another update. S is therefore averaged over each eigenspace,
+    which keeps its trace.
 
     State: the averages of `moments` with their `weight`; `A_basis` (fan_in, fan_in), `B_basis` (fan_out, fan_out) and
     their eigenvalues `A_values` (fan_in,), `B_values` (fan_out,); `S` (fan_out, fan_in); `rho`, 0-dim. A diagonal side
-    is in its eigenbasis already and has neither a basis nor eigenvalues in the state.
+    is in its eigenbasis already. The state has neither a basis nor eigenvalues for it.
 
     Args:
         beta: decay of the running averages, in [0, 1).
         moments: how the block is split into the factors whose eigenbases are used.
         diagonal: the sides, of "A" and "B", whose factor is kept as a diagonal.
-        moment_stride: S is observed on one of so many rows, see `hf_so2.curvature.parts.forms.in_turn`; on all of an
-            embedding's, where a rare token may not be missed.
-        block_size: as in `KFAC`; there is one ρ for each pair of blocks.
+        moment_stride: S is observed on one row of every `moment_stride`, see `hf_so2.curvature.parts.forms.in_turn`.
+            For an embedding it is observed on all rows, since a rare token may not be missed.
+        block_size: as in `KFAC`. Each pair of blocks has its own ρ.
     """
 
     beta: float
@@ -75,14 +76,14 @@ class EKFAC(TokenBlock):
         return state
 
     def _parts(self, s: Tensor) -> list[list[tuple[int, int]]]:
-        """Where the blocks of fan_out and those of fan_in begin and end."""
+        """The ranges (begin, end) of the blocks of fan_out and of fan_in."""
         return [
             list(block_diagonal.bounds(size, size if side in self.diagonal else self.block_size or size))
             for side, size in zip("BA", s.shape[-2:], strict=True)
         ]
 
     def _rho(self, s: Tensor, damping: Damping) -> Tensor:
-        """Shape (...), or one for each pair of blocks, (..., blocks of fan_out, blocks of fan_in)."""
+        """ρ of shape (...), or one for each pair of blocks, (..., blocks of fan_out, blocks of fan_in)."""
         rows, columns = self._parts(s)
         if len(rows) == len(columns) == 1:
             return damping.single(s, self.diagonal)
@@ -113,7 +114,7 @@ class EKFAC(TokenBlock):
     def _second_moments(self, state: State, inputs: Tensor, gradients: Tensor) -> Tensor:
         stride = 1 if is_one_hot(inputs) else self.moment_stride
         h, delta = in_turn(inputs, stride), in_turn(gradients, stride)
-        # Before the first refresh the bases are zero, and so are these sums.
+        # Before the first refresh the bases are zero, so these sums are zero too.
         squared_gradients = from_right(delta, state.get("B_basis")).square()
         if is_one_hot(h):
             return sum_by_index(h, squared_gradients, state["S"].shape[1]).mT
@@ -122,7 +123,7 @@ class EKFAC(TokenBlock):
 
     def update(self, state: State, observation: State) -> None:
         update_averages(state, {name: observation[name] for name in self.moments.statistics}, self.beta)
-        # S starts from a seed, not from zero, so it needs no bias correction; until it is seeded it stays zero.
+        # S starts from a seed, not from zero, so it needs no bias correction. It stays zero until it is seeded.
         observed = self._over_eigenspaces(observation["S"], state)
         update_average(state, "S", torch.where(_is_seeded(state), observed, state["S"]), self.beta)
 
@@ -139,7 +140,7 @@ class EKFAC(TokenBlock):
         s = torch.where(_is_seeded(state), carried, seed)
         s = self._over_eigenspaces(s, {f"{side}_values": found for side, found in values.items()})
         rho = self._rho(s, damping)
-        # Products of eigenvalues overflow before the factors do, and a small share of denormal numbers is zero.
+        # Products of eigenvalues overflow before the factors do. ε times a denormal number underflows to zero.
         if not bool((torch.isfinite(s.sum() + rho) & (rho > 0)).all()):
             raise DecompositionError(f"the eigenvalues of a {tuple(s.shape)} block leave the range of {s.dtype}")
         state["S"].copy_(s)
@@ -162,7 +163,7 @@ class EKFAC(TokenBlock):
         return {"trace": state["S"].sum(), "damping": state["rho"].mean(), "condition": damped.max() / damped.min()}
 
     def refresh_flops(self, shape: costs.Shape) -> float:
-        """Each basis is compared with the last one, and S moves along."""
+        """Includes the comparison of each basis with the last one, and the change of S to the new basis."""
         moved = sum(costs.PRODUCT * width * shape[0] * shape[1] for *_, width in costs.decomposed(self, shape))
         return moved + costs.of_roots(self, shape)
 
@@ -173,7 +174,7 @@ class EKFAC(TokenBlock):
         return costs.of_tokens(self, shape, tokens)
 
     def curvature_along(self, state: State, change: Tensor) -> Tensor:
-        """With the diagonal S in the eigenbasis; on a side that is kept as a diagonal there is no basis to go to."""
+        """`<Δ, F Δ>` with the diagonal S in the eigenbasis. A diagonal side needs no change of basis."""
         rotated = from_right(from_left(transposed(state.get("B_basis")), change), state.get("A_basis"))
         return (rotated.square() * state["S"]).sum()
 

@@ -1,4 +1,4 @@
-"""FOOF: gradient descent on neurons, K-FAC's input side alone (Benzing 2022, arXiv 2201.12250, equation 6)."""
+"""FOOF: gradient descent on neurons. It is K-FAC's input side alone (Benzing 2022, arXiv 2201.12250, equation 6)."""
 
 from __future__ import annotations
 

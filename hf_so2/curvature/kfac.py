@@ -18,7 +18,7 @@ from hf_so2.damping import Damping
 class KFAC(TokenBlock):
     """`P(G) = (B + ρ_B I)^-e_B G (A + ρ_A I)^-e_A`.
 
-    Exponents (1, 1) are K-FAC, (½, ½) its square-root variant. A side with exponent 0 is the identity and takes no
+    Exponents (1, 1) give K-FAC, and (½, ½) its square-root variant. A side with exponent 0 is the identity and has no
     statistics.
 
     State: the averages `A` (fan_in, fan_in), `B` (fan_out, fan_out), uncorrected, with `weight`, the running average of
@@ -30,8 +30,8 @@ class KFAC(TokenBlock):
         exponent_b: e_B ≥ 0, not both zero.
         moments: how the block is split into factors.
         diagonal: the sides, of "A" and "B", whose factor is kept as a diagonal.
-        block_size: the largest dimension of a diagonal block of the other sides' factors; None for one block. What lies
-            between two blocks is left out, each is damped by itself.
+        block_size: the largest dimension of a diagonal block of the other sides' factors; None for one block. Entries
+            outside the blocks are left out. Each block is damped by itself.
     """
 
     beta: float
@@ -66,7 +66,7 @@ class KFAC(TokenBlock):
 
     def damped_factors(self, state: State, damping: Damping) -> dict[str, tuple[Tensor, Tensor]]:
         """Each factor that is not the identity with its damping ρ."""
-        # A side that is left alone counts as the number 1, so that a rule which compares the sides stays defined.
+        # A side that is the identity counts as the number 1. A rule that compares the sides thus stays defined.
         one = torch.ones_like(state["weight"])[..., None, None]
         a, b = (self.moments.factor(state, side) if side in self.exponents else one for side in "AB")
         rho_a, rho_b = damping(a, b)
@@ -74,7 +74,7 @@ class KFAC(TokenBlock):
 
     def refresh(self, state: State, damping: Damping) -> None:
         damped = self.damped_factors(state, damping)
-        # All roots before any is stored: a failure of the second must not leave the first one new.
+        # All roots are computed before any is stored: if the second one fails, the first one must stay old too.
         roots = {side: root(*damped[side], exponent) for side, exponent in self.exponents.items()}
         for side, fresh in roots.items():
             state[f"{side}_root"].copy_(fresh)
@@ -93,7 +93,7 @@ class KFAC(TokenBlock):
         return found
 
     def refresh_flops(self, shape: costs.Shape) -> float:
-        """An inverse takes no eigendecomposition."""
+        """An inverse (exponent 1) needs no eigendecomposition."""
         of_power = {
             side: costs.CHOLESKY_INVERSE if exponent == 1 else costs.EIGENDECOMPOSITION + costs.PRODUCT
             for side, exponent in self.exponents.items()
@@ -107,7 +107,7 @@ class KFAC(TokenBlock):
         return costs.of_tokens(self, shape, tokens)
 
     def curvature_along(self, state: State, change: Tensor) -> Tensor | None:
-        """With `F = A ⊗ B`."""
+        """`<Δ, F Δ>` with `F = A ⊗ B`."""
         if not self.models_the_loss:
             return None
         a, b = (self.moments.factor(state, side) for side in "AB")

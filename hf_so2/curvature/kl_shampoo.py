@@ -25,13 +25,13 @@ class KLShampoo(two_sided.TwoRoots):
 
     `L ← EMA(G R^-1 Gᵀ / fan_in)`, `R ← EMA(Gᵀ L^-1 G / fan_out)`: the fixed point minimises
     `KL(N(0, E[g gᵀ]) ‖ N(0, L ⊗ R))`. The inverses are those of the damped factors of the last refresh. A side
-    that is left out is the identity throughout, which makes this one-sided Shampoo up to the constant that it divides
-    by.
+    that is left out is the identity throughout. The method is then one-sided Shampoo, up to the constant that it
+    divides by.
 
-    Before the first gradient both factors are the identity times its root mean square g, so that what they are
-    averages of is of order g from the first step on. With the plain identity the first term is of order g² and the
-    second of order 1: for g = 1e-3, decay 0.95 and noise of fixed covariance, that one term outweighed all others for
-    about a hundred steps, and updates at step 20 were smaller by a factor of 20 than they came to be.
+    At the first gradient both factors count as g times the identity, where g is the root mean square of this gradient.
+    The terms of the averages are then of order g from the first step on. With the plain identity the first term would
+    be of order g² and the second of order 1. With it, for g = 1e-3, decay 0.95 and noise of fixed covariance, that one
+    term outweighed all others for about a hundred steps. The updates at step 20 were 20 times smaller than later ones.
 
     State: the averages `L` (fan_out, fan_out), `R` (fan_in, fan_in), uncorrected, with `weight`, the running average of
     1; `L_root` and `R_root`, the inverse square roots of the damped factors.
@@ -53,17 +53,17 @@ class KLShampoo(two_sided.TwoRoots):
     def observe_gradient(self, state: State, gradient: Tensor) -> State:
         observation = {}
         for side in self.sides:
-            # (G R^-½) (G R^-½)ᵀ is positive semi-definite by construction, G R^-1 Gᵀ is not.
+            # (G R^-½) (G R^-½)ᵀ is positive semi-definite by construction; with round-off, G R^-1 Gᵀ need not be.
             whitened = two_sided.apply(self._whitening(state, _OTHER[side], gradient), gradient)
             observation[side] = two_sided.gram(whitened, side).div_(gradient.shape[-1 if side == "L" else -2])
         return observation
 
     def _whitening(self, state: State, side: str, gradient: Tensor) -> dict[str, Tensor]:
-        """The inverse square root of a factor that the other one is whitened by; none where the side is left out."""
+        """The inverse square root of a factor, which whitens the other one. Empty if the side is left out."""
         if side not in self.sides:
             return {}
         root, is_known = state[f"{side}_root"], state[side].diagonal(dim1=-2, dim2=-1).any(dim=-1)
-        # On a CPU looking costs nothing, and dividing by one does.
+        # On a CPU the check is free, and a division by one is not.
         if is_known.device.type == "cpu" and bool(is_known.all()):
             return {side: root}
         unit = torch.where(is_known, torch.ones_like(state["weight"]), _root_mean_square(gradient))
@@ -74,7 +74,7 @@ class KLShampoo(two_sided.TwoRoots):
 
     def refresh(self, state: State, damping: Damping) -> None:
         factors = two_sided.damped_factors(state, self.sides, damping)
-        # All roots before any is stored: a failure of the second must not leave the first one new.
+        # All roots are computed before any is stored: if the second one fails, the first one must stay old too.
         roots = {side: damped_root(factor, rho, 0.5) for side, (factor, rho) in factors.items()}
         for side, root in roots.items():
             state[f"{side}_root"].copy_(root)
@@ -84,14 +84,14 @@ class KLShampoo(two_sided.TwoRoots):
         return spectrum.of_roots(factors, two_sided.suffixed(state, "_root"), exponent=0.5)
 
     def statistics_flops(self, shape: costs.Shape, tokens: int) -> float:
-        """The gradient is whitened by the other side before either product."""
+        """Includes the whitening of the gradient by the other side before each product."""
         whitenings = self.sides if self.sides == two_sided.BOTH else ()
         return costs.of_sides(costs.shapes(self, shape), [*self.sides, *whitenings], shape)
 
 
 def _root_mean_square(matrix: Tensor) -> Tensor:
-    """Of the entries, shape (...); 1 for a zero matrix."""
+    """Root mean square of the entries, shape (...); 1 for a zero matrix."""
     largest = largest_entry(matrix)
-    # Squares of entries near the ends of the range would leave it; relative to the largest entry they do not.
+    # The square of a very large or very small entry would leave the range. Divided by the largest entry it does not.
     rms = largest * (matrix / per_matrix(largest, matrix)).square().mean(dim=(-2, -1)).sqrt()
     return torch.where(largest > 0, rms, torch.ones_like(rms))

@@ -22,13 +22,14 @@ COEFFICIENTS = (torch_muon.DEFAULT_A, torch_muon.DEFAULT_B, torch_muon.DEFAULT_C
 
 @dataclass(frozen=True)
 class Muon(GradientBlock):
-    """`P(G) = U Vᵀ` for `G = U Σ Vᵀ`, approximately: torch's own Newton-Schulz iteration, in bfloat16, which leaves
-    singular values between about 0.7 and 1.2.
+    """`P(G) = U Vᵀ` for `G = U Σ Vᵀ`, approximately.
 
-    There is no factor for the aspect ratio in it. torch's `original` adjustment of the learning rate,
-    `√max(1, fan_out/fan_in)`, is the caller's, or the spectral norm control's own target takes its place.
+    It uses torch's own Newton-Schulz iteration in bfloat16, which leaves singular values between about 0.7 and 1.2.
 
-    State: `weight`, 0-dim, 1 once a gradient was seen. Muon averages nothing but the gradient itself.
+    `P(G)` has no factor for the aspect ratio. The caller applies torch's `original` adjustment of the learning rate,
+    `√max(1, fan_out/fan_in)`, or the target of the spectral norm control replaces it.
+
+    State: `weight`, 0-dim, 1 once a gradient was seen. Muon averages only the gradient itself.
 
     Attributes:
         orthogonal: the spectral norm of an update is about 1 already and needs no power iteration.
@@ -46,18 +47,19 @@ class Muon(GradientBlock):
         state["weight"].fill_(1)
 
     def refresh(self, state: State, damping: Damping) -> None:
-        """Nothing is kept between steps."""
+        """Does nothing: the method keeps no preconditioner."""
 
     @property
     def refreshed(self) -> list[str]:
         return []
 
     def precondition(self, state: State, gradient: Tensor) -> Tensor:
-        # A power of two, so that not a bit of the result depends on it: torch divides by a sum of squares, which leaves
-        # the range for gradients that do not, and by no less than its ε, which would shrink small ones.
+        # torch divides by the root of a sum of squares, which can leave the range although the gradient does not. It
+        # divides by no less than its ε, which would shrink small gradients. So the gradient is scaled first, by a power
+        # of two: this changes no bit of the result.
         largest = largest_entry(gradient)
         exponent = torch.frexp(largest).exponent.clamp(-126, 126)
-        # Of one number: for a matrix `ldexp` takes twenty times as long as a product.
+        # `ldexp` of one number: on a whole matrix it takes twenty times as long as a product.
         unit = per_matrix(torch.ldexp(torch.ones_like(largest), -exponent), gradient)
         scaled = torch.mul(gradient, unit, out=torch.empty_like(gradient, dtype=torch.bfloat16))
         if gradient.ndim > 2:
@@ -74,7 +76,7 @@ class Muon(GradientBlock):
         return 0.0
 
     def precondition_flops(self, shape: costs.Shape) -> float:
-        """On the smaller side: two products with the matrix and one of its squares, each time."""
+        """Each iteration has two products with the matrix and one of its Gram matrix, on the smaller side."""
         small, large = sorted(shape)
         return torch_muon.DEFAULT_NS_STEPS * costs.PRODUCT * (2 * small**2 * large + small**3)
 
@@ -83,7 +85,7 @@ class Muon(GradientBlock):
 
 
 def _orthogonalized(stack: Tensor) -> Tensor:
-    """torch's iteration, which takes one matrix alone, on a stack of them, (..., m, n)."""
+    """torch's iteration for a stack of matrices, (..., m, n). torch's own function takes one matrix."""
     x = stack.flatten(end_dim=-3)
     is_tall = x.shape[-2] > x.shape[-1]
     x = x.mT if is_tall else x

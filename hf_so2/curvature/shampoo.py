@@ -1,4 +1,4 @@
-"""Shampoo: second moments of the gradient matrix on either side of it (Gupta et al. 2018, arXiv 1802.09568)."""
+"""Shampoo: second moments of the gradient matrix on both of its sides (Gupta et al. 2018, arXiv 1802.09568)."""
 
 from __future__ import annotations
 
@@ -20,20 +20,21 @@ class Shampoo(two_sided.TwoRoots):
     """`P(G) = (L + ρ_L I)^-p G (R + ρ_R I)^-p` with `L ← EMA(G Gᵀ)`, `R ← EMA(Gᵀ G)`.
 
     p = ¼ is the original. p = ½ times `√tr(L)` is the square root of the best Kronecker approximation of `E[g gᵀ]`,
-    `L ⊗ R / tr(L)` (Morwani et al. 2024, arXiv 2406.17748); like p = ¼ it is free of the gradient's scale.
+    `L ⊗ R / tr(L)` (Morwani et al. 2024, arXiv 2406.17748). Both are independent of the gradient's scale.
 
-    With one side left out, p is ½ on the other, whatever `exponent` says, and nothing is normalised. The exponents of
-    the sides have to add up to ½ for Shampoo's regret bound (Anil et al. 2020, arXiv 2002.09018, who do so for
-    embeddings and heads), and `I ⊗ R` approximates `E[g gᵀ]` up to a constant, which has the same root (An et al. 2025,
-    arXiv 2503.20762; Xie et al. 2025, arXiv 2503.10537). So this too is free of the gradient's scale.
+    If one side is left out, p is ½ on the other, whatever `exponent` says, and nothing is normalised. There are two
+    reasons. Shampoo's regret bound needs exponents that add up to ½ over the sides (Anil et al. 2020, arXiv 2002.09018,
+    who do so for embeddings and heads). And `I ⊗ R` approximates `E[g gᵀ]` up to a constant, which leads to the same
+    root (An et al. 2025, arXiv 2503.20762; Xie et al. 2025, arXiv 2503.10537). This form too is independent of the
+    gradient's scale.
 
     State: the averages `L` (fan_out, fan_out), `R` (fan_in, fan_in), uncorrected, with `weight`, the running average of
-    1; `L_root` and `R_root`, the powers of the damped factors, a trace normalisation included in `L_root`.
+    1; `L_root` and `R_root`, the powers of the damped factors. `L_root` includes the trace normalisation, if any.
 
     Args:
-        beta: decay of the running averages, in [0, 1); of no effect for sums.
+        beta: decay of the running averages, in [0, 1). Sums ignore it.
         exponent: p, ¼ or ½.
-        normalized: multiply by `√tr(L)`; with p = ½ only.
+        normalized: whether to multiply by `√tr(L)`; with p = ½ only.
         accumulate: `ema`, a bias-corrected running average, or `sum`, the sum over all steps as in AdaGrad.
         sides: which of `L` and `R` there are.
         root: `eigen`, by eigendecomposition, or `newton`, by the coupled Newton iteration.
@@ -61,7 +62,7 @@ class Shampoo(two_sided.TwoRoots):
 
     @property
     def power(self) -> float:
-        """The exponent in use: with one side left out it is ½ on the other."""
+        """The exponent in use. It is ½ if one side is left out."""
         return self.exponent if self.sides == two_sided.BOTH else 0.5
 
     def init_state(self, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> State:
@@ -81,7 +82,7 @@ class Shampoo(two_sided.TwoRoots):
 
     def refresh(self, state: State, damping: Damping) -> None:
         factors = two_sided.damped_factors(state, self.sides, damping)
-        # All roots before any is stored: a failure of the second must not leave the first one new.
+        # All roots are computed before any is stored: if the second one fails, the first one must stay old too.
         roots = {side: self._root(factor, rho) for side, (factor, rho) in factors.items()}
         if self.normalized and self.sides == two_sided.BOTH:
             roots["L"] = roots["L"] * per_matrix(normalisation(factors["L"][0]), roots["L"])
@@ -105,6 +106,6 @@ class Shampoo(two_sided.TwoRoots):
 
 
 def normalisation(factor: Tensor) -> Tensor:
-    """`√tr(L)`, shape (...); a factor of zero is damped into the identity, and so is its trace."""
+    """`√tr(L)`, shape (...). For a factor of zero it is 1, since damping turns that factor into the identity."""
     size = trace(factor)
     return torch.where(size > 0, size.sqrt(), torch.ones_like(size))

@@ -21,18 +21,18 @@ from hf_so2.linalg.eigen import RESOLUTION
 class SOAP(RotatingBlock):
     """`P(G) = U_L [ (U_Lᵀ G U_R) / (√V + ε) ] U_Rᵀ` with `V ← EMA((U_Lᵀ G U_R)²)` of each step's own gradient.
 
-    `U_L`, `U_R` are the eigenbases of `L ← EMA(G Gᵀ)` and `R ← EMA(Gᵀ G)`, decomposed at the first and at every
-    `full_every`-th refresh and followed by one QR power step at the others (algorithm 4). A basis with a null space is
-    decomposed each time: what a power step makes of arbitrary vectors is arbitrary, and another split of the same batch
-    would give another update.
+    `U_L`, `U_R` are the eigenbases of `L ← EMA(G Gᵀ)` and `R ← EMA(Gᵀ G)`. The first refresh and every `full_every`-th
+    one decompose the factors. The other refreshes make one QR power step (algorithm 4). A factor with a null space is
+    decomposed at every refresh: the vectors of a null space are arbitrary, and so is what a power step makes of them.
+    Another split of the same batch would then give another update.
 
-    When a basis moves, V moves along, as the diagonal of the old second moment in the new basis: it is permuted with
-    basis vectors that only change places, and keeps its trace. Eigenvalues that a decomposition cannot tell apart leave
-    the basis of their eigenspace open, and there V is averaged over it, as in `EKFAC`.
+    When a basis moves, V becomes the diagonal of the old second moment in the new basis. If basis vectors only change
+    places, V is permuted like them. Its trace stays the same. Eigenvalues that a decomposition cannot distinguish do
+    not determine the basis of their eigenspace. V is averaged over such an eigenspace, as in `EKFAC`.
 
-    The first update only builds the basis, since in its own basis G is diagonal and `G/√V` would be the sign of
-    round-off: `building_steps` asks for neither momentum nor an update from it. A side that is left out keeps the
-    identity as its basis; with neither side this is Adam. Damping plays no part, ε is what is added to the denominator.
+    The first update only builds the basis. In its own basis G is diagonal, and `G/√V` would be the sign of round-off.
+    `building_steps` therefore makes the weight and its momentum skip this update. A side that is left out keeps the
+    identity as its basis. With neither side this is Adam. Damping is not used: ε is added to the denominator instead.
 
     State: the averages `L` (fan_out, fan_out), `R` (fan_in, fan_in), uncorrected, with `weight`, the running average of
     1; `L_basis`, `R_basis` and their eigenvalues `L_values`, `R_values`; `V` (fan_out, fan_in), uncorrected, with
@@ -41,9 +41,9 @@ class SOAP(RotatingBlock):
     Args:
         beta: decay of the running averages, V's too, in [0, 1).
         eps: ε of Adam, ≥ 0, in units of the gradient.
-        full_every: a full eigendecomposition at every so many refreshes, ≥ 1.
-        tolerance: a basis stays as it is, at a refresh without a full decomposition, while the off-diagonal share of
-            its factor in it, in Frobenius norm, is at most this; 0 always moves it.
+        full_every: number of refreshes from one full eigendecomposition to the next, ≥ 1.
+        tolerance: at a refresh without a full decomposition, a basis stays unchanged if the off-diagonal share of its
+            factor in this basis, in Frobenius norm, is at most this; 0 always moves it.
         sides: which of `L` and `R` there are.
         keeps_momentum: as in `RotatingBlock`.
     """
@@ -67,11 +67,11 @@ class SOAP(RotatingBlock):
 
     @property
     def _turning(self) -> tuple[str, ...]:
-        """What is kept in the bases, and so moves with them."""
+        """The names of the tensors that are kept in the bases and move with them."""
         return ("V", "M") if self.keeps_momentum else ("V",)
 
     def observe_gradient(self, state: State, gradient: Tensor) -> State:
-        # Before the first refresh the bases are zero, and so is this square.
+        # Before the first refresh the bases are zero, so this square is zero too.
         rotated = self.rotate(state, gradient)
         observation = {side: two_sided.gram(gradient, side) for side in self.sides} | {"V": rotated.square()}
         return observation | {"rotated": rotated} if self.keeps_momentum else observation
@@ -92,7 +92,7 @@ class SOAP(RotatingBlock):
         for side in self.sides:
             moved[f"{side}_values"], moved[f"{side}_basis"] = self._moved_basis(state, side, is_full)
             turn = moved[f"{side}_basis"].mT @ state[f"{side}_basis"]
-            # Of a second moment the diagonal is kept, which turns by the squares.
+            # V is the diagonal of a second moment: it changes with the squared entries of the rotation.
             for name, by in (("M", turn), ("V", turn.square())):
                 if name in moved:
                     moved[name] = by @ moved[name] if side == "L" else moved[name] @ by.mT
@@ -105,14 +105,14 @@ class SOAP(RotatingBlock):
         state["refreshes"].add_(1)
 
     def _moved_basis(self, state: State, side: str, is_full: Tensor) -> tuple[Tensor, Tensor]:
-        """Eigenvalues and basis of one side for its factor of today."""
+        """Eigenvalues and basis of one side for its current factor."""
         factor = corrected_average(state, side)
         is_decomposed = is_full | has_null_space(state[f"{side}_values"])
         if bool(is_decomposed.all()):
             return eigh(factor)
         followed = follow_basis(factor, state[f"{side}_basis"], self.tolerance)
         if bool(is_decomposed.any()):  # some of a stack
-            followed = followed[0].clone(), followed[1].clone()  # it may be the basis of the state
+            followed = followed[0].clone(), followed[1].clone()  # these may be the state's own tensors
             for whole, part in zip(followed, eigh(factor[is_decomposed]), strict=True):
                 whole[is_decomposed] = part
         return followed
@@ -128,13 +128,14 @@ class SOAP(RotatingBlock):
         return two_sided.apply({side: u.mT if side == "L" else u for side, u in bases.items()}, gradient)
 
     def precondition(self, state: State, gradient: Tensor) -> Tensor:
-        """As in the class; zero until V has seen a gradient, since nothing says how long a step would be."""
+        """As in the class. It is zero until V has seen a gradient, since the length of a step is unknown before."""
         return self.precondition_rotated(state, self.rotate(state, gradient))
 
     def precondition_rotated(self, state: State, rotated: Tensor) -> Tensor:
         weight = state["V_weight"]
         one, eps = torch.ones_like(weight), torch.full_like(weight, self.eps)
-        # In place, and without a gradient so far a division by infinity: memory for a copy takes longer than a product.
+        # In place, since memory for a copy takes longer than a product. Before the first gradient the divisor is
+        # infinite.
         divisor = (state["V"] / per_matrix(torch.where(weight > 0, weight, one), rotated)).sqrt_()
         divisor.add_(per_matrix(torch.where(weight > 0, eps, torch.inf), rotated))
         scaled = torch.div(rotated, divisor, out=divisor)
@@ -142,7 +143,7 @@ class SOAP(RotatingBlock):
         return two_sided.apply({side: u if side == "L" else u.mT for side, u in bases.items()}, scaled)
 
     def spectra(self, state: State, damping: Damping) -> dict[str, Tensor]:
-        """Nothing is damped; eigenvalues are those of the kept basis, none below what a decomposition resolves."""
+        """Nothing is damped. The eigenvalues are those of the current basis, at least what a decomposition resolves."""
         found: dict[str, Tensor] = {}
         for side, factor in two_sided.suffixed(state, "").items():
             values = state[f"{side}_values"]
@@ -155,7 +156,7 @@ class SOAP(RotatingBlock):
         return found
 
     def refresh_flops(self, shape: costs.Shape) -> float:
-        """As EKFAC's, but for a power step in place of most decompositions: a product and a QR factorization."""
+        """As EKFAC's, but most decompositions are replaced by a power step: a product and a QR factorization."""
         share = 1 / self.full_every
         power_step = costs.PRODUCT * (1 + (self.tolerance > 0)) + costs.QR
         basis = share * costs.EIGENDECOMPOSITION + (1 - share) * power_step
@@ -169,5 +170,5 @@ class SOAP(RotatingBlock):
         return costs.of_sides(costs.shapes(self, shape), self.sides, shape) + self._rotation_flops(shape)
 
     def _rotation_flops(self, shape: costs.Shape) -> float:
-        """Of a matrix of that shape, into both bases or out of them."""
+        """FLOPs to rotate a matrix of this shape into both bases, or out of them."""
         return costs.of_preconditioning(self, shape) / 2

@@ -1,9 +1,9 @@
-"""A weight tied between token embedding and output head: a sum of two Kronecker products, inverted as a whole.
+"""A weight that is tied between token embedding and output head: a sum of two Kronecker products, inverted exactly.
 
-The embedding's block is `B_e ⊗ diag(a_e)`: the second moment of its output gradients, and the frequencies of the
-tokens. The head `u = Wᵀ h` reads the same matrix the other way round, so that its *inputs* are on the side of the
-embedding's outputs: `A_h ⊗ diag(b_h)`, with the squared gradients of the logits. As for any weight that a loss uses in
-two places, the products of one end's gradient with the other's are left out.
+The embedding's block is `B_e ⊗ diag(a_e)`: `B_e` is the second moment of its output gradients, and `a_e` the
+frequencies of the tokens. The head `u = Wᵀ h` uses the transposed matrix. Its *inputs* are thus on the side of the
+embedding's outputs. Its block is `A_h ⊗ diag(b_h)`, where `b_h` are the squared gradients of the logits. The products
+of one end's gradient with the other's are left out, as for any weight that a loss uses in two places.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ _SIDES = {EMBEDDING: ("A", "B"), HEAD: ("B", "A")}
 
 @dataclass(frozen=True)
 class Tied(CurvatureBlock):
-    """`P(G) = F^-1 G` for `F = (B_e + ρ) ⊗ diag(a_e + ρ) + (A_h + ρ) ⊗ diag(b_h + ρ)`, each with a ρ of its own.
+    """`P(G) = F^-1 G` for `F = (B_e + ρ) ⊗ diag(a_e + ρ) + (A_h + ρ) ⊗ diag(b_h + ρ)`. Each factor has its own ρ.
 
-    The sum of the two damped blocks that K-FAC would give the ends as weights of their own. Both are diagonal over the
-    vocabulary, so that token `j` has a block `a_j K_e + b_j K_h` of hidden dimensions to itself, with `a` and `b` taken
-    relative to their means. One basis T makes all of these diagonal: where `Tᵀ (K_e + K_h) T = I` and
-    `Tᵀ K_h T = diag(μ)`, `P(G) = T [(Tᵀ G)_ij / (a_j (1 - μ_i) + b_j μ_i)]`, exactly. μ is the head's share in what an
-    average token's block has in a direction.
+    F is the sum of the two damped blocks that K-FAC would give to the ends as separate weights. Both are diagonal over
+    the vocabulary. Token `j` thus has its own block `a_j K_e + b_j K_h` over the hidden dimensions, with `a` and `b`
+    relative to their means. One basis T makes all these blocks diagonal: with `Tᵀ (K_e + K_h) T = I` and
+    `Tᵀ K_h T = diag(μ)`, `P(G) = T [(Tᵀ G)_ij / (a_j (1 - μ_i) + b_j μ_i)]`, exactly. μ_i is the head's share of an
+    average token's block in direction i.
 
-    Under μP both products scale alike with the width, wherever the factor on a tied head's logits sits; damping that is
-    relative to the factors (`trace`, `spectral`) does as well.
+    Under μP both products scale equally with the width, wherever the factor on a tied head's logits is applied. Damping
+    that is relative to the factors (`trace`, `spectral`) scales in the same way.
 
-    An exponent other than 1 has no such form, since T is not orthonormal. Nor have the corrections of EKFAC and TKFAC,
-    which are of one Kronecker product: the whole family has this block.
+    An exponent other than 1 has no such form, since T is not orthonormal. The corrections of EKFAC and TKFAC have none
+    either, since they apply to a single Kronecker product. The whole K-FAC family therefore uses this block.
 
-    The matrix is that of the embedding, (hidden, vocabulary). An end that no token has reached, or whose gradients are
-    zero, adds nothing; with both of that kind the block is the identity.
+    The matrix is that of the embedding, (hidden, vocabulary). An end adds nothing if no token has reached it or its
+    gradients are zero. If both ends add nothing, the block is the identity.
 
     State: the embedding's averages `A` (vocabulary,), `B` (hidden, hidden) with their `weight`, and the head's
     `head_A` (hidden, hidden), `head_B` (vocabulary,) with `head_weight`; `common_basis` (hidden, hidden), T; `share`
@@ -53,9 +53,9 @@ class Tied(CurvatureBlock):
 
     Args:
         beta: decay of the running averages, in [0, 1).
-        uniform_head: whether the head has one curvature for all its outputs, the mean of `b_h`: the multiple of the
-            identity that is closest to `diag(b_h)`. The identity itself, which serves a head of its own, has no unit,
-            and in a sum units decide which of the two ends is listened to.
+        uniform_head: whether the head has one curvature for all its outputs: the mean of `b_h`. This is the multiple of
+            the identity that is closest to `diag(b_h)`. An untied head uses the identity itself. Here this would be
+            wrong: the identity has no unit, and in a sum the units decide which of the two ends dominates.
     """
 
     beta: float
@@ -63,7 +63,7 @@ class Tied(CurvatureBlock):
 
     @property
     def ends(self) -> Mapping[str, TokenBlock]:
-        """Embedding and head as blocks of their own, for their statistics; by the prefix of their names."""
+        """Embedding and head as separate blocks, for their statistics, by the prefix of their names."""
         return {EMBEDDING: KFAC(self.beta, diagonal="A"), HEAD: KFAC(self.beta, diagonal="B")}
 
     def init_state(self, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> State:
@@ -89,7 +89,7 @@ class Tied(CurvatureBlock):
         return found
 
     def damped_factors(self, state: State, damping: Damping) -> dict[str, tuple[Tensor, Tensor]]:
-        """The same, each with its ρ: of the embedding by `damping`, of the head by `damping.head` if there is one."""
+        """The same, each with its ρ. The embedding uses `damping`, and the head uses `damping.head` if there is one."""
         factors = self.factors(state)
         found: dict[str, tuple[Tensor, Tensor]] = {}
         for prefix, rule in ((EMBEDDING, damping), (HEAD, damping.head or damping)):
@@ -100,7 +100,7 @@ class Tied(CurvatureBlock):
         return found
 
     def mean_blocks(self, state: State, damping: Damping) -> dict[str, tuple[Tensor, Tensor]]:
-        """By end: its damped block for an average token, (hidden, hidden), and how much of it each token has."""
+        """By end: the damped block of an average token, (hidden, hidden), and each token's multiple of it."""
         damped = self.damped_factors(state, damping)
         found: dict[str, tuple[Tensor, Tensor]] = {}
         for prefix, (along_vocabulary, along_hidden) in _SIDES.items():
@@ -138,7 +138,7 @@ class Tied(CurvatureBlock):
             found |= {f"trace_{side}": spectrum.trace(factor), f"damping_{side}": rho}
         blocks = [mean for mean, _ in self.mean_blocks(state, damping).values()]
         if blocks:
-            # The basis whitens the average token's block: its own norm is that of the inverse's root.
+            # The basis whitens the average token's block. Its norm is that of the root of this block's inverse.
             inverse_norm = spectrum.norm(state["common_basis"]).square()
             found["condition"] = (spectrum.norm(torch.stack(blocks).sum(dim=0)) * inverse_norm).clamp(min=1)
         return found
@@ -153,7 +153,7 @@ class Tied(CurvatureBlock):
         return costs.of_tokens(self, shape, tokens)
 
     def curvature_along(self, state: State, change: Tensor) -> Tensor:
-        """With the sum of the ends' products."""
+        """`<Δ, F Δ>`, where F is the sum of both ends' Kronecker products."""
         factors = self.factors(state)
         pairs = [(factors.get(hidden), factors.get(rows)) for hidden, rows in (("B", "A"), ("head_A", "head_B"))]
         images = [from_right(from_left(hidden, change), rows) for hidden, rows in pairs if hidden is not None]
@@ -165,5 +165,5 @@ class Tied(CurvatureBlock):
 
 
 def of_end(state: State, prefix: str) -> State:
-    """The tensors of one end, by the names that they have in a block of its own."""
+    """The tensors of one end, by the names that they have in the end's own block."""
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

@@ -9,5 +9,5 @@ from hf_so2.curvature.parts.moments import trace_restricted
 def TKFAC(  # noqa: N802  named as the method, like its siblings
     beta: float, exponent_a: float = 1.0, exponent_b: float = 1.0, diagonal: str = "", block_size: int | None = None
 ) -> KFAC:
-    """`P(G) = (√τ Ψ + ρ_B I)^-1 G (√τ Φ + ρ_A I)^-1`; see `KFAC` for the state, which holds `tau` besides."""
+    """`P(G) = (√τ Ψ + ρ_B I)^-1 G (√τ Φ + ρ_A I)^-1`; see `KFAC` for the state, which also holds `tau`."""
     return KFAC(beta, exponent_a, exponent_b, trace_restricted(diagonal), diagonal, block_size)

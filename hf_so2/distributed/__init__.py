@@ -1,4 +1,4 @@
-"""Work shared between processes: who holds and refreshes what, and every collective of the package."""
+"""Work shared between processes: which rank holds and refreshes which layer, and every collective of the package."""
 
 from hf_so2.distributed.assignment import Cost, Grid, assign, place
 from hf_so2.distributed.communicator import (

@@ -9,19 +9,20 @@ from dataclasses import dataclass
 
 
 def assign(costs: Mapping[str, float], ranks: int) -> dict[str, int]:
-    """Spread jobs over ranks by longest processing time first (Graham 1969): largest job to the least loaded rank.
+    """Spread jobs over ranks by longest processing time first (Graham 1969).
 
-    The heaviest rank carries at most 4/3 - 1/(3·ranks) of the best possible maximum.
+    The largest remaining job goes to the least loaded rank. The heaviest load is at most 4/3 - 1/(3·ranks) times the
+    best possible maximum.
 
     Args:
         costs: cost of each job by name, in any unit.
         ranks: number of ranks, at least 1.
 
     Returns:
-        The rank of each job, in the order of `costs`. Ties are broken by name and by rank, so that every rank that
-        calls this with the same costs gets the same answer.
+        The rank of each job, in the order of `costs`. Name and rank break ties. Every rank that calls this with the
+        same costs thus gets the same answer.
     """
-    loads = [(0.0, rank) for rank in range(ranks)]  # a heap as it stands
+    loads = [(0.0, rank) for rank in range(ranks)]  # already a heap
     owner = {}
     for name in sorted(costs, key=lambda name: (-costs[name], name)):
         load, rank = loads[0]
@@ -32,15 +33,16 @@ def assign(costs: Mapping[str, float], ranks: int) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Grid:
-    """Ranks in rows and columns (Pauloski et al. 2021, arXiv 2107.01739): a layer is held by the ranks of one column.
+    """Ranks in rows and columns (Pauloski et al. 2021, arXiv 2107.01739). The ranks of one column hold a layer.
 
-    Rank r is in row `r // columns` and column `r % columns`. A layer's fresh preconditioner goes down its column at
-    every refresh; its preconditioned gradient goes along every row, from the one rank there that holds the layer, at
-    every step. A row's ranks are neighbours, as far as possible on one machine, since that is the more frequent way.
+    Rank r is in row `r // columns` and column `r % columns`. At every refresh, a layer's new preconditioner is sent
+    down its column. At every step, its preconditioned gradient is sent along every row, from the one rank in the row
+    that holds the layer. The second transfer is more frequent, so the ranks of a row are neighbours, if possible on one
+    machine.
 
     Args:
-        ranks: how many there are, ≥ 1.
-        workers: how many of them hold a layer, KAISA's gradient workers: a divisor of `ranks`.
+        ranks: number of ranks, ≥ 1.
+        workers: number of ranks that hold a layer (KAISA's gradient workers): a divisor of `ranks`.
     """
 
     ranks: int
@@ -48,8 +50,8 @@ class Grid:
 
     @classmethod
     def of_fraction(cls, fraction: float, ranks: int) -> Grid:
-        """With `⌈fraction · ranks⌉` workers, or the next larger number that divides `ranks`; at least one."""
-        # A third of three ranks is one, whatever 0.33333333 times 3 rounds to.
+        """The grid with `⌈fraction · ranks⌉` workers, or the next larger number that divides `ranks`; at least one."""
+        # The tolerance makes a third of three ranks one rank, whatever 0.33333333 times 3 rounds to.
         wanted = max(1, math.ceil(fraction * ranks - 1e-6))
         return cls(ranks, next(workers for workers in range(wanted, ranks + 1) if ranks % workers == 0))
 
@@ -64,21 +66,21 @@ class Grid:
         return rank % self.columns
 
     def row(self, index: int) -> list[int]:
-        """The ranks of a row, one of each column in their order."""
+        """The ranks of a row, one of each column, in the order of columns."""
         return list(range(index * self.columns, (index + 1) * self.columns))
 
     def column(self, index: int) -> list[int]:
-        """The ranks of a column, one of each row in their order."""
+        """The ranks of a column, one of each row, in the order of rows."""
         return list(range(index, self.ranks, self.columns))
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a layer costs per step, in one unit.
+    """The cost of a layer per step. Both numbers have the same unit.
 
     Args:
-        refresh: of rebuilding its preconditioner, on the one rank that does.
-        held: of what each rank that holds it does at every step: preconditioning above all.
+        refresh: cost of rebuilding its preconditioner, on the owner.
+        held: cost of the work at every step on each rank that holds the layer: mainly preconditioning.
     """
 
     refresh: float
@@ -86,14 +88,14 @@ class Cost:
 
 
 def place(costs: Mapping[str, Cost], grid: Grid) -> dict[str, int]:
-    """The rank that refreshes each layer; the ranks of its column hold the layer.
+    """The rank that refreshes each layer. The ranks of its column hold the layer.
 
-    Longest processing time first, twice: layers over columns by what they cost each rank of one, then over the ranks of
-    a column by what a refresh costs.
+    Longest processing time first is used twice: to spread layers over columns by their cost on each rank of a column,
+    and then over the ranks of a column by the cost of a refresh.
 
     Args:
-        costs: by name.
-        grid: where the ranks are.
+        costs: costs of each layer, by name.
+        grid: the grid of ranks.
 
     Returns:
         The owner's rank by name, in the order of `costs`; the same on every rank.

@@ -21,7 +21,7 @@ from hf_so2.distributed.shards import is_sharded, split_of
 
 T = TypeVar("T")
 
-# A bucket is a copy of what it holds: large ones save nothing any more and cost memory, as do many at a time.
+# A bucket is a copy of its tensors. Larger buckets, or more of them at a time, cost memory and save no time.
 BUCKET_BYTES = 64 * 2**20
 BUCKETS_AT_A_TIME = 8
 
@@ -40,20 +40,20 @@ def sum_over_ranks(tensors: Sequence[Tensor]) -> None:
 
 
 def send_from_owners(parcels: Sequence[Parcel]) -> None:
-    """Overwrite every tensor, on all ranks, with its owner's."""
+    """Overwrite every tensor, on all ranks, with the owner's tensor."""
     if world()[1] > 1:
         _run([(bucket, dist.broadcast, {"src": bucket.owner}) for bucket in _buckets(parcels)])
 
 
 def true_on_all_ranks(flag: Tensor) -> bool:
-    """Whether a flag, 0-dim, is up on every rank."""
+    """Whether a flag, 0-dim, is set on every rank."""
     down = flag.logical_not().to(torch.int64)
     sum_over_ranks([down])
     return not bool(down)
 
 
 def gather_objects(mine: T) -> list[T]:
-    """What every rank passed, in the order of ranks; pickled, so for small things."""
+    """The objects of all ranks, in the order of ranks. They are pickled, so they should be small."""
     if world()[1] == 1:
         return [mine]
     found: list[Any] = [None] * world()[1]
@@ -62,11 +62,11 @@ def gather_objects(mine: T) -> list[T]:
 
 
 def whole(part: Tensor, like: Tensor) -> Tensor:
-    """The whole, on every rank, of a tensor that is spread as another one is; where that is sharded, a collective.
+    """The whole tensor, on every rank, out of the parts of all ranks. A collective if `like` is sharded.
 
     Args:
-        part: this rank's, of any dtype.
-        like: spread the same way.
+        part: this rank's part, of any dtype.
+        like: a tensor that is sharded in the same way.
     """
     if not is_sharded(like):
         return part
@@ -87,12 +87,12 @@ def whole(part: Tensor, like: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Part:
-    """What this rank has of a tensor that is spread over ranks.
+    """This rank's part of a tensor that is spread over ranks.
 
     Args:
-        tensor: its part, possibly empty.
-        like: a tensor that is spread the same way: the parameter.
-        owner: of the layer that it belongs to.
+        tensor: the part, possibly empty.
+        like: a tensor that is spread in the same way: the parameter.
+        owner: the owner of the layer that the tensor belongs to.
     """
 
     tensor: Tensor
@@ -103,16 +103,16 @@ class Part:
 class GridCommunicator:
     """Collectives along the rows and down the columns of a grid of ranks.
 
-    Building one is a collective itself where the grid has several rows and several columns.
+    To build one is itself a collective, if the grid has several rows and several columns.
 
     Args:
-        grid: of as many ranks as there are.
+        grid: a grid of all ranks.
     """
 
     def __init__(self, grid: Grid) -> None:
         self.grid = grid
         self.rank, _ = world()
-        # No group stands for all ranks.
+        # None stands for the group of all ranks.
         self._row = self._column = None
         if 1 < grid.workers < grid.ranks:
             self._row, _ = dist.new_subgroups_by_enumeration([grid.row(i) for i in range(grid.workers)])
@@ -123,7 +123,7 @@ class GridCommunicator:
         return self.grid.column_of(owner) == self.grid.column_of(self.rank)
 
     def sum_to_holders(self, parcels: Sequence[Parcel]) -> None:
-        """Add up every tensor over all ranks, in place on the ranks of its owner's column; elsewhere it is spoilt."""
+        """Add up every tensor over all ranks, in place. It is valid only on the ranks of its owner's column."""
         if self.grid.columns > 1:
             _run(
                 [
@@ -137,13 +137,13 @@ class GridCommunicator:
             _run([(bucket, dist.all_reduce, {"group": self._column}) for bucket in _buckets(held, lambda _: 0)])
 
     def send_to_holders(self, parcels: Sequence[Parcel]) -> None:
-        """Overwrite every tensor, on the ranks of its owner's column, with the owner's."""
+        """Overwrite every tensor, on the ranks of its owner's column, with the owner's tensor."""
         if self.grid.workers > 1:
             held = [parcel for parcel in parcels if self.holds(parcel.owner)]
             _run([(b, dist.broadcast, {"src": b.owner, "group": self._column}) for b in _buckets(held)])
 
     def send_from_holders(self, parcels: Sequence[Parcel]) -> None:
-        """Overwrite every tensor, on all ranks, with that of a rank of its owner's column."""
+        """Overwrite every tensor, on all ranks, with the tensor of a rank of its owner's column."""
         if self.grid.columns > 1:
             _run(
                 [
@@ -153,10 +153,10 @@ class GridCommunicator:
             )
 
     def gather_to_holders(self, parts: Sequence[Part]) -> list[Tensor | None]:
-        """The whole of every tensor on the ranks of its owner's column; None elsewhere.
+        """Every whole tensor, on the ranks of its owner's column; None on other ranks.
 
         Args:
-            parts: this rank's, contiguous and of one dtype.
+            parts: this rank's parts, contiguous and of one dtype.
         """
         if self.grid.columns == 1:
             return [whole(part.tensor, part.like) for part in parts]
@@ -180,11 +180,11 @@ class GridCommunicator:
         return [torch.cat(found[i], dim=splits[i].dim) if i in found else None for i in range(len(parts))]
 
     def scatter_from_holders(self, wholes: Sequence[Tensor | None], parts: Sequence[Part]) -> list[Tensor]:
-        """This rank's part of every tensor, in memory of its own.
+        """This rank's part of every tensor, in new memory.
 
         Args:
-            wholes: of one dtype, on the ranks of the owner's column; None elsewhere.
-            parts: how each is spread, and whose it is; their values do not matter.
+            wholes: the whole tensors, of one dtype, on the ranks of the owner's column; None on other ranks.
+            parts: how each tensor is spread, and its owner. The values of the parts do not matter.
         """
         splits = [split_of(part.like) for part in parts]
         if self.grid.columns == 1:
@@ -204,12 +204,12 @@ class GridCommunicator:
 
 
 def _exchange(sent: Sequence[Sequence[Tensor]], wanted: Sequence[tuple[int, torch.Size]], like: Tensor) -> list[Tensor]:
-    """Send tensors from every rank to every other at once; what arrives, in the order of `wanted`.
+    """Send tensors from every rank to every other in one collective. Returns the received ones, ordered as `wanted`.
 
     Args:
         sent: vectors by receiver.
-        wanted: sender and shape of what this rank gets, what comes from one sender in that one's order.
-        like: of the dtype and on the device of all.
+        wanted: sender and shape of each tensor that this rank receives. Tensors of one sender are in its order.
+        like: a tensor with the dtype and device of all others.
     """
     sizes = [sum(vector.numel() for vector in vectors) for vectors in sent]
     arriving = [0] * len(sent)
@@ -227,7 +227,7 @@ def _exchange(sent: Sequence[Sequence[Tensor]], wanted: Sequence[tuple[int, torc
 
 
 class _Bucket:
-    """Parcels that travel together, joined end to end."""
+    """Parcels that are sent together, as one vector."""
 
     def __init__(self, parcels: list[Parcel]) -> None:
         self.parcels, self.owner = parcels, parcels[0].owner
@@ -242,7 +242,7 @@ class _Bucket:
 
 
 def _buckets(parcels: Iterable[Parcel], destination: Callable[[int], int] = lambda owner: owner) -> Iterator[_Bucket]:
-    """Parcels of one dtype that go the same way, in their order; no bucket exceeds the limit unless by one tensor."""
+    """Buckets of parcels of one dtype and destination, in order. Only a single larger tensor exceeds the limit."""
     together: dict[tuple[torch.dtype, int], list[Parcel]] = {}
     for parcel in parcels:
         together.setdefault((parcel.tensor.dtype, destination(parcel.owner)), []).append(parcel)
@@ -260,7 +260,7 @@ Call = tuple[_Bucket, Callable[..., Any], dict[str, Any]]
 
 
 def _run(calls: Sequence[Call], keep: Callable[[_Bucket], bool] = lambda bucket: True) -> None:
-    """Run collectives, a few at a time so that those of different senders overlap, and unpack what each leaves."""
+    """Run collectives and unpack their results. A few run at a time, so that those of different senders overlap."""
     started: deque[tuple[_Bucket, Tensor, Any]] = deque()
 
     def finish() -> None:

@@ -1,4 +1,4 @@
-"""What is sent of a tensor: all of it, or of a symmetric matrix one triangle."""
+"""The numbers that are sent for a tensor: all of them, or one triangle of a symmetric matrix."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Parcel:
-    """A tensor to be sent, and overwritten by what arrives.
+    """A tensor that is sent, or overwritten by the received one.
 
     Args:
-        tensor: of any shape.
+        tensor: the tensor, of any shape.
         owner: the rank that has it.
-        symmetric: whether it is a symmetric matrix. The sender's own copy is made exactly so too: it ends with the
-            upper triangle that the others got.
+        symmetric: whether it is a symmetric matrix. The sender's own copy becomes exactly symmetric too, from the upper
+            triangle that the other ranks receive.
     """
 
     tensor: Tensor
@@ -25,15 +25,15 @@ class Parcel:
 
     @property
     def numel(self) -> int:
-        """How many numbers are sent."""
+        """Number of numbers that are sent."""
         return triangle_size(len(self.tensor)) if self.symmetric else self.tensor.numel()
 
     def pack(self) -> Tensor:
-        """What is sent, (numel,)."""
+        """The numbers that are sent, (numel,)."""
         return pack_triangle(self.tensor) if self.symmetric else self.tensor.reshape(-1)
 
     def unpack(self, packed: Tensor) -> None:
-        """Take what arrived, (numel,)."""
+        """Overwrite the tensor with received numbers, (numel,)."""
         if self.symmetric:
             unpack_triangle(packed, self.tensor)
         else:
@@ -41,15 +41,15 @@ class Parcel:
 
 
 def triangle_size(n: int) -> int:
-    """Of an (n, n) matrix, diagonal included."""
+    """Number of entries in a triangle of an (n, n) matrix, diagonal included."""
     return n * (n + 1) // 2
 
 
 def pack_triangle(matrix: Tensor) -> Tensor:
     """The upper triangle of a symmetric matrix (n, n) as a vector of n(n+1)/2 numbers, without tables of indices.
 
-    In halves `[[P, Q], [Qᵀ, R]]` the triangles of P and R fold into one rectangle, as in LAPACK's rectangular full
-    packed format (Gustavson et al. 2010, ACM TOMS 37(2)): P's above its diagonal, R's below.
+    The matrix is split into `[[P, Q], [Qᵀ, R]]`. The triangles of P and R form one rectangle, P's above its diagonal
+    and R's below, as in LAPACK's rectangular full packed format (Gustavson et al. 2010, ACM TOMS 37(2)).
     """
     n, half = len(matrix), _larger_half(len(matrix))
     packed = matrix.new_empty(triangle_size(n))
@@ -63,7 +63,7 @@ def pack_triangle(matrix: Tensor) -> Tensor:
 
 
 def unpack_triangle(packed: Tensor, matrix: Tensor) -> None:
-    """Overwrite a symmetric matrix (n, n) with what `pack_triangle` packed."""
+    """Overwrite a symmetric matrix (n, n) with the numbers that `pack_triangle` packed."""
     n, half = len(matrix), _larger_half(len(matrix))
     q, folded = _parts(packed, n)
     upper = folded[:, -half:].triu()
@@ -78,7 +78,7 @@ def unpack_triangle(packed: Tensor, matrix: Tensor) -> None:
 def _parts(packed: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """Views of Q and of the rectangle.
 
-    In that an even half needs one column more; the smaller half of an odd matrix has one row less.
+    The rectangle needs one more column if both halves are equal. In an odd matrix, the smaller half has one row less.
     """
     half = _larger_half(n)
     q, folded = packed.split([half * (n - half), packed.numel() - half * (n - half)])

@@ -1,4 +1,4 @@
-"""Tensors of which every rank has a part: FSDP2's parameters, their gradients and what has their shape."""
+"""Sharded tensors: FSDP2's parameters, their gradients and tensors of the same shape. Every rank has a part."""
 
 from __future__ import annotations
 
@@ -20,31 +20,33 @@ def is_sharded(tensor: Tensor) -> bool:
     return isinstance(tensor, _sharded_types())
 
 
-@lru_cache  # asked for every parameter of every step
+@lru_cache  # called for every parameter at every step
 def _sharded_types() -> tuple[type, ...]:
     if not dist.is_available():
         return ()
-    from torch.distributed.tensor import DTensor  # not there in a torch that was built without torch.distributed
+    from torch.distributed.tensor import DTensor  # missing in a torch built without torch.distributed
 
     return (DTensor,)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part, which may be empty and is written through; the tensor itself where it is not sharded."""
+    """This rank's part, possibly empty, as a view that writes through. The tensor itself if it is not sharded."""
     part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
     return part
 
 
 @dataclass(frozen=True)
 class Split:
-    """Which rank has which part: along one dimension of length n, chunks of ⌈n/parts⌉, as `torch.chunk` makes them.
+    """Which rank has which part.
 
-    The last chunk that has anything may be shorter, those behind it are empty.
+    The parts are chunks of ⌈n/parts⌉ along one dimension of length n, as in `torch.chunk`. The last chunk that is not
+    empty may be shorter. All chunks after it are empty.
 
     Args:
-        shape: of the whole.
+        shape: shape of the whole tensor.
         dim: the dimension.
-        copies: of the whole, each the ranks of its parts in order. FSDP2 has one, HSDP as many as replicas.
+        copies: for each copy of the whole tensor, the ranks of its parts in order. FSDP2 has one copy, HSDP as many as
+            replicas.
     """
 
     shape: tuple[int, ...]
@@ -52,11 +54,11 @@ class Split:
     copies: tuple[tuple[int, ...], ...]
 
     def copy_of(self, rank: int) -> tuple[int, ...]:
-        """The ranks that have the whole together with this one."""
+        """The ranks that together have the whole tensor, `rank` included."""
         return next(copy for copy in self.copies if rank in copy)
 
     def part(self, whole: Tensor, rank: int) -> Tensor:
-        """What the rank has of the whole: a view."""
+        """The rank's part of the whole tensor: a view."""
         copy, length = self.copy_of(rank), self.shape[self.dim]
         chunk = -(-length // len(copy))
         start = min(copy.index(rank) * chunk, length)
@@ -67,10 +69,10 @@ class Split:
 
 
 def split_of(tensor: Tensor) -> Split:
-    """How a tensor is spread over the ranks; one that is not sharded has a copy on each.
+    """How a tensor is spread over the ranks. A tensor that is not sharded has a copy on each rank.
 
     Raises:
-        ConfigurationError: it is spread by others than FSDP2, or not over all ranks.
+        ConfigurationError: something other than FSDP2 has sharded the tensor, or it is not spread over all ranks.
     """
     if not is_sharded(tensor):
         ranks = dist.get_world_size() if dist.is_initialized() else 1
@@ -80,7 +82,7 @@ def split_of(tensor: Tensor) -> Split:
 
 def _split(tensor: Any) -> Split:
     mesh, (*others, last) = tensor.device_mesh, tensor.placements
-    # FSDP2 shards along the last dimension of its mesh and, as HSDP, copies along the one before.
+    # FSDP2 shards along the last dimension of its mesh. HSDP also copies along the dimension before.
     by_fsdp = last.is_shard() and all(placement.is_replicate() for placement in others)
     if not by_fsdp or mesh.size() != dist.get_world_size() or "tp" in (mesh.mesh_dim_names or ()):
         raise ConfigurationError("model", f"a parameter with {tensor.placements} on {mesh}", SUPPORTED)
@@ -96,7 +98,7 @@ def _copies(mesh: Any) -> tuple[tuple[int, ...], ...]:
 
 
 def refuse_other_sharding(model: nn.Module) -> None:
-    """Raise where parameters are DTensors that FSDP2 has not made.
+    """Raise if parameters are DTensors that FSDP2 has not made.
 
     Raises:
         ConfigurationError: one line that says what is supported.
@@ -113,7 +115,7 @@ def refuse_other_sharding(model: nn.Module) -> None:
 
 
 def is_offloading(policy: object) -> bool:
-    """Whether this is the policy of FSDP2 that keeps parameters in host memory."""
+    """Whether `policy` is the policy of FSDP2 that keeps parameters in host memory."""
     from torch.distributed.fsdp import CPUOffloadPolicy
 
     return isinstance(policy, CPUOffloadPolicy)

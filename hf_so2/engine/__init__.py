@@ -1,6 +1,6 @@
 """What runs at every step: statistics → refresh → momentum → precondition → norm control → weight decay and the step.
 
-`statistics` takes and averages them and refreshes preconditioners; `second_order` goes through the weights;
-`preconditioned` makes an update of a gradient; `norm_control` says how large it may be. `sharded` does the same for
-weights of which a rank has a part, `fallback` for what is not preconditioned.
+`statistics` takes and averages the statistics and refreshes preconditioners. `second_order` goes through the weights.
+`preconditioned` turns a gradient into an update. `norm_control` sets the size of an update. `sharded` does the same for
+weights that are sharded over ranks, and `fallback` updates what is not preconditioned.
 """

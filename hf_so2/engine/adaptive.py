@@ -1,9 +1,9 @@
-"""Levenberg-Marquardt damping: how well the quadratic model predicted a step decides on the damping of the next.
+"""Levenberg-Marquardt damping: how well the quadratic model predicts one step sets the damping of the next.
 
-Martens & Grosse 2015 (arXiv 1503.05671, section 6.5): the ratio of the actual to the predicted change of the loss on
-the same batch is near 1 where the model can be trusted, and then damping falls; it is small where a step went further
-than the model holds, and then damping rises. Both changes are measured across the second-order updates alone, before
-the fallback moves embeddings, head, norms and biases, of which the model knows nothing.
+Martens & Grosse 2015 (arXiv 1503.05671, section 6.5) take the ratio of the actual to the predicted change of the loss
+on the same batch. A ratio near 1 means that the model can be trusted, and damping falls. A small ratio means that the
+step went further than the model holds, and damping rises. Both changes are those of the second-order updates alone.
+They are measured before the fallback moves embeddings, head, norms and biases, which the model does not cover.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from hf_so2.engine.preconditioned import LayerUpdate
 from hf_so2.engine.statistics import Curvature
 from hf_so2.errors import ConfigurationError
 
-# The paper's thresholds, and its ω per step; it suggests to look every five steps.
+# The paper's thresholds, and its ω per step. The paper suggests to measure every five steps.
 POOR, GOOD, DECAY = 0.25, 0.75, 19 / 20
 
-# Further out, damping either dominates every factor or is round-off.
+# Limits of the factor. Beyond them, damping either dominates every factor or is lost to round-off.
 LEAST, MOST = 1e-6, 1e6
 
 Loss = Callable[[], Tensor | float]
 
 
 def predicted_change(updates: Sequence[LayerUpdate]) -> float:
-    """`Σ <G, Δ> + ½ <Δ, F Δ>` over the layers, Δ being what is about to be added: momentum, clip and decay included.
+    """`Σ <G, Δ> + ½ <Δ, F Δ>` over the layers. Δ is the change to be applied, with momentum, clip and decay.
 
-    Each rank does this for the layers that it owns; the sum is the same on all.
+    Each rank computes the terms of the layers that it owns. The sum is the same on all ranks.
     """
     terms = updates[0].gradient.new_zeros(len(updates), dtype=torch.float64)
     for index, u in enumerate(updates):
@@ -45,14 +45,14 @@ def predicted_change(updates: Sequence[LayerUpdate]) -> float:
 
 
 class AdaptiveDamping:
-    """Moves `curvature.damping_factor`, which multiplies the strength of every layer's damping.
+    """Adapts `curvature.damping_factor`, which multiplies the strength of every layer's damping.
 
     Args:
         curvature: the layers.
 
     Attributes:
-        losses: the loss of every micro-batch of the coming step, to be called with the parameters as they stand.
-        ratio: actual over predicted change at the last measurement; not a number before the first.
+        losses: for every micro-batch of the coming step, a function that returns its loss at the current parameters.
+        ratio: actual over predicted change at the last measurement; NaN before the first.
 
     Raises:
         ConfigurationError: a layer's block does not model the loss.
@@ -68,7 +68,7 @@ class AdaptiveDamping:
                 raise ConfigurationError("adaptive_damping", True, allowed)
 
     def apply(self, updates: Sequence[LayerUpdate], step: int) -> None:
-        """Apply the updates, with the loss taken on either side, and set the damping of each layer's next refresh."""
+        """Apply the updates, measure the loss before and after, and set the damping of each layer's next refresh."""
         predicted = predicted_change(updates)
         before = self._loss()
         for update in updates:
@@ -76,7 +76,7 @@ class AdaptiveDamping:
         actual = self._loss() - before
         if predicted == 0:  # a step of length zero, as at the start of a warm-up, says nothing
             return
-        # A model that expects its own step to be of no use says the same as a ratio below zero.
+        # If the model predicts that its own step does not lower the loss, this counts as a ratio below zero.
         self.ratio = actual / predicted if predicted < 0 else -math.inf
         waited = step - self.curvature.adapted_at
         self.curvature.adapted_at = step
@@ -86,7 +86,7 @@ class AdaptiveDamping:
             self._scale(DECAY**-waited)
 
     def require_losses(self) -> None:
-        """See to it before anything moves that the step can be measured.
+        """Check that the step can be measured, before any parameter moves.
 
         Raises:
             ConfigurationError: no loss was given for this step.
@@ -97,7 +97,7 @@ class AdaptiveDamping:
             )
 
     def telemetry(self) -> dict[str, float]:
-        """The factor as it stands, and the ratio that was measured last, for the log."""
+        """The current factor and the last measured ratio, for the log."""
         measured = {"curvature/reduction_ratio": self.ratio} if math.isfinite(self.ratio) else {}
         return {"curvature/damping_factor": self.curvature.damping_factor, **measured}
 
@@ -105,7 +105,7 @@ class AdaptiveDamping:
         self.curvature.damping_factor = min(max(self.curvature.damping_factor * by, LEAST), MOST)
 
     def _loss(self) -> float:
-        """Of the whole step: summed over micro-batches, averaged over ranks, and so the same number on each."""
+        """The loss of the whole step: the sum over micro-batches, averaged over ranks. It is the same on all ranks."""
         mine = sum(float(loss()) for loss in self.losses)
         _, ranks = world()
         if ranks == 1:

@@ -1,7 +1,7 @@
-"""Norm control applied, also on several ranks that hold the same layers and make the same updates each for itself.
+"""Applies norm control, and keeps it equal on ranks that hold the same layers.
 
-What linear algebra does to one of those ranks alone would part their weights for ever: nothing brings them together
-again.
+Each of these ranks computes the same updates for itself. If linear algebra fails or is retried on one of them alone,
+its weights would differ from those of the others from then on: nothing makes them equal again.
 """
 
 from __future__ import annotations
@@ -22,17 +22,20 @@ from hf_so2.weights.stacks import stacks
 
 logger = logging.getLogger(__name__)
 
-# How an update was come by: the less, the better.
+# How an update was computed. Lower is better.
 AT_ONCE, RETRIED, LEFT_OUT = range(3)
-# Worse than any of these.
+# Worse than all of these.
 NOT_HELD = LEFT_OUT + 1
 
 
 def control(updates: Sequence[LayerUpdate], settings: StepSettings) -> dict[str, int]:
-    """Apply the norm control of the settings, in place; by layer how that went: at once, retried or left out.
+    """Apply the norm control of the settings, in place.
 
-    Where linear algebra fails for one layer, its update is left at zero and counted as one that is not finite: how long
-    it would have to be is not known.
+    If linear algebra fails for a layer, the right length of its update is unknown. The update is set to zero and
+    counted like one that is not finite.
+
+    Returns:
+        The outcome by layer: `AT_ONCE`, `RETRIED` or `LEFT_OUT`.
     """
     chosen = NORM_CONTROLS[settings.norm_control]
     if chosen.of_the_whole_model:
@@ -55,7 +58,10 @@ def control(updates: Sequence[LayerUpdate], settings: StepSettings) -> dict[str,
 
 
 def _failure_alone(u: LayerUpdate, chosen: NormControl, settings: StepSettings) -> str | None:
-    """What is wrong with one of a stack, if anything is; scaling twice leaves what scaling once does."""
+    """Apply norm control to one layer of a stack again, alone. Returns the error, or None.
+
+    The layer may be scaled twice. This gives the same result as scaling it once.
+    """
     try:
         chosen.apply([u], settings)
     except FAILURES as error:
@@ -66,12 +72,12 @@ def _failure_alone(u: LayerUpdate, chosen: NormControl, settings: StepSettings) 
 def _leave_out(u: LayerUpdate, error: str) -> None:
     u.update.zero_()
     u.layer.overflows = u.layer.overflows + 1
-    # Text alone: who keeps a log's records would keep the error, and with its frames the model.
+    # The log gets the text alone: a handler that keeps log records would keep the error, its frames and so the model.
     logger.warning("%s: norm control failed, the weight is left out of this step: %s", u.layer.name, error)
 
 
 def may_part(sharing: Sharing, layers: Sequence[Layer], settings: StepSettings) -> bool:
-    """Whether ranks with the same layers could come by different updates."""
+    """Whether ranks that hold the same layers could get different updates."""
     has_twins = sharing.holders > 1 and bool(NORM_CONTROLS[settings.norm_control].kept)
     return has_twins and not all(layer.block.orthogonal for layer in layers)
 
@@ -79,13 +85,15 @@ def may_part(sharing: Sharing, layers: Sequence[Layer], settings: StepSettings) 
 def control_alike(
     layers: Sequence[Layer], updates: Sequence[LayerUpdate | None], settings: StepSettings, sharing: Sharing
 ) -> None:
-    """Apply a norm control that looks at one layer at a time to the updates of this rank, alike on all that hold one.
+    """Apply a norm control that looks at one layer at a time, with equal results on all ranks that hold a layer.
 
-    A collective where ranks could come by different ones.
+    A collective if these ranks could get different updates.
 
     Args:
-        layers: the same ones in the same order on every rank.
-        updates: of each layer; None where it is not held.
+        layers: the layers, the same ones in the same order on every rank.
+        updates: this rank's update of each layer; None where the layer is not held.
+        settings: the norm control.
+        sharing: which ranks hold which layer.
     """
     if not may_part(sharing, layers, settings):
         control([update for update in updates if update is not None], settings)
@@ -101,7 +109,10 @@ def control_alike(
 
 
 def _take(update: LayerUpdate | None, layer: Layer, levels: Sequence[int], kept: Sequence[str]) -> None:
-    """What the first of the ranks made that had the least trouble; `kept` is in the state for the next step."""
+    """Take the update of the rank with the best outcome, the first of equals.
+
+    `kept` names the tensors of the state that norm control needs at the next step. They are taken too.
+    """
     rank, source, mine = world()[0], min(range(len(levels)), key=levels.__getitem__), None
     if update is not None and rank == source:
         mine = update.update.cpu(), {name: layer.state[name].cpu() for name in kept if name in layer.state}

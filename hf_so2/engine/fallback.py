@@ -1,8 +1,8 @@
 """First-order updates for everything that is not preconditioned, by torch's own functional AdamW and SGD.
 
-As a method, the update is that of `torch.optim` bit for bit. Beside second-order updates, which have no such reference,
-AdamW on a CPU is torch's fused kernel, a fifth of the time with the same formula and state. Of sharded parameters each
-rank updates its part, and keeps the state of that part alone.
+As a method of its own, the update equals that of `torch.optim` bit for bit. Next to second-order updates there is no
+such reference. AdamW on a CPU then uses torch's fused kernel, which takes a fifth of the time, with the same formula
+and state. Each rank updates its own part of a sharded parameter, and keeps the state of this part alone.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hf_so2.distributed import local
 
 
 class _Entry(NamedTuple):
-    """What a step of AdamW reads and writes of one parameter, of sharded ones this rank's part."""
+    """The tensors of one parameter that a step of AdamW reads and writes. For a sharded one, this rank's parts."""
 
     parameter: Tensor
     gradient: Tensor
@@ -30,7 +30,7 @@ class _Entry(NamedTuple):
 
     @property
     def suits_fused_kernel(self) -> bool:
-        # The kernel reads memory in order, so that it would mix up entries of tensors that are laid out differently.
+        # The kernel reads memory in order: it would mix up entries of tensors with different layouts.
         *tensors, _ = self
         return all(
             t.device.type == "cpu" and t.is_contiguous() and t.dtype == self.parameter.dtype for t in tensors
@@ -38,16 +38,19 @@ class _Entry(NamedTuple):
 
 
 def largest_gradient(group: Mapping[str, Any], dtype: torch.dtype) -> float:
-    """The magnitude up to which no entry of a gradient can make the first-order state infinite, for ever.
+    """The largest safe magnitude of a gradient's entry: up to it, the first-order state stays finite at every step.
 
-    An average of squares in range stays there, so that what enters it is all there is to look at. A sum that shrinks by
-    `momentum` at every step stays there while what is added is at most `1 - momentum` of the range; half of that is
-    left to weight decay, which is added to the gradient before. In SGD, whose step is as long as its gradient, one
-    whose square leaves float32 would throw the weights to where no gradient is finite.
+    AdamW: the state is an average of squares. An average of finite numbers is finite, so the limit is the root of the
+    largest number of `dtype`.
+
+    SGD: the state is a sum that shrinks by the factor `momentum` at every step. It stays finite as long as each new
+    term is at most `1 - momentum` times the largest number. Half of this is left to weight decay, which is added to the
+    gradient first. A second limit is `of_finite_square`. The step of SGD is as long as its gradient: a larger gradient
+    would move the weights to where no gradient is finite.
 
     Args:
-        group: with the algorithm and its constants.
-        dtype: of the parameter, and so of its state.
+        group: the parameter group, with the algorithm and its constants.
+        dtype: dtype of the parameter and of its state.
     """
     largest = torch.finfo(dtype).max
     if group["algorithm"] != "sgd":
@@ -56,7 +59,7 @@ def largest_gradient(group: Mapping[str, Any], dtype: torch.dtype) -> float:
 
 
 def of_finite_square(dtype: torch.dtype) -> float:
-    """The largest magnitude with a finite square, in float32 for what is narrower."""
+    """The largest magnitude with a finite square in `dtype`, or in float32 if `dtype` is narrower."""
     return math.sqrt(max(torch.finfo(dtype).max, torch.finfo(torch.float32).max))
 
 
@@ -70,11 +73,12 @@ def first_order_step(
     """One step of the group's first-order algorithm, in place, on those of its parameters that need one.
 
     Args:
-        group: the parameter group; in one of preconditioned weights `lr` follows the method, and its ratio to the
-            fallback's rate, `fallback_lr_ratio`, is fixed.
-        parameters: with gradients.
-        states: the optimizer's state of each.
-        beside_second_order: whether other weights are preconditioned, so that nothing else tells AdamW's round-off.
+        group: the parameter group. In a group of preconditioned weights, `lr` is the learning rate of the method. The
+            fallback's learning rate has a fixed ratio to it, `fallback_lr_ratio`.
+        parameters: the parameters, all with gradients.
+        states: the optimizer's state of each parameter.
+        beside_second_order: whether other weights are preconditioned. The run then has no reference in `torch.optim`,
+            and AdamW may round differently.
     """
     if group["algorithm"] == "sgd":
         sgd_step(parameters, states, lr=group["lr"], momentum=group["momentum"], weight_decay=group["weight_decay"])
@@ -102,7 +106,7 @@ def adamw_step(
     weight_decay: float,
     may_be_fused: bool = False,
 ) -> None:
-    """One step of `torch.optim.AdamW` on the parameters' `grad`; state keys and dtypes are those of torch."""
+    """One step of `torch.optim.AdamW` on the parameters' `grad`. The state has the keys and dtypes of torch."""
     for parameter, state in zip(parameters, states, strict=True):
         if "exp_avg" not in state:
             state["step"] = torch.tensor(0.0, dtype=torch.float32)
@@ -146,11 +150,11 @@ def sgd_step(
     momentum: float,
     weight_decay: float,
 ) -> None:
-    """One step of `torch.optim.SGD` (weight decay in the gradient, as there) on the parameters' `grad`."""
+    """One step of `torch.optim.SGD` on the parameters' `grad`. As in torch, the gradient includes weight decay."""
     if momentum:
         for parameter, state in zip(parameters, states, strict=True):
             if "momentum_buffer" not in state:
-                # torch starts with a copy of the first gradient, which is what comes of zeros.
+                # torch starts with a copy of the first gradient; a buffer of zeros gives the same.
                 state["momentum_buffer"] = torch.zeros_like(parameter)
     sgd(
         [local(parameter) for parameter in parameters],

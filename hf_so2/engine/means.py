@@ -15,16 +15,16 @@ from hf_so2.weights.ends import End
 
 
 def means(ends: Mapping[str, End], captured: Captured, sharing: Sharing) -> dict[str, State]:
-    """Means over the global step, for every layer that saw a row on any rank; of a tied one, for each such end.
+    """Means over the global step, for every layer that saw a row on any rank. A tied layer has means for each such end.
 
-    A loss that is a mean over N rows hands out `δ/N`. N is how many predictions the loss came back through, or, of a
-    model that shows none, how many positions of the layer. Whoever announces gradients names that factor, and the
-    capture has undone it already.
+    If the loss is a mean over N rows, the backward pass gives `δ/N` for each row. N is the number of predictions that
+    the gradient of the loss passed through, or, if the model shows no predictions, the number of the layer's positions.
+    A caller that announces gradients states the factor itself, and the capture has already undone it.
 
     Args:
-        ends: those that are captured at this step; the same ones in the same order on every rank.
-        captured: what this rank has seen of them.
-        sharing: who holds which layer.
+        ends: the ends captured at this step, the same ones in the same order on every rank.
+        captured: what this rank has captured.
+        sharing: which ranks hold which layer.
     """
     taken = {name: captured.layers.get(name) or LayerSums() for name in ends}
     counts = _counted(ends, taken, captured.tokens)
@@ -39,11 +39,14 @@ def means(ends: Mapping[str, End], captured: Captured, sharing: Sharing) -> dict
 
 
 def _shares(end: End, seen: LayerSums, captured: Captured, rows: int, count: int) -> State:
-    """What this rank adds to the means over all ranks, made of its sums in place; zeros where it has seen nothing.
+    """This rank's share of the means over all ranks, computed from its sums in place; zeros if it has seen nothing.
 
     Args:
-        rows: that the end has seen on all ranks.
-        count: of tokens that its loss was the mean of, on all ranks.
+        end: the end.
+        seen: this rank's sums.
+        captured: what this rank has captured.
+        rows: number of rows that the end has seen, over all ranks.
+        count: number of tokens that the loss is a mean of, over all ranks.
     """
     if not seen.sums:
         return end.no_rows()
@@ -51,7 +54,7 @@ def _shares(end: End, seen: LayerSums, captured: Captured, rows: int, count: int
     for key, statistic in end.block.statistics.items():
         own = seen.positions if captured.tokens is None else captured.tokens
         undone = 1 if captured.is_scaled else own**statistic.gradient_degree
-        undone = undone.double() if isinstance(undone, Tensor) else undone  # what are counts would become float32
+        undone = undone.double() if isinstance(undone, Tensor) else undone  # counts would become float32
         seen.sums[key].mul_(undone / divisors[statistic.per])
     return seen.sums
 
@@ -59,7 +62,7 @@ def _shares(end: End, seen: LayerSums, captured: Captured, rows: int, count: int
 def _counted(
     ends: Mapping[str, End], taken: Mapping[str, LayerSums], tokens: int | Tensor | None
 ) -> dict[str, tuple[int, int]]:
-    """Rows of each layer and tokens of its loss, over all ranks; one transfer to the host."""
+    """By end: number of rows and number of tokens of the loss, over all ranks. One transfer to the host."""
     if not ends:
         return {}
     device = next(iter(ends.values())).layer.device

@@ -22,20 +22,21 @@ Entry = tuple[Layer, Sequence[Member]]
 
 @dataclass
 class LayerUpdate:
-    """One layer's step in the making, or this rank's part of it where the weight is sharded.
+    """One layer's update, or this rank's part of it if the weight is sharded.
 
     Args:
-        layer: shape, block and state; norm control keeps its own tensors in the state, beside the block's.
+        layer: the layer, with shape, block and state. Norm control keeps its own tensors in this state too.
         gradient: G, the raw gradient of this step, (fan_out, fan_in), in the dtype of the statistics.
-        moment: its moving average (with `momentum_order` "after", G itself): what was preconditioned.
-        update: the step's direction, (fan_out, fan_in); scaled in place by norm control. Where another rank holds the
-            layer, room for what it will send.
-        group: the weight's parameter group: `lr` and `weight_decay` with width multipliers and schedule, Adam's
+        moment: the tensor that was preconditioned: the moving average of G. It is G itself with `momentum_order`
+            "after", or if the block keeps the momentum.
+        update: the direction of the step, (fan_out, fan_in). Norm control scales it in place. If other ranks hold the
+            layer, a buffer of zeros for the update that they will send.
+        group: the weight's parameter group: `lr` and `weight_decay` with width multipliers and schedule, and Adam's
             constants.
-        pieces: what is going to move: of the weight, and of the bias if the last column is one, a view that writes
-            through, the view of `update` that belongs to it, and its group.
-        copies: 0 for a whole update. Of a part, all three tensors are vectors, the bias's part at the end, and this is
-            how many ranks have the same part.
+        pieces: what the step moves: the weight, and the bias if it is the last column. For each of them, a view of the
+            parameter, the view of `update` that belongs to it, and its group.
+        copies: 0 for a whole update. For a part, the number of ranks that have the same part; `gradient`, `moment` and
+            `update` are then vectors, with the bias's part at the end.
     """
 
     layer: Layer
@@ -47,7 +48,7 @@ class LayerUpdate:
     copies: int = 0
 
     def change(self) -> Tensor:
-        """What `apply` is going to add, of the update's shape and dtype; of a whole update."""
+        """The change that `apply` makes, in the update's shape and dtype. Only for a whole update."""
         columns = [
             -group["lr"] * (update + group["weight_decay"] * parameter.to(update.dtype))
             for parameter, update, group in self.pieces
@@ -65,12 +66,12 @@ class LayerUpdate:
 def layer_updates(
     entries: Sequence[Entry], states: Mapping[Tensor, dict[str, Any]], settings: StepSettings
 ) -> list[LayerUpdate]:
-    """The updates of a stack of weights that every rank has all of, before norm control.
+    """The updates of a stack of unsharded weights, before norm control.
 
     Args:
-        entries: each layer, refreshed at least once, with group and parameter of its weight, which has a gradient, and
-            of the bias that goes with it.
-        states: as of `moments`.
+        entries: each layer, with group and parameter of its weight and of its bias. The layer has been refreshed at
+            least once, and the weight has a gradient.
+        states: as for `moments`.
         settings: momentum, its order and Nesterov's variant.
     """
     pairs = []
@@ -94,13 +95,16 @@ def _update(entry: Entry, gradient: Tensor, moment: Tensor, update: Tensor) -> L
 def moments(
     layer: Layer, members: Sequence[Member], states: Mapping[Tensor, dict[str, Any]], settings: StepSettings
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The gradient, and what of it is to be preconditioned, of weight and bias, as far as this rank has them.
+    """The gradients and the tensors to precondition, of weight and bias: this rank's parts if these are sharded.
 
-    Counts a step of the layer.
+    Also counts a step of the layer.
 
     Args:
-        states: the optimizer's state by parameter. Averages of gradients are kept there as `momentum_buffer`, spread
-            over ranks as the parameter is.
+        layer: the layer.
+        members: group and parameter of the weight and of its bias.
+        states: the optimizer's state by parameter. It keeps the averages of gradients as `momentum_buffer`, sharded as
+            the parameter is.
+        settings: momentum, its order and Nesterov's variant.
     """
     layer.steps += 1
     gradients = [layer.adapter.part(local(p.grad)).to(layer.dtype) for _, p in members if p.grad is not None]
@@ -116,20 +120,20 @@ def moments(
 
 
 def matrix_of(layer: Layer, tensors: Sequence[Tensor]) -> Tensor:
-    """(fan_out, fan_in) of the weight's tensor and, as the last column, its bias's."""
+    """The matrix (fan_out, fan_in) of the weight's tensor, with the bias's tensor as the last column."""
     weight, *bias = tensors
     matrix = layer.adapter.matrix(weight)
     return torch.cat([matrix, *(vector.unsqueeze(1) for vector in bias)], dim=1) if bias else matrix
 
 
 def directions(layers: Sequence[Layer], found: Sequence[Tensor], settings: StepSettings) -> list[Tensor]:
-    """The preconditioned gradients of a stack, (fan_out, fan_in), or averages of them, kept in the layers' states.
+    """The preconditioned gradients of a stack, (fan_out, fan_in), or their averages with `momentum_order` "after".
 
-    Those averages are on the ranks that hold the layers, and named `momentum_buffer` too.
+    The layers' states keep these averages, on the ranks that hold the layers, also under the name `momentum_buffer`.
 
     Args:
-        layers: of one block and shape.
-        found: of each what is to be preconditioned.
+        layers: layers of one block and shape.
+        found: the tensor to precondition of each layer.
         settings: momentum, its order and Nesterov's variant.
     """
     updates = _preconditioned(layers, found, settings)
@@ -141,14 +145,14 @@ def directions(layers: Sequence[Layer], found: Sequence[Tensor], settings: StepS
 def _averaged_update(layer: Layer, update: Tensor, settings: StepSettings) -> Tensor:
     if "momentum_buffer" not in layer.state:
         layer.state["momentum_buffer"] = torch.zeros_like(update)
-    # A copy, since norm control works in place and the average may be the buffer itself.
+    # A copy: norm control works in place, and the average may be the buffer itself.
     return _averaged(update, layer.state["momentum_buffer"], layer, settings).clone()
 
 
 def over_parts(updates: Sequence[LayerUpdate], sums: Tensor) -> Tensor:
-    """(updates,) sums over the entries of whole updates, out of those over the parts that this rank has of them.
+    """Sums over all entries of each update, (updates,), out of the sums over this rank's parts.
 
-    Where nothing is sharded they are whole, and returned as they are; else a collective.
+    A collective if weights are sharded. Otherwise the sums are whole already and are returned as they are.
     """
     if not any(update.copies for update in updates):
         return sums
@@ -159,8 +163,10 @@ def over_parts(updates: Sequence[LayerUpdate], sums: Tensor) -> Tensor:
 
 
 def _preconditioned(layers: Sequence[Layer], gradients: Sequence[Tensor], settings: StepSettings) -> list[Tensor]:
-    """`P(G)` of each; zero where that leaves the range of the dtype, as a finite but huge gradient can make it, and
-    where linear algebra fails. Counted.
+    """`P(G)` of each layer.
+
+    It is zero where `P(G)` overflows, which a finite but huge gradient can cause, and where linear algebra fails. The
+    layer counts both cases in `overflows`.
     """
     with matmul_precision(settings.curvature_matmul_precision):
         verb: Callable[[State, Tensor], Tensor] = layers[0].block.precondition
@@ -175,8 +181,8 @@ def _preconditioned(layers: Sequence[Layer], gradients: Sequence[Tensor], settin
             update = torch.cat([failed if one is None else one for one in each])
     is_finite = torch.isfinite(update.sum(dim=(-2, -1)))
     for layer, is_its_finite in zip(layers, is_finite.unbind(), strict=True):
-        layer.overflows = layer.overflows + ~is_its_finite  # on the device: nobody waits for it
-    # On a CPU looking costs nothing, and a copy does.
+        layer.overflows = layer.overflows + ~is_its_finite  # stays on the device: no synchronization
+    # On a CPU the check is free and a copy is not.
     if update.device.type != "cpu" or not bool(is_finite.all()):
         update = torch.where(is_finite[:, None, None], update, torch.zeros_like(update[0]))
     return list(update.unbind())
@@ -187,12 +193,12 @@ def _averaged_rotated(gradient: Tensor, layer: Layer, block: RotatingBlock, sett
     rotated, layer.rotated = layer.rotated, None
     if rotated is None:
         rotated = block.rotate(layer.state, gradient)
-    # What a finite but huge gradient overflows to would stay in the average for ever.
+    # A finite but huge gradient can overflow here. The infinite entry would never leave the average.
     return _averaged(rotated.nan_to_num_(0.0, 0.0, 0.0), layer.state["M"], layer, settings)
 
 
 def _averaged(value: Tensor, buffer: Tensor, layer: Layer, settings: StepSettings) -> Tensor:
-    """The moving average with `value` in it; with Nesterov's momentum one step ahead, as in `torch.optim.Muon`."""
+    """The moving average after adding `value`; with Nesterov's momentum one step ahead, as in `torch.optim.Muon`."""
     beta = layer.momentum
     buffer.lerp_(value.to(buffer.dtype), 1 - beta)
     average = buffer.to(value.dtype)
@@ -202,6 +208,6 @@ def _averaged(value: Tensor, buffer: Tensor, layer: Layer, settings: StepSetting
 
 
 def momentum_weight(layer: Layer, settings: StepSettings) -> float:
-    """What an average from zero has seen: after t equal gradients it is this share of one of them."""
-    # A look ahead is the average of one gradient more.
+    """The weight of the average, which starts from zero: after t equal gradients it is this share of one of them."""
+    # Nesterov's average is that of one gradient more.
     return 1 - layer.momentum ** (layer.steps + settings.nesterov)

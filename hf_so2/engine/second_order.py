@@ -20,8 +20,9 @@ from hf_so2.weights.stacks import stacks
 
 
 def with_gradients(groups: Iterable[dict[str, Any]], curvature: Curvature) -> dict[str, Tensor]:
-    """The weights with a gradient by the name of each of their layers that is not idle; a layer follows a weight that
-    moved.
+    """The weights that have a gradient, by the name of each of their layers that is not idle.
+
+    Also moves or casts a layer's state if its weight was moved or cast.
     """
     weights: dict[str, Tensor] = {}
     for group in groups:
@@ -37,7 +38,7 @@ def with_gradients(groups: Iterable[dict[str, Any]], curvature: Curvature) -> di
 
 
 def _tell_idle(layers: Sequence[Layer], gradient: Tensor) -> None:
-    """Find the matrices of a stack that no token has reached."""
+    """Set `is_idle` of each matrix of a stack: whether no token has reached it."""
     if layers[0].adapter.index is not None:
         for layer, is_reached in zip(layers, gradient.flatten(1).any(dim=1).tolist(), strict=True):
             layer.is_idle = not is_reached
@@ -51,18 +52,18 @@ def second_order_updates(
     record: StepRecord,
     step: int,
 ) -> Iterator[LayerUpdate]:
-    """The updates of all weights that have a preconditioner and a gradient, ready to be applied; alike on all ranks.
+    """The updates of all weights that have a preconditioner and a gradient, ready to be applied; equal on all ranks.
 
-    Where nothing looks at all of them together, each is made when it is asked for, in the memory of those before it:
-    fresh memory takes longer to get than most of what is done in it.
+    If nothing needs all updates together, the iterator makes each one when it is asked for. The memory of the updates
+    before can then be used again. Allocating new memory takes longer than most of the work on it.
 
     Args:
-        parameters: group and parameter by name, biases that go with a weight among them.
+        parameters: group and parameter by name, including the biases that are a column of a weight.
         states: the optimizer's state by parameter, see `moments`.
         curvature: the layers.
         settings: momentum and norm control.
-        record: of what telemetry wants to know of this step.
-        step: its number.
+        record: what telemetry records of this step.
+        step: number of the step.
     """
     entries = [
         (layer, [parameters[member] for member in (name, layer.bias or "") if member in parameters])
@@ -71,7 +72,7 @@ def second_order_updates(
         if layer.refreshes and not layer.building and not layer.is_idle
     ]
     for layer, ((group, _), *_) in entries:
-        layer.momentum = group.get("momentum", settings.momentum)  # a checkpoint of an earlier version has none
+        layer.momentum = group.get("momentum", settings.momentum)  # checkpoints of earlier versions lack it
     sharing = curvature.sharing
     if (
         NORM_CONTROLS[settings.norm_control].of_the_whole_model
@@ -96,12 +97,12 @@ def _together(
     record: StepRecord,
     step: int,
 ) -> list[LayerUpdate]:
-    """All updates at once; a collective where weights or layers are spread over ranks."""
+    """All updates at once. A collective if weights or layers are spread over ranks."""
     at_the_end = NORM_CONTROLS[settings.norm_control].of_the_whole_model
     whole = [entry for entry in entries if not any_sharded(entry)]
     of_stacks = (layer_updates(together, states, settings) for together in stacks(whole, lambda entry: entry[0]))
     made = {update.layer.name: update for together in of_stacks for update in together}
-    updates = [made[layer.name] for layer, _ in whole]  # in an order that all ranks have
+    updates = [made[layer.name] for layer, _ in whole]  # in the same order on all ranks
     if not at_the_end:
         held = [update if update.layer.held else None for update in updates]
         control_alike([layer for layer, _ in whole], held, settings, sharing)

@@ -1,7 +1,8 @@
-"""The steps of sharded weights (FSDP2), whose gradients no rank has.
+"""The steps of sharded weights (FSDP2). Each rank has only a part of such a weight and of its gradient.
 
-Momentum, weight decay and the step itself are those of entries, and each rank makes them for its part. What is to be
-preconditioned is gathered where the layer is held, a few layers at a time, and of the update every rank gets its part.
+Momentum, weight decay and the step itself act on each entry alone, so each rank computes them for its own part.
+Preconditioning needs the whole matrix. The ranks that hold the layer gather the parts, precondition them, and send each
+rank its part of the update. They do so for a few layers at a time.
 """
 
 from __future__ import annotations
@@ -26,24 +27,26 @@ NO_ADAPTIVE_DAMPING = "is not supported with FSDP2, which would take the loss wi
 
 
 def any_sharded(entry: Entry) -> bool:
-    """Whether of a layer's weight or bias this rank has a part alone."""
+    """Whether this rank has only a part of the layer's weight or bias."""
     return any(is_sharded(parameter) for _, parameter in entry[1])
 
 
 def sharded_updates(
     sharing: Sharing, entries: Iterable[Entry], states: Mapping[Tensor, dict[str, Any]], settings: StepSettings
 ) -> list[LayerUpdate]:
-    """This rank's parts of the layers' updates, after a norm control that looks at one layer at a time. A collective.
+    """This rank's parts of the layers' updates. A collective.
+
+    A norm control that looks at one layer at a time is already applied. A norm control of the whole model is not.
 
     Args:
-        sharing: who holds which layer.
-        entries: each layer, with group and parameter of its weight and of the bias that goes with it; the same ones in
-            the same order on every rank.
+        sharing: which ranks hold which layer.
+        entries: each layer, with group and parameter of its weight and of its bias; the same ones in the same order on
+            every rank.
         states: the optimizer's state by parameter.
         settings: momentum, its order and Nesterov's variant, norm control.
 
     Raises:
-        ConfigurationError: damping is to be adaptive, which takes the loss in the middle of a step.
+        ConfigurationError: `adaptive_damping` is set, which needs the loss in the middle of a step.
     """
     members = {layer.name: (layer, its_members) for layer, its_members in entries}
     if members and settings.adaptive_damping:
@@ -58,7 +61,7 @@ def sharded_updates(
 
 @dataclass
 class _Step:
-    """A layer with this rank's parts of its gradient and of what is to be preconditioned, by member."""
+    """A layer, with this rank's parts of its gradient and of its average of gradients, by member: weight, then bias."""
 
     layer: Layer
     members: Sequence[Member]
@@ -66,20 +69,20 @@ class _Step:
     averages: list[Tensor]
 
     def parts(self, tensors: Sequence[Tensor]) -> list[Part]:
-        """Parts that are spread as the members are."""
+        """The tensors as parts, sharded as the members are."""
         return [
             Part(tensor, parameter, self.layer.owner)
             for tensor, (_, parameter) in zip(tensors, self.members, strict=True)
         ]
 
     def by_member(self, update: Tensor) -> list[Tensor]:
-        """A matrix (fan_out, fan_in), with a column for the bias if there is one, as weight and bias are stored."""
+        """Split a matrix (fan_out, fan_in) into weight and bias, in the layout of the parameters."""
         biases = len(self.members) - 1
         weight = self.layer.adapter.matrix(update[:, : update.shape[1] - biases])
         return [weight, *([update[:, -1]] * biases)]
 
     def part_of_update(self, parts: Sequence[Tensor]) -> LayerUpdate:
-        """What this rank is going to apply."""
+        """This rank's part of the update, out of the parts of its members."""
         update = _joined(parts)
         pieces = []
         for piece, (group, parameter) in zip(update.split([p.numel() for p in parts]), self.members, strict=True):
@@ -93,7 +96,7 @@ class _Step:
 
 
 def _made(sharing: Sharing, steps: Sequence[_Step], settings: StepSettings) -> list[LayerUpdate]:
-    """Gather, precondition and hand out the layers of one round."""
+    """The updates of the layers of one round: gather, precondition, scatter."""
     averages = _whole(sharing, steps, [step.averages for step in steps])
     gradients = averages
     if NORM_CONTROLS[settings.norm_control].needs == "gradient" and settings.momentum_order == "before":
@@ -116,7 +119,7 @@ def _made(sharing: Sharing, steps: Sequence[_Step], settings: StepSettings) -> l
 
 
 def _whole(sharing: Sharing, steps: Sequence[_Step], tensors: Sequence[Sequence[Tensor]]) -> list[Tensor | None]:
-    """Matrices (fan_out, fan_in), the bias's column included, out of every rank's parts; None where not held."""
+    """Whole matrices (fan_out, fan_in), the bias's column included, gathered from all ranks; None where not held."""
     parts = [part for step, own in zip(steps, tensors, strict=True) for part in step.parts(own)]
     gathered = iter(sharing.gather_to_holders(parts))
     matrices: list[Tensor | None] = []
@@ -127,5 +130,5 @@ def _whole(sharing: Sharing, steps: Sequence[_Step], tensors: Sequence[Sequence[
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """One vector, a view where it can be."""
+    """All parts in one vector: a view if there is one part, else a copy."""
     return parts[0].reshape(-1) if len(parts) == 1 else torch.cat([part.reshape(-1) for part in parts])

@@ -1,4 +1,4 @@
-"""From captured sums to fresh preconditioners: normalise, add up over ranks, average, refresh."""
+"""From captured sums to new preconditioners: normalise, sum over ranks, average, refresh."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from hf_so2.weights.stacks import observe_stack, refresh_stack, stacks
 
 logger = logging.getLogger(__name__)
 
-# A layer whose factors cannot be decomposed keeps its last preconditioner; one that never recovers is a bug or a
-# diverged run, and going on would hide it.
+# A layer whose factors cannot be decomposed keeps its last preconditioner. If it never recovers, there is a bug or the
+# run has diverged. To continue would hide this.
 MAX_FAILURES_IN_A_ROW = 10
 
 
@@ -35,27 +35,28 @@ class Curvature:
     """The statistics and preconditioners of all layers of a model.
 
     Args:
-        model: whose weights they are, and whose predictions are counted.
+        model: the model. Its predictions are counted.
         layers: the preconditioned weights; every rank must list the same ones in the same order.
-        fisher: `empirical` or `mc`: where the gradients of token statistics come from.
+        fisher: `empirical` or `mc`: the source of the gradients in token statistics.
         weight_sharing: `expand` or `reduce`.
-        precision: of the products, see `hf_so2.linalg.matmul_precision`.
-        token_sketch: so many tokens are folded into one row of the statistics.
-        gradient_worker_fraction: of the ranks that hold a layer.
-        refresh_steps: steps between refreshes of a layer, which are spread over these steps and balanced with the work
-            of every one.
-        statistics_steps: steps between updates of a layer's statistics, which are spread likewise; but those of sampled
-            labels, whose one backward pass serves all layers, are updated at once.
+        precision: precision of the products, see `hf_so2.linalg.matmul_precision`.
+        token_sketch: number of tokens that are folded into one row of the statistics.
+        gradient_worker_fraction: the fraction of ranks that hold a layer.
+        refresh_steps: steps between refreshes of a layer. The refreshes of all layers are spread over these steps, so
+            that every step has about the same work.
+        statistics_steps: steps between updates of a layer's statistics. These updates are spread in the same way. With
+            sampled labels (`mc`) all layers are updated at the same step, since one backward pass serves all of them.
 
     Attributes:
-        sharing: who holds which layer.
-        layers_of: by the name of a parameter, the layers that it is made of: one, or the matrices of a stack.
-        weight_of_bias: the name of the weight that each preconditioned bias is a column of.
-        dropped_statistics: how many times a layer's statistics were not finite and were left out.
+        sharing: which ranks hold which layer.
+        layers_of: the layers of each parameter, by the parameter's name: one layer, or the matrices of a stack.
+        weight_of_bias: for each preconditioned bias, the name of the weight that has it as a column.
+        dropped_statistics: how many times a layer's statistics were left out because they were not finite.
         failed_refreshes: how many times a layer kept its last preconditioner because a new one could not be computed.
-        damping_factor: what adaptive damping multiplies the strength of every layer's damping by.
-        adapted_at: the step at which it did so last.
-        refresh_seconds: how long refreshes took here at the last step that had any, waiting for other ranks included.
+        damping_factor: the factor of adaptive damping. It multiplies the strength of every layer's damping.
+        adapted_at: the step at which adaptive damping was measured last.
+        refresh_seconds: how long the refreshes took on this rank, in seconds, at the last step that had any. Includes
+            the wait for other ranks.
     """
 
     def __init__(
@@ -104,7 +105,7 @@ class Curvature:
         )
 
     def preconditions(self, name: str) -> bool:
-        """Whether there is a preconditioner by now for the weight of this name, or for the one that the bias is of."""
+        """Whether the weight of this name has a preconditioner by now. For a bias: whether its weight has one."""
         layers = self.layers_of.get(self.weight_of_bias.get(name, name), ())
         return any(layer.refreshes > 0 for layer in layers)
 
@@ -116,7 +117,7 @@ class Curvature:
         return Source(end.modules, end.adapter, observe, end.gradient_degrees, end.statistics_dtype)
 
     def prepare(self, step: int) -> None:
-        """Have the coming forward passes captured as far as they are needed for the statistics of this step."""
+        """Set what the coming forward passes capture: the layers whose statistics are due at this step."""
         self.capture.summation.step = step
         self.capture.due = frozenset(
             name for name, end in self._ends.items() if self._takes_statistics(end.layer, step)
@@ -126,11 +127,12 @@ class Curvature:
         return due(step, self._statistics_steps, self._statistics_turns[layer.name])
 
     def update(self, weights: Mapping[str, Tensor], step: int) -> None:
-        """Move the running averages that are due by what was captured since the last step, on all ranks, and by its
-        gradients.
+        """Update the running averages that are due.
+
+        They take what all ranks have captured since the last step, and the gradients of this step.
 
         Args:
-            weights: the parameter of every layer, by its name, that has a gradient, averaged over ranks.
+            weights: by layer name, the parameters that have a gradient. The gradients are averages over ranks.
             step: number of the step, counted from 1.
         """
         for layer in self.layers.values():
@@ -161,14 +163,15 @@ class Curvature:
             layer.updates += 1
 
     def refresh(self, step: int) -> None:
-        """Rebuild the preconditioners that are due, of layers that have statistics; each rank does its share and the
-        results are sent round.
+        """Rebuild the preconditioners that are due, of layers that have statistics.
+
+        Each rank refreshes the layers that it owns and sends the results to the others.
 
         Args:
             step: number of the step, counted from 1.
 
         Raises:
-            TrainingDivergedError: a layer has failed `MAX_FAILURES_IN_A_ROW` times in a row; on every rank alike.
+            TrainingDivergedError: a layer has failed `MAX_FAILURES_IN_A_ROW` times in a row. Every rank raises it.
         """
         chosen = [layer for layer in self.layers.values() if layer.updates and self._is_due(layer, step)]
         if not chosen:
@@ -184,12 +187,12 @@ class Curvature:
         self.refresh_seconds = time.perf_counter() - started
 
     def _is_due(self, layer: Layer, step: int) -> bool:
-        # A layer that is first seen late, as an idle expert is, does not wait for its turn.
+        # A layer that gets its first tokens late (an idle expert) does not wait for its turn.
         is_new = not (layer.refreshes or layer.failures)
         return is_new or due(step, self._refresh_steps, self._turns[layer.name])
 
     def damping_of(self, layer: Layer) -> Damping:
-        """The damping of a layer as it stands, adaptive factor included."""
+        """The current damping of a layer, with the adaptive factor."""
         return layer.damping.scaled(self.damping_factor)
 
     def _refresh(self, layers: Sequence[Layer]) -> dict[str, str | None]:
@@ -211,7 +214,7 @@ class Curvature:
             )
 
     def _not_finite(self, observations: Mapping[str, State]) -> dict[str, bool]:
-        """Which observations hold a number that is not finite, on a rank that holds the layer."""
+        """By layer, whether the observation has a number that is not finite on a rank that holds the layer."""
         held = {name: observation for name, observation in observations.items() if self.layers[name].held}
         totals = [self._total(name, observation) for name, observation in held.items()]
         finite = dict(zip(held, torch.isfinite(torch.stack(totals)).tolist() if totals else [], strict=True))
@@ -219,20 +222,20 @@ class Curvature:
         return self.sharing.on_any_rank(flags) if self.sharing.is_spread else flags
 
     def _total(self, name: str, observation: State) -> Tensor:
-        """A number that is finite where every entry of these statistics is, 0-dim; where its own sum overflows, too."""
-        # Entries of a sum of outer products are bounded by its diagonal, which is much less to look at.
+        """A number, 0-dim, that is not finite if an entry of these statistics is not, or if their sum overflows."""
+        # The diagonal of a sum of outer products bounds all its entries, and is much smaller.
         outer = self._outer[name]
         parts = [
-            # Those of a block of a weight are named after it.
+            # Where a weight is cut into blocks, the name of the block comes first.
             trace(x) if x.ndim == 2 and key.rpartition("/")[2] in outer else x.sum()
             for key, x in observation.items()
         ]
         return torch.stack(parts).sum() if parts else torch.zeros(())
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain numbers only, keyed by layer name; loads with `torch.load(weights_only=True)`.
+        """The state by layer name, as tensors and plain numbers only; loads with `torch.load(weights_only=True)`.
 
-        It is the same on every rank and loads at any number of ranks. Where layers are spread over ranks this is a
+        It is the same on every rank and loads at any number of ranks. If layers are spread over ranks this is a
         collective: every rank has to call it, and gets all tensors in host memory.
         """
         states = self.sharing.complete_states()
@@ -252,7 +255,7 @@ class Curvature:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned; a rank takes what it holds.
+        """Restore what `state_dict` returned. Each rank takes what it holds.
 
         Raises:
             ValueError: the saved layers are not those of this model, or were saved by another method.

@@ -1,4 +1,4 @@
-"""What only a step itself can tell a log."""
+"""The values for a log that only the step itself knows."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from hf_so2.engine.preconditioned import LayerUpdate, over_parts
 
 @dataclass
 class StepRecord:
-    """What only the step itself can tell.
+    """The values for a log that only the step itself knows.
 
     Attributes:
         enabled: whether the coming step is recorded.
         step: number of the recorded step.
-        update_rms: by layer, the root mean square of the entries of its change, weight decay aside, 0-dim.
-        norm_factor: by what a norm control of the whole model multiplied the length of all updates, 0-dim.
+        update_rms: by layer, the root mean square of the entries of its change without weight decay, 0-dim.
+        norm_factor: the factor by which a norm control of the whole model changed the length of all updates, 0-dim.
     """
 
     enabled: bool = False
@@ -30,12 +30,12 @@ class StepRecord:
     _length: Tensor | None = None
 
     def before_norm_control(self, updates: Sequence[LayerUpdate]) -> None:
-        """Take the length of all updates before a norm control of the whole model."""
+        """Record the length of all updates before a norm control of the whole model."""
         if self.enabled and updates:
             self._length = _total_length(updates)
 
     def after_norm_control(self, updates: Sequence[LayerUpdate], step: int) -> None:
-        """Take what is about to be applied; recording ends with it."""
+        """Record the updates that are about to be applied, and end the recording."""
         if not self.enabled:
             return
         self.enabled, self.step = False, step
@@ -48,7 +48,7 @@ class StepRecord:
 
 
 def _lengths(updates: Sequence[LayerUpdate]) -> Tensor:
-    """The Frobenius norm of every update; a collective where there are parts of them."""
+    """The Frobenius norm of every update. A collective if updates are sharded."""
     if not updates:
         return torch.zeros(0)
     device = updates[0].update.device

@@ -1,4 +1,4 @@
-"""What a step needs to know of the hyperparameters."""
+"""The hyperparameters that a step needs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Protocol
 
 
 class StepSettings(Protocol):
-    """The part of `hf_so2.methods.settings.Settings` that is looked at in every step."""
+    """The part of `hf_so2.methods.settings.Settings` that every step reads."""
 
     @property
     def momentum(self) -> float: ...

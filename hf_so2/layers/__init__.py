@@ -1,4 +1,4 @@
-"""Which layers are preconditioned, how their weights are laid out, and how their activations are captured."""
+"""The selection of preconditioned layers, the layout of their weights, and the capture of their activations."""
 
 from hf_so2.layers.adapters import Adapter, adapter_for
 from hf_so2.layers.capture import Capture

@@ -1,4 +1,4 @@
-"""Linear maps of the libraries as `(fan_out, fan_in)` matrices."""
+"""Linear maps of torch and transformers as `(fan_out, fan_in)` matrices."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from transformers.pytorch_utils import Conv1D
 
 @dataclass(frozen=True)
 class Adapter:
-    """How a module stores its weight, and what it takes in. Nothing behind this class has to know.
+    """How a module stores its weight, and what inputs it takes. No other code depends on the layout.
 
     Args:
-        transposed: the weight is stored as (fan_in, fan_out), as in GPT-2's `Conv1D` and in an embedding.
-        one_hot: the module takes indices, each of which stands for a unit vector: an embedding.
-        ignored_index: the index whose row of the weight gets no gradient, an embedding's `padding_idx`.
-        has_bias: the bias belongs to the matrix, as a last column that meets an input of 1.
-        index: which matrix of a stack (an expert) this is, along the first dimension of a 3-D weight.
+        transposed: whether the weight is stored as (fan_in, fan_out), as in GPT-2's `Conv1D` and in an embedding.
+        one_hot: whether the module takes indices, each of which stands for a unit vector: an embedding.
+        ignored_index: the index whose row of the weight gets no gradient: an embedding's `padding_idx`.
+        has_bias: whether the bias belongs to the matrix, as a last column with an input of 1.
+        index: index of this matrix in a stack (of experts), along the first dimension of a 3-D weight.
     """
 
     transposed: bool = False
@@ -27,7 +27,7 @@ class Adapter:
     index: int | None = None
 
     def part(self, tensor: Tensor) -> Tensor:
-        """This matrix of a stack, as it is stored; all of a tensor that is no stack."""
+        """This matrix of a stack, in its stored layout. If there is no stack, the whole tensor."""
         return tensor if self.index is None or tensor.ndim < 3 else tensor[self.index]
 
     def matrix(self, tensor: Tensor) -> Tensor:
@@ -42,7 +42,8 @@ CONV1D = Adapter(transposed=True)
 def adapter_for(module: nn.Module) -> Adapter | None:
     """The adapter of a module whose `weight` is a plain linear map of its one input, or None.
 
-    Subclasses of `Embedding` scale or shift what they look up, and some options change its gradient: those have none.
+    Subclasses of `Embedding` scale or shift the vectors that they look up, and some options change the gradient. These
+    have no adapter.
     """
     if isinstance(module, nn.Linear):
         return LINEAR

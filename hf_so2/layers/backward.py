@@ -1,4 +1,4 @@
-"""What is known of a backward pass: whether it trains, what was announced of it, how many rows have a loss."""
+"""Facts about a backward pass: whether it trains, what the caller has announced, and how many rows have a loss."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 @dataclass
 class Announcement:
-    """What a caller knows of the gradients of a micro-batch.
+    """What a caller knows about the gradients of a micro-batch.
 
     Args:
-        tokens: how many rows of it have a loss; None where they are counted.
-        gradient_scale: c, where backward hands out c times the gradient of a row's own loss.
-        is_mean: whether backward divides by the number of rows of this micro-batch besides.
-        is_new: whether no backward pass has been made of it yet.
+        tokens: number of its rows that have a loss; None to count them.
+        gradient_scale: c, if backward gives c times the gradient of a row's own loss.
+        is_mean: whether backward also divides by the number of rows of this micro-batch.
+        is_new: whether its backward pass is still to come.
     """
 
     tokens: int | Tensor | None
@@ -33,10 +33,10 @@ class Backward:
     """One backward pass.
 
     Args:
-        task: autograd's number of it.
-        announced: what was said of it beforehand, if anything.
-        loss_rows: how many rows of the model's predictions had a gradient, as far as it has come; None where no
-            prediction was met.
+        task: autograd's number of this backward pass.
+        announced: what the caller has announced, if anything.
+        loss_rows: number of rows of the model's predictions that have had a gradient so far; None if it has reached no
+            prediction.
         trains: whether it has added to the gradient of a preconditioned weight.
     """
 
@@ -46,10 +46,10 @@ class Backward:
     trains: bool = False
 
     def scale(self, own_rows: int | Tensor) -> Tensor | None:
-        """c of the gradients that it hands out, 0-dim float64; None where nobody has said.
+        """The factor c on its gradients, 0-dim float64; None if nothing was announced.
 
         Args:
-            own_rows: of the layer that asks, in place of rows of predictions where there are none.
+            own_rows: number of rows of the layer, used if there are no rows of predictions.
         """
         if self.announced is None:
             return None
@@ -62,8 +62,10 @@ class Backward:
 
 
 def accumulator_of(weight: Tensor | None) -> Node | None:
-    """The node that adds to `weight.grad`; None where no backward pass does, as inside `torch.func`, of a frozen weight
-    and of one that a caller computed in its place (`functional_call`).
+    """The node that adds to `weight.grad`, or None if no backward pass does.
+
+    It is None inside `torch.func`, for a frozen weight, and for a tensor that a caller computed in place of the weight
+    (`functional_call`).
     """
     if weight is None or not weight.requires_grad or not weight.is_leaf or in_transform():
         return None
@@ -71,10 +73,10 @@ def accumulator_of(weight: Tensor | None) -> Node | None:
 
 
 def written_to(output: Tensor) -> Tensor:
-    """The tensor that a module has computed, (rows, fan_out), behind the view of it that a `Linear` returns.
+    """The tensor that a module has computed, (rows, fan_out). A `Linear` returns a view of it.
 
-    What comes next may write into the view (Wav2Vec2 writes zeros, or what stands for a masked frame), which takes the
-    view's own history out of the graph. Gradients of what is returned here leave out what was written over.
+    Later code may write into the view: Wav2Vec2 writes zeros, or the vector of a masked frame. This removes the view's
+    own history from the graph. The gradient of the tensor returned here excludes the entries that were overwritten.
     """
     base = output._base
     if base is None or not base.requires_grad or not (base.is_contiguous() and output.is_contiguous()):
@@ -88,7 +90,7 @@ def will_run(accumulator: Node) -> bool | None:
     `torch.autograd.grad` does not, nor does `backward(inputs=…)` of other tensors.
 
     Returns:
-        None where the gradient of the weight is handed to the caller of `torch.autograd.grad`, who may use it or not.
+        None if the gradient of the weight goes to the caller of `torch.autograd.grad`, who may use it or not.
     """
     try:
         return bool(torch._C._will_engine_execute_node(accumulator))
@@ -97,7 +99,7 @@ def will_run(accumulator: Node) -> bool | None:
 
 
 def in_transform() -> bool:
-    """Whether this is a call inside `torch.func.grad`, `vmap` and their like, or one that is being recorded."""
+    """Whether this is a call inside `torch.func.grad`, `vmap` or similar, or one that is being traced."""
     return bool(torch._C._are_functorch_transforms_active()) or torch.jit.is_tracing()
 
 
@@ -107,7 +109,7 @@ def current_task() -> int:
 
 
 def edge_of_predictions(logits: Tensor) -> GradientEdge:
-    """Where the gradient of these predictions arrives, whether or not a wrapper has cast what the model returned."""
+    """The graph edge at which the gradient of these predictions arrives, even if a wrapper has cast them."""
     edge = get_gradient_edge(logits)
     while edge.node.name().startswith("ToCopyBackward"):
         node, number = edge.node.next_functions[0]
@@ -118,38 +120,38 @@ def edge_of_predictions(logits: Tensor) -> GradientEdge:
 
 
 def tell_of_gradient(logits: Tensor, tell: Callable[[Tensor | None], object]) -> None:
-    """Call `tell` with the gradient of these predictions, or None where the loss goes round them, when it arrives."""
+    """Call `tell` when the gradient of these predictions arrives, or with None if the loss does not depend on them."""
     edge = edge_of_predictions(logits)
-    # The number alone: a hook that holds its own node keeps the whole graph until Python looks for cycles.
+    # The hook keeps the number alone. A hook with its own node would keep the whole graph until garbage collection.
     number = edge.output_nr
     edge.node.register_prehook(lambda gradients: tell(gradients[number]))
 
 
 def logits_in(output: Any) -> Any:
-    """What a model that returns more than one thing calls its logits; else all that it returns."""
+    """The logits of an output with several parts; else the whole output."""
     return output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
 
 
 def predictions_in(output: Any) -> Tensor | None:
-    """The logits, (rows, classes) or (batch, sequence, classes), in what a model returns, if they are there."""
+    """The logits in a model's output, (rows, classes) or (batch, sequence, classes), or None."""
     logits = logits_in(output)
     is_table = isinstance(logits, Tensor) and logits.ndim in (2, 3) and logits.is_floating_point()
     return logits if is_table else None
 
 
 def heads_of(model: nn.Module) -> list[nn.Module]:
-    """The modules whose outputs are the model's predictions, where it names them."""
+    """The modules whose outputs are the model's predictions, if the model names them."""
     return with_trained_copies(_named(model, "get_output_embeddings"))
 
 
 def decoder_of(model: nn.Module) -> nn.Module | None:
-    """The module whose output the head reads, where the model names one that is not itself."""
+    """The module whose output the head reads, if the model names one other than itself."""
     decoder = _named(model, "get_decoder")
     return decoder if decoder is not model else None
 
 
 def _named(model: nn.Module, getter: str) -> nn.Module | None:
-    """What a model names as a part; None where it has no such part or does not say."""
+    """A part that the model names; None if it has no such part or does not name it."""
     try:
         found = getattr(model, getter)()
     except (AttributeError, NotImplementedError):
@@ -158,7 +160,7 @@ def _named(model: nn.Module, getter: str) -> nn.Module | None:
 
 
 def hidden_in(output: Any) -> Tensor | None:
-    """What the head reads, (batch, sequence, features), in what a decoder returns, if it is there."""
+    """The head's input in a decoder's output, (batch, sequence, features), or None."""
     if isinstance(output, tuple) and output:
         output = output[0]
     hidden = output.get("last_hidden_state") if isinstance(output, Mapping) else output
@@ -166,7 +168,7 @@ def hidden_in(output: Any) -> Tensor | None:
 
 
 def with_trained_copies(module: nn.Module | None) -> list[nn.Module]:
-    """A module, and what PEFT's `modules_to_save` trains in its place where it has been wrapped for that."""
+    """A module, and, if PEFT's `modules_to_save` has wrapped it, the copies that are trained in its place."""
     copies = getattr(module, "modules_to_save", None)
     found = [module, *(copies.values() if isinstance(copies, nn.ModuleDict) else ())]
     return [part for part in found if isinstance(part, nn.Module)]

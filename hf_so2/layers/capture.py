@@ -1,8 +1,9 @@
-"""Hooks that hand every layer's inputs `h` and output gradients `δ` to its curvature block.
+"""Hooks that pass every layer's inputs `h` and output gradients `δ` to its curvature block.
 
-A forward hook registers a hook on the *output tensor*; both factors are summed when that tensor's gradient arrives, if
-the same backward pass also adds to the gradient of the weight. This is exact for a layer called twice, for shared
-weights and for both modes of gradient checkpointing: whatever is recomputed, each gradient arrives once.
+A forward hook registers a hook on the *output tensor*. Both factors are summed when the gradient of this tensor
+arrives, if the same backward pass also adds to the gradient of the weight. This is exact for a layer that is called
+twice, for shared weights, and for both modes of gradient checkpointing: each gradient arrives once, whatever is
+recomputed.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ SEVERAL_LOSSES = (
 
 
 class GradientWatch(Protocol):
-    """Who knows the parameters."""
+    """An object that knows the parameters."""
 
     def gradients_are_gone(self) -> bool: ...
 
@@ -57,16 +58,16 @@ class Capture:
     """Sums the statistics of all layers over the micro-batches of one optimizer step.
 
     Args:
-        model: what is called to make predictions.
+        model: the model that is called to make predictions.
         sources: how the statistics of each weight are taken, by qualified name.
         weight_sharing: a key of `hf_so2.layers.rows.WEIGHT_SHARING`.
-        sketch: how many tokens of a sequence are folded into one, see `hf_so2.layers.sketch`; 1 leaves all.
+        sketch: number of tokens of a sequence that are folded into one, see `hf_so2.layers.sketch`; 1 keeps all.
 
     Attributes:
-        due: the names of the weights whose layers the next forward pass captures. Others pay a look-up per call.
-        summation: makes sums of what was captured.
-        watch: tells whether all gradients have been reset behind the optimizer's back; a weak reference, since hooks
-            in a graph keep the capture alive.
+        due: names of the weights whose layers the next forward pass captures. All others cost one look-up per call.
+        summation: computes the sums from the captured tensors.
+        watch: tells whether all gradients were reset without a call of the optimizer. It is a weak reference, since
+            hooks in a graph keep the capture alive.
     """
 
     def __init__(
@@ -78,12 +79,12 @@ class Capture:
         self.summation = Summation(sources, WEIGHT_SHARING[weight_sharing], sketch)
         self._has_warned = False
         self._handles: list[RemovableHandle] = []
-        # Predictions first: where a layer's output is the prediction, its gradient is then counted before it is used.
+        # Predictions first: if a layer's output is the prediction, its gradient is then counted before it is used.
         heads = heads_of(model)
         self._counts_in_heads = bool(heads)
         for head in heads:
             self._watch(head, "predicted")
-        # A fused loss (TRL's, Liger's) multiplies by the head's weight and calls no head.
+        # A fused loss (TRL's, Liger's) multiplies by the head's weight and does not call the head.
         self._head_calls = 0
         if heads and (decoder := decoder_of(model)) is not None:
             self._watch(decoder, "decoded")
@@ -100,20 +101,21 @@ class Capture:
         self.discard()
 
     def _watch(self, module: nn.Module, event: str, *about: str) -> None:
-        # Before the hooks of others, who may put something else in the place of what the module returns.
+        # Runs before other hooks, which may replace the output of the module.
         self._handles.append(module.register_forward_hook(Hook(self, event, *about), with_kwargs=True, prepend=True))
 
-    # What a caller says.
+    # Called by the training loop.
 
     def announce(self, tokens: int | Tensor | None, gradient_scale: float | Tensor, *, is_mean: bool = False) -> None:
-        """What the caller knows of the next micro-batch; see `SecondOrderOptimizer.announce`."""
+        """Take what the caller knows about the next micro-batch; see `SecondOrderOptimizer.announce`."""
         self._announced = Announcement(tokens, gradient_scale, is_mean)
 
     def take(self, *, by_hand: bool = True) -> Captured:
-        """Hand out what was captured since the last step, and start afresh.
+        """Return what was captured since the last step, and start again from nothing.
 
         Args:
-            by_hand: where no backward pass explains the gradients, whether those that were set aside do.
+            by_hand: whether to return the captures that were set aside if there are no others: the caller has then
+                restored the gradients of those backward passes by hand.
         """
         self._finish()
         taken = self._aside if by_hand and not self._captured.layers else self._captured
@@ -121,14 +123,17 @@ class Capture:
         return taken
 
     def discard(self) -> None:
-        """Forget whatever was captured and announced since the last step, as after a step that was given up."""
+        """Discard everything captured and announced since the last step, as after a step that was given up."""
         self._captured, self._aside = Captured(), Captured()
         self.summation.waiting = self._backward = self._announced = None
 
     def drop(self) -> bool:
-        """Set the backward passes since the last step aside, as their gradients are reset; whether there was any.
+        """Set aside the backward passes since the last step, when their gradients are reset.
 
-        A forward pass whose backward pass is still to come, and what was announced of it, stay.
+        A forward pass whose backward pass is still to come stays, with its announcement.
+
+        Returns:
+            Whether there was any backward pass.
         """
         found = bool(self._captured.layers)
         self._set_aside()
@@ -141,7 +146,7 @@ class Capture:
         """Detach from the model."""
         _remove(self._handles)
 
-    # What hooks tell, in the order of a step.
+    # Called by the hooks, in the order of a step.
 
     def begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """A forward pass of the model begins."""
@@ -157,7 +162,7 @@ class Capture:
             return
         accumulator = accumulator_of(module.weight)  # type: ignore[arg-type]
         if accumulator is not None:
-            # Of one input, by position or by whatever name the module has for it.
+            # The module has one input, given by position or by name.
             inputs = args[0] if args else next(iter(kwargs.values()))
             self._await(Call(name, inputs.detach(), accumulator), out)
 
@@ -167,7 +172,7 @@ class Capture:
         self._count(predictions_in(out))
 
     def decoded(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
-        """What the head reads is there: its rows are counted where no head is called until its gradient comes.
+        """The head's input has been computed. Its rows are counted if no head is called before its gradient arrives.
 
         A loss through the head's weight gives a row without a label a gradient of zero, as the head itself would.
         """
@@ -219,7 +224,7 @@ class Capture:
         self._collect(call, gradient, self._backward)
 
     def _open(self) -> None:
-        self.summation.waiting = None  # left over where an exception ended the backward pass before
+        self.summation.waiting = None  # left over if an exception ended the last backward pass
         self._backward = Backward(current_task(), self._announced)
         Variable._execution_engine.queue_callback(self._close)
 
@@ -238,8 +243,9 @@ class Capture:
             self._set_aside()
 
     def _set_aside(self) -> None:
-        """Keep what was captured for a step that finds nothing else: a caller may hold on to gradients and hand them
-        back after a reset, or get them from `torch.autograd.grad`.
+        """Keep the captures for a step that finds no others.
+
+        A caller may keep gradients and restore them after a reset, or get them from `torch.autograd.grad`.
         """
         self._aside.add(self._captured)
         self._captured = Captured()

@@ -1,4 +1,4 @@
-"""Forward hooks that leave a model free: to be copied, saved whole and trained by another optimizer."""
+"""Forward hooks that do not restrict a model: it can be copied, saved whole and trained by another optimizer."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import nn
 
 
 class Hook:
-    """Tells a capture of the calls of one module; register it with `with_kwargs=True`.
+    """Reports the calls of one module to a capture. Register it with `with_kwargs=True`.
 
-    A model does not keep the capture alive by it. Copies of the hook, made with copies of the model (an average of its
-    weights, a reference, a saved file), tell nobody: what those see is not what the optimizer trains on.
+    The hook does not keep the capture alive. Copies of a model (an average of its weights, a reference, a saved file)
+    have copies of the hook. These report nothing, since the optimizer does not train on the data that a copy sees.
 
     Args:
-        capture: whom to tell; None for nobody.
+        capture: the capture to report to, or None.
         event: the name of the method that is called with `about`, the module, its arguments and, after a call, its
             output.
-        about: what it is told besides.
+        about: additional arguments of this method.
     """
 
     def __init__(self, capture: object | None = None, event: str = "", *about: Any) -> None:

@@ -1,14 +1,15 @@
-"""From the tensors that a module takes in and gets back to the rows of its statistics.
+"""From a module's inputs and output gradients to the rows of its statistics.
 
-A position counts if and only if the loss depends on it: if its output gradient is not exactly zero in every layer that
+A position counts if and only if the loss depends on it: its output gradient is not exactly zero in every layer that
 reads the same tensor. Padding, positions without a label, the other side of an encoder-decoder and an expert's empty
-slots all have a gradient of exactly zero, so that no mask has to reach the layers. Layers that read one tensor decide
-together, because one of them may get round-off in place of zeros: queries of the first position of a causal attention,
-which has nothing to choose from, get 0 from one kernel and 1e-20 from another; its values get a gradient from all.
+slots all have a gradient of exactly zero. The layers thus need no mask. Layers that read one tensor decide together,
+because one of them may get round-off in place of zeros. An example is the first position of a causal attention, which
+can attend only to itself. Its query gets a gradient of 0 from one kernel and of 1e-20 from another. Its value gets a
+gradient from all kernels.
 
-A layer of a language model is used at every position of a sequence. `expand` counts every position as an example of its
-own, right for a loss that is a sum over tokens; `reduce` makes one example of a sequence, the mean of its inputs with
-the sum of its output gradients (Eschenhagen et al. 2023, arXiv 2311.00636, sections 3.2 and 3.3).
+A layer of a language model is used at every position of a sequence. `expand` counts every position as an example, which
+is right for a loss that is a sum over tokens. `reduce` makes one example of a sequence: the mean of its inputs with the
+sum of its output gradients (Eschenhagen et al. 2023, arXiv 2311.00636, sections 3.2 and 3.3).
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ class InputRows:
     """The input rows of one call of a layer.
 
     Args:
-        h: (rows, fan_in) and floating point, or the indices (rows,) of one-hot inputs; where a row does not count it is
-            zero, or -1.
-        count: how many rows count.
-        positions: how many positions those came from; the same number unless positions were reduced.
-        kept: which positions count, (positions,) of booleans, where others may have a gradient; else None.
+        h: (rows, fan_in) and floating point, or the indices (rows,) of one-hot inputs. A row that does not count is
+            zero, or has index -1.
+        count: number of rows that count.
+        positions: number of positions that these rows come from. It equals `count` unless positions were reduced.
+        kept: which positions count, (positions,) of booleans, if others may have a gradient; else None.
     """
 
     h: Tensor
@@ -42,12 +43,12 @@ class InputRows:
 
 @dataclass(frozen=True)
 class WeightSharing:
-    """One way to make rows of positions.
+    """One way to make rows from positions.
 
     Args:
-        inputs: the rows of a layer's inputs, (..., fan_in) or indices of any shape, in the dtype of the statistics,
-            given which positions count, (positions,) of booleans.
-        gradients: `δ` (rows, fan_out) of its output gradients (..., fan_out), given the rows of its inputs.
+        inputs: a function to the rows of a layer's inputs. It takes the inputs, (..., fan_in) or indices of any shape,
+            the dtype of the statistics, and which positions count, (positions,) of booleans.
+        gradients: a function from output gradients (..., fan_out) and the rows of the inputs to `δ` (rows, fan_out).
     """
 
     inputs: Callable[[Adapter, Tensor, torch.dtype, Tensor], InputRows]
@@ -58,9 +59,9 @@ def live_rows(gradients: Sequence[Tensor]) -> Tensor:
     """Which positions have an output gradient that is not zero, (positions,) of booleans.
 
     Args:
-        gradients: (..., fan_out), of layers that read the same tensor; at least one.
+        gradients: gradients (..., fan_out) of layers that read the same tensor; at least one.
     """
-    # Of entries so small that their squares are zero, the outer product is zero as well.
+    # If the entries are so small that their squares are zero, the outer product is zero too.
     norms = [torch.linalg.vector_norm(g.reshape(-1, g.shape[-1]), dim=1) for g in gradients]
     live = norms[0] != 0
     for more in norms[1:]:
@@ -75,7 +76,7 @@ def _expanded_inputs(adapter: Adapter, inputs: Tensor, dtype: torch.dtype, live:
         ids = inputs.reshape(-1)
         if adapter.ignored_index is None:
             return InputRows(torch.where(live, ids, -1), count, count)
-        # The row of this index gets no gradient, its positions do.
+        # The row of this index gets no gradient, but its positions do.
         kept = live & (ids != adapter.ignored_index)
         count = kept.sum()
         return InputRows(torch.where(kept, ids, -1), count, count, kept)
@@ -89,13 +90,15 @@ def _expanded_gradients(adapter: Adapter, gradients: Tensor, rows: InputRows) ->
 
 
 def _zeroed(h: Tensor, live: Tensor, given: Tensor) -> Tensor:
-    """`h` (rows, n) with zeros where a row does not count: what stands there may be anything, infinite included.
+    """`h` (rows, n) with zeros where a row does not count. Such a row may contain anything, also infinite numbers.
 
     Args:
-        given: what is not to be written to.
+        h: the rows.
+        live: which rows count.
+        given: the tensor that must not be written to.
     """
     if h.device.type != "cpu":
-        return torch.where(live.unsqueeze(1), h, 0)  # without asking the device which rows those are
+        return torch.where(live.unsqueeze(1), h, 0)  # without a wait for the device
     dead = live.logical_not().nonzero().squeeze(1)
     if not len(dead):
         return h
@@ -104,8 +107,10 @@ def _zeroed(h: Tensor, live: Tensor, given: Tensor) -> Tensor:
 
 
 def _are_sequences(adapter: Adapter, tensor: Tensor) -> bool:
-    """Whether there is a dimension of positions to reduce: a classifier and an expert's selection of tokens have none,
-    and an embedding's mean of one-hot inputs would no longer be diagonal. These are expanded.
+    """Whether there is a dimension of positions to reduce; otherwise they are expanded.
+
+    A classifier and an expert's selection of tokens have no such dimension. An embedding is not reduced either: for the
+    mean of one-hot inputs, `A` would no longer be diagonal.
     """
     return tensor.ndim > 2 and not adapter.one_hot
 

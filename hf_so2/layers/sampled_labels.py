@@ -1,7 +1,7 @@
 """Labels drawn from a model's own predictions, for the Fisher matrix itself (Martens 2020, arXiv 1412.1193, section 5).
 
-The draws have a generator of their own, so that neither dropout nor data see another stream of random numbers than
-without them, and a run that is resumed draws what it would have drawn.
+The draws have their own generator. Dropout and data thus see the same random numbers as without the draws, and a
+resumed run draws the same labels as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch.nn import functional
 
 
 def generator_for(seed: int, step: int, rank: int, device: torch.device) -> torch.Generator:
-    """A generator of random numbers that depend on these three only; one serves all micro-batches of a step."""
+    """A generator whose random numbers depend on seed, step and rank only. One serves all micro-batches of a step."""
     (word,) = np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)
     return torch.Generator(device).manual_seed(int(word >> np.uint64(1)))
 
@@ -25,11 +25,12 @@ def sampled_loss(
 
     Args:
         logits: (..., classes), of any floating-point dtype.
-        counted: (...), true where a position has a loss; None where all have. Labels are drawn at the others too, so
-            that a draw does not depend on what is masked elsewhere.
-        generator: on the device of `logits`.
-        independent: whether every class is a yes or no of its own, drawn from `sigmoid(logits)`, and a row's loss the
-            mean over classes, as in multi-label classification; else one class of `softmax(logits)` is drawn.
+        counted: (...), true where a position has a loss; None if all have one. Labels are also drawn at the other
+            positions, so that a draw does not depend on the mask elsewhere.
+        generator: a generator on the device of `logits`.
+        independent: whether every class has its own yes or no, as in multi-label classification. Labels are then drawn
+            from `sigmoid(logits)`, and a row's loss is the mean over classes. Otherwise one class is drawn from
+            `softmax(logits)`.
 
     Returns:
         The loss in float32 (float64 for float64 logits), 0-dim.

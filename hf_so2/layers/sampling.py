@@ -1,11 +1,12 @@
 """Capture for the Fisher matrix of the model's own predictions: output gradients of a loss with sampled labels.
 
 The forward pass only keeps notes: each layer's input and the place of its output in the graph. One call of
-`torch.autograd.grad` at those places then gives every `δ` of the sampled loss. It reaches no parameter, so neither
-gradients nor the reducer of `DistributedDataParallel` notice, and the graph stays for the training loss.
+`torch.autograd.grad` at these places then gives every `δ` of the sampled loss. It reaches no parameter. Gradients and
+the reducer of `DistributedDataParallel` are therefore not affected, and the graph stays for the training loss.
 
-Notes live as long as the predictions that they belong to, so that an evaluation leaves nothing behind. What was sampled
-counts once the training loss has come back through those predictions: a batch that is left out is left out here, too.
+Notes live as long as their predictions, so an evaluation leaves nothing behind. The sampled statistics count once the
+gradient of the training loss has passed through these predictions. If training leaves out a batch, so do the
+statistics.
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ FORGOTTEN = "needs a call of the optimizer's sample_fisher(logits) between every
 
 @dataclass
 class _Forward:
-    """A forward pass: notes of its layers, and what was made of them.
+    """A forward pass: the notes of its layers, and the sums made from them.
 
     Args:
-        notes: the calls of layers, with the places of their outputs.
+        notes: the calls of layers, with the graph edges of their outputs.
         sampled: sums that wait for the training loss.
-        returns: whether the training loss is seen to come back.
+        returns: whether a hook sees the gradient of the training loss pass through the predictions.
     """
 
     notes: list[tuple[Call, GradientEdge]] = field(default_factory=list)
@@ -49,7 +50,7 @@ class _Forward:
 
 
 class SampledCapture(Capture):
-    """As `Capture`, fed by `differentiate` instead of the backward pass of the training loss."""
+    """A `Capture` whose gradients come from `differentiate` instead of the backward pass of the training loss."""
 
     _forward: _Forward
     _pending: list[_Forward]
@@ -82,14 +83,17 @@ class SampledCapture(Capture):
             self._captured.add(forward.sampled)
 
     def rows_with_loss(self, logits: Tensor, loss: Tensor) -> Tensor | None:
-        """Where the gradient of `loss` by `logits` (..., classes) is not zero, (...) of booleans; None if not seen."""
+        """Where the gradient of `loss` by `logits` (..., classes) is not zero, (...) of booleans.
+
+        None if `loss` does not depend on `logits`.
+        """
         with self._busy():
             (gradient,) = _differentiated(loss, [edge_of_predictions(logits)])
         return None if gradient is None else live_rows([gradient]).reshape(logits.shape[:-1])
 
     @contextlib.contextmanager
     def _busy(self) -> Iterator[None]:
-        """While gradients are on their way that no training loss has sent."""
+        """A context for gradients that do not come from the training loss."""
         self._is_busy = True
         try:
             yield
@@ -106,12 +110,12 @@ class SampledCapture(Capture):
         """As in `Capture`.
 
         Raises:
-            ConfigurationError: forward passes were made, and nobody called `differentiate`.
+            ConfigurationError: there were forward passes, but no call of `differentiate`.
         """
         if self._noted and not self._has_sampled:
             raise ConfigurationError("fisher", "mc", FORGOTTEN)
         if not self._captured.layers:
-            # A loss that goes round the predictions comes back through none of them.
+            # If the loss does not depend on the predictions, no gradient passes through them.
             for forward in self._pending:
                 self._captured.add(forward.sampled or Captured())
         return super().take(by_hand=by_hand)
@@ -126,7 +130,7 @@ class SampledCapture(Capture):
             self._forward = _Forward()
 
     def decoded(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
-        """Nothing: labels are drawn from predictions."""
+        """Does nothing: labels are drawn from predictions."""
 
     def returned(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
         logits = logits_in(out)
@@ -149,7 +153,7 @@ class SampledCapture(Capture):
         self._pending = [waiting for waiting in self._pending if waiting is not forward]
 
     def _await(self, call: Call, output: Tensor) -> None:
-        # A layer that runs during a backward pass is being recomputed for checkpointing, and has been noted before.
+        # A layer that runs during a backward pass is recomputed for checkpointing. It has a note already.
         if not ModuleTracker().is_bw:
             self._forward.notes.append((call, get_gradient_edge(written_to(output))))
             self._noted.add(call.name)
@@ -158,7 +162,7 @@ class SampledCapture(Capture):
 
 
 def _differentiated(loss: Tensor, edges: Sequence[GradientEdge]) -> Sequence[Tensor | None]:
-    """The gradients of a loss at these places of its graph, which stays; None where it does not depend on one."""
+    """The gradients of a loss at these edges of its graph; None where it does not depend on one. The graph is kept."""
     try:
         return torch.autograd.grad(loss, edges, retain_graph=True, allow_unused=True)
     except RuntimeError as error:

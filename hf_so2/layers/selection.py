@@ -1,4 +1,4 @@
-"""Which weights get second-order updates, and why the others do not."""
+"""Selects the weights that get second-order updates, and states why the others do not."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ from hf_so2.orientation import Orientation, orientations
 
 @dataclass(frozen=True)
 class Treatment:
-    """What happens to one parameter.
+    """The decision for one parameter.
 
     Args:
-        preconditioned: whether the curvature method takes it; otherwise the fallback does.
+        preconditioned: whether the curvature method updates it; otherwise the fallback does.
         reason: one phrase for the coverage table.
-        modules: the modules whose calls use a preconditioned weight; of a tied one, as an embedding.
+        modules: the modules whose calls use a preconditioned weight; for a tied weight, those that use it as an
+            embedding.
         head: the modules that use a tied weight as the output head.
-        adapter: how they store it.
+        adapter: how the modules store the weight.
         is_head: whether it is the output head, with one output per entry of a vocabulary.
-        is_hidden: whether it is a matrix (or several) of a hidden layer, whoever updates it.
-        partner: of a weight, the name of the bias that is preconditioned with it, and of that bias, the weight's.
-        count: of a stack of matrices along the first dimension, such as a layer's experts, how many; 0 of one matrix.
+        is_hidden: whether it is a matrix (or several) of a hidden layer, whichever algorithm updates it.
+        partner: for a weight, the name of the bias that is preconditioned with it; for this bias, the weight's name.
+        count: number of matrices in a stack along the first dimension, such as a layer's experts; 0 for one matrix.
     """
 
     preconditioned: bool
@@ -44,15 +45,16 @@ class Treatment:
 
 @dataclass(frozen=True)
 class Extent:
-    """What is preconditioned beside the weights of hidden layers.
+    """What is preconditioned besides the weights of hidden layers.
 
     Args:
-        embeddings: the token embedding.
-        head: the output head.
-        biases: the biases of all preconditioned weights.
-        not_tied: why a weight that is tied between embedding and head is not preconditioned with both on, if it is not.
-        not_stacked: why a stack of matrices, such as a layer's experts, is not preconditioned, if it is not.
-        one_sided_stacks: as `one_sided` of `select`, for those.
+        embeddings: whether the token embedding is.
+        head: whether the output head is.
+        biases: whether the biases of all preconditioned weights are.
+        not_tied: why a weight that is tied between embedding and head is not preconditioned although both are on; empty
+            if it is.
+        not_stacked: why a stack of matrices, such as a layer's experts, is not preconditioned; empty if it is.
+        one_sided_stacks: as `one_sided` of `select`, for stacks.
     """
 
     embeddings: bool = False
@@ -73,21 +75,21 @@ def select(
 ) -> dict[str, Treatment]:
     """Decide for every trainable parameter, by its name in `model.named_parameters()`.
 
-    Weights of `Linear` and `Conv1D` modules are preconditioned, and stacks of matrices (experts), except the output
-    head, weights tied to an embedding, those matched by `skip_modules` and those with a dimension above `max_dim`; more
-    of them as `extent` says.
+    The weights of `Linear` and `Conv1D` modules and stacks of matrices (experts) are preconditioned. Exceptions are the
+    output head, weights tied to an embedding, weights matched by `skip_modules`, and weights with a dimension above
+    `max_dim`. `extent` can add more.
 
     Args:
-        model: any module; the head is what `get_output_embeddings()` names and the token embedding what
-            `get_input_embeddings()` names, where there is such a method.
-        skip_modules: regular expressions searched for in qualified module names, as in PEFT's `exclude_modules`.
+        model: any module. The head is the one that `get_output_embeddings()` names, and the token embedding the one
+            that `get_input_embeddings()` names, if the model has these methods.
+        skip_modules: regular expressions, searched for in qualified module names, as in PEFT's `exclude_modules`.
         max_dim: the largest fan_in or fan_out that gets a full factor.
-        extent: what is preconditioned beside hidden layers.
+        extent: what is preconditioned besides hidden layers.
         one_sided: whether a weight with one dimension above `max_dim` is preconditioned on the other side alone.
 
     Raises:
-        ConfigurationError: a pattern is no regular expression or matches no module that could be preconditioned, or the
-            model has nothing of a kind that `extent` asks for.
+        ConfigurationError: a pattern is no regular expression, or matches no module that could be preconditioned, or
+            the model has nothing of a kind that `extent` asks for.
     """
     users = _modules_by_weight(model)
     layouts = orientations(model)
@@ -118,7 +120,7 @@ def select(
         is_head = any(module in heads for module in modules)
         if is_embedding and (reason := _why_not(modules, tokens, heads, extent)):
             return Treatment(False, reason)
-        # Past that point, what is both an embedding and something else is the head as well.
+        # From here on, a weight of an embedding that other modules use too is also the head.
         embeddings = tuple(module for module in modules if isinstance(module, nn.Embedding))
         owners = embeddings or modules
         adapters = {adapter_for(module) for module in owners}
@@ -134,7 +136,7 @@ def select(
             return Treatment(False, "the output head")
         if matched:
             return Treatment(False, f"skip_modules {matched[0]!r}", is_hidden=is_hidden)
-        # An embedding and a head have the vocabulary first, and no full factor of that size.
+        # The first dimension of an embedding and of a head is the vocabulary. No full factor has this size.
         full = parameter.shape[1:] if is_embedding or is_head else parameter.shape
         size = min(full) if one_sided else max(full)
         if size > max_dim:
@@ -151,7 +153,7 @@ def select(
             head=tied_head,
         )
 
-    # What is there but cannot be preconditioned has a reason in the table; of what is not there the table says nothing.
+    # The table gives a reason for a part that cannot be preconditioned. It cannot for a part that the model lacks.
     trained = {module for p in model.parameters() if p.requires_grad and p.ndim > 1 for _, module in users[id(p)]}
     if extent.embeddings and not any(isinstance(module, nn.Embedding) for module in trained & tokens):
         raise _missing("precondition_embeddings", "a token embedding that is trained")
@@ -162,7 +164,7 @@ def select(
 
 
 def _is_stack(layout: Orientation) -> bool:
-    """Whether a parameter is several matrices along its first dimension, which only the gradient tells of."""
+    """Whether a parameter is several matrices along its first dimension. Only methods of gradients can handle these."""
     return layout.batch == (0,) and len(layout.fan_out) == len(layout.fan_in) == 1
 
 
@@ -194,10 +196,10 @@ def _missing(setting: str, part: str) -> ConfigurationError:
 
 
 def _token_embeddings(model: nn.Module) -> set[nn.Module]:
-    """The embeddings that look up tokens: the one that the model names, or all of a model that names none.
+    """The embeddings that look up tokens: the one that the model names, or all embeddings if it names none.
 
-    Others (of positions, of token types) are often looked up once for a whole batch, so that their output gradients
-    are sums over examples.
+    Other embeddings (positions, token types) are often looked up once for a whole batch. Their output gradients are
+    then sums over examples.
     """
     try:
         named = model.get_input_embeddings()  # type: ignore[operator]
@@ -207,7 +209,7 @@ def _token_embeddings(model: nn.Module) -> set[nn.Module]:
 
 
 def _why_not(modules: Sequence[nn.Module], tokens: set[nn.Module], heads: set[nn.Module], extent: Extent) -> str | None:
-    """Why the weight of an embedding is not preconditioned, if it is not."""
+    """Why the weight of an embedding is not preconditioned, or None."""
     if len(modules) > 1 and (reason := _why_not_tied(modules, heads, extent)) is not None:
         return f"tied to the embedding{reason and ': '}{reason}"
     if not extent.embeddings:
@@ -221,7 +223,7 @@ def _why_not(modules: Sequence[nn.Module], tokens: set[nn.Module], heads: set[nn
 
 
 def _why_not_tied(modules: Sequence[nn.Module], heads: set[nn.Module], extent: Extent) -> str | None:
-    """The same of one that other modules use too; empty where nobody has asked for it to be."""
+    """The same for a weight that other modules use too; empty if the settings do not ask for it."""
     if not (extent.embeddings and extent.head):
         asked = extent.embeddings or extent.head
         return "needs both precondition_embeddings and precondition_head" if asked else ""
@@ -233,7 +235,7 @@ def _why_not_tied(modules: Sequence[nn.Module], heads: set[nn.Module], extent: E
 
 
 def _with_biases(model: nn.Module, treatments: dict[str, Treatment]) -> dict[str, Treatment]:
-    """The same with the bias of every preconditioned weight beside it, where one module alone uses both.
+    """The same treatments, with the bias of every preconditioned weight added, if a single module uses both.
 
     Raises:
         ConfigurationError: there is no such bias.

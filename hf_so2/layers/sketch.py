@@ -1,10 +1,10 @@
 """Fewer rows with the same sum of outer products on average: signed sums over the tokens of a sequence.
 
-The products of all tokens with themselves are the largest cost of the K-FAC family. A count sketch leaves a fraction of
-them: tokens are dealt out to groups, and each group's rows are added up with random signs `s`. In
-`(Σ s_i x_i) (Σ s_j x_j)ᵀ` every token's own `x_i x_iᵀ` is there, and the products of different tokens have mean zero
-(Clarkson & Woodruff 2013, arXiv 1207.6365, section 2). Unlike a sample of the tokens it misses none of those whose
-gradients are much larger than the others'.
+The outer products of all tokens are the largest cost of the K-FAC family. A count sketch computes only a fraction of
+them. It distributes tokens over groups and adds up each group's rows with random signs `s`. The product
+`(Σ s_i x_i) (Σ s_j x_j)ᵀ` contains every token's own `x_i x_iᵀ`, and the products of different tokens have mean zero
+(Clarkson & Woodruff 2013, arXiv 1207.6365, section 2). A sample of the tokens could miss tokens whose gradients are
+much larger than the others'. A sketch misses none.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ Fold = Callable[[Tensor, Tensor | None], Tensor]
 
 @lru_cache(maxsize=16)
 def fold_of_sequences(shape: torch.Size, size: int, seed: int, device: torch.device) -> Fold | None:
-    """How the rows of some sequences are folded.
+    """The function that folds the rows of some sequences.
 
     Args:
-        shape: of the positions, (..., length).
-        size: tokens in a group, at most; a group's are as far apart as they can be.
-        seed: of the signs. They depend on it and on the place in a sequence alone, so that neither the split of a batch
-            nor the number of processes matters.
-        device: of the rows.
+        shape: shape of the positions, (..., length).
+        size: the largest number of tokens in a group. The tokens of a group are as far apart as possible.
+        seed: seed of the signs. They depend only on the seed and the position in a sequence, not on the split of a
+            batch or the number of processes.
+        device: device of the rows.
 
     Returns:
-        A function from rows (positions, n), and a weight for each (positions, 1) or None, to (groups, n); None where
-        the positions are of no sequence.
+        A function from rows (positions, n), and a weight for each (positions, 1) or None, to (groups, n). None if there
+        is nothing to fold: the positions do not form sequences, or a group would have one token.
     """
     if len(shape) < 2 or min(size, shape[-1]) < 2:
         return None
     length = shape[-1]
     groups = -(-length // size)
-    # Row g of this table is group g; what is beyond the end is left out.
+    # Row g of this table is group g. Positions beyond the end are left out.
     table = torch.arange(-(-length // groups) * groups).reshape(-1, groups).mT
     inside = table < length
     members, sizes = table[inside], inside.sum(dim=1)

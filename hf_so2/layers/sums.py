@@ -1,7 +1,8 @@
 """From the inputs and output gradients of layers to the sums of their statistics.
 
 Layers that read the same tensor (queries, keys and values; a gated MLP's two halves) get their gradients one after the
-other. They are summed together: which rows count, and what depends on the inputs alone, is found once for all of them.
+other. Their statistics are summed together. The rows that count, and the sums that depend on the inputs alone, are
+computed once for all of them.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ class Source:
     """How the statistics of one weight are taken.
 
     Args:
-        modules: those that use it in the same way.
-        adapter: how they store it.
-        observe: maps rows `h` (rows, fan_in) and `δ` (rows, fan_out) to the block's sums, given those of them that are
-            known already and how rows are folded.
-        degrees: of every sum: how often `δ` enters as a factor. Those of degree 0 depend on `h` alone.
-        dtype: of the statistics, as it stands; low-precision activations are cast before the products.
+        modules: the modules that use the weight in the same way.
+        adapter: how they store the weight.
+        observe: maps rows `h` (rows, fan_in) and `δ` (rows, fan_out) to the block's sums. It also takes the sums that
+            are already known, and how rows are folded.
+        degrees: for every sum, how often `δ` enters as a factor. Sums of degree 0 depend on `h` alone.
+        dtype: returns the current dtype of the statistics. Low-precision activations are cast before the products.
     """
 
     modules: Sequence[nn.Module]
@@ -44,8 +45,9 @@ class Source:
 
 @dataclass
 class LayerSums:
-    """Sums over the rows that one weight has seen since they were last taken, how many rows those were, and from how
-    many positions of sequences.
+    """Sums over the rows that one weight has seen since the sums were last taken.
+
+    Also the number of these rows, and the number of positions of sequences that they come from.
     """
 
     sums: Sums = field(default_factory=dict)
@@ -60,12 +62,12 @@ class LayerSums:
 
 @dataclass
 class Captured:
-    """What one optimizer step has seen.
+    """The captures of one optimizer step.
 
     Args:
         layers: the sums, by the name of the weight.
-        tokens: how many rows had a loss; None where nobody has said and none were met.
-        is_scaled: whether the factor that backward puts on gradients has been undone.
+        tokens: number of rows that had a loss; None if it was neither announced nor counted.
+        is_scaled: whether the factor that backward puts on gradients is already undone.
     """
 
     layers: dict[str, LayerSums] = field(default_factory=dict)
@@ -85,10 +87,10 @@ class Call:
     """One call of a module that uses a weight.
 
     Args:
-        name: of the weight.
-        inputs: what it was given, detached.
-        accumulator: adds to the weight's gradient.
-        arrived: whether the gradient of its output has.
+        name: name of the weight.
+        inputs: the inputs of the call, detached.
+        accumulator: the node that adds to the weight's gradient.
+        arrived: whether the gradient of the output has arrived.
     """
 
     name: str
@@ -109,8 +111,10 @@ class Readers:
     gradients: dict[str, Tensor] = field(default_factory=dict)
 
     def include(self, call: Call, adapter: Adapter, dtype: torch.dtype, backward: Backward) -> bool:
-        """Whether a layer was given the same values: the same memory (`given` keeps it from being used anew), seen the
-        same way and not written to since.
+        """Whether a layer was given the same values.
+
+        The values are the same if the memory is the same, with the same layout, and was not written to since. `given`
+        keeps this memory from being reused.
         """
         given = call.inputs
         return (
@@ -125,17 +129,17 @@ class Readers:
 
 
 class Summation:
-    """Sums the statistics of layers, those that read the same tensor together.
+    """Sums the statistics of layers. Layers that read the same tensor are summed together.
 
     Args:
         sources: how the statistics of each weight are taken, by qualified name.
-        weight_sharing: what counts as a row.
-        sketch: how many tokens of a sequence are folded into one; 1 leaves all.
+        weight_sharing: how positions become rows.
+        sketch: number of tokens of a sequence that are folded into one; 1 keeps all.
 
     Attributes:
-        step: number of the step; sketches of different steps have different signs.
+        step: number of the step. Sketches of different steps have different signs.
         sources: as given.
-        waiting: the layers whose gradients have come, and whose sums are still to be made.
+        waiting: the layers whose gradients have arrived, but whose sums are not computed yet.
     """
 
     def __init__(self, sources: Mapping[str, Source], weight_sharing: WeightSharing, sketch: int) -> None:
@@ -144,7 +148,7 @@ class Summation:
         self.waiting: Readers | None = None
 
     def collect(self, call: Call, gradient: Tensor, backward: Backward) -> Readers | None:
-        """Take in the gradient of a layer's output; the layers before it, where those read something else."""
+        """Take in the gradient of a layer's output. Returns the layers before it if they read another tensor."""
         source = self.sources[call.name]
         dtype, done = source.dtype(), None
         if self.waiting is None or not self.waiting.include(call, source.adapter, dtype, backward):
@@ -165,7 +169,7 @@ class Summation:
             for name, gradient in readers.gradients.items():
                 source = self.sources[name]
                 delta = self._weight_sharing.gradients(readers.adapter, gradient.to(readers.dtype), rows)
-                # Copies: a layer adds the sums of later micro-batches into what it was handed.
+                # Copies: a layer adds the sums of later micro-batches to these tensors in place.
                 known = {key: shared[key].clone() for key in source.degrees if key in shared}
                 sums = source.observe(rows.h, delta, known, fold)
                 shared |= {key: sums[key] for key, degree in source.degrees.items() if not degree}
@@ -184,12 +188,12 @@ class Summation:
 
 
 def positions_of(inputs: Tensor, adapter: Adapter) -> torch.Size:
-    """The shape of the positions that a layer was given inputs at."""
+    """The shape of the positions of a layer's inputs."""
     return inputs.shape if adapter.one_hot else inputs.shape[:-1]
 
 
 def _undo(scale: Tensor, sums: Sums, degrees: Mapping[str, int]) -> None:
-    """Divide sums by the factor that backward has put on gradients, in place, as often as these enter."""
+    """Divide sums, in place, by the factor that backward has put on gradients, to the power of their degree."""
     for key, degree in degrees.items():
         if degree:
             sums[key].mul_(scale.to(sums[key].device) ** -degree)

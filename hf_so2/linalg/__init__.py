@@ -1,4 +1,4 @@
-"""Pure functions of tensors: inverses, roots and norms. Nothing here knows of layers, optimizers or processes."""
+"""Pure functions of tensors: inverses, roots and norms. They know nothing of layers, optimizers or processes."""
 
 from hf_so2.linalg import block_diagonal
 from hf_so2.linalg.basis import follow_basis, has_null_space, off_diagonal_share

@@ -1,4 +1,4 @@
-"""Following the eigenbasis of a matrix that moves slowly, at less than the cost of decomposing it again."""
+"""Tracks the eigenbasis of a slowly changing matrix, at a lower cost than a new decomposition."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hf_so2.linalg.errors import DecompositionError
 
 
 def off_diagonal_share(matrix: Tensor) -> Tensor:
-    """`|X - diag X|_F / |X|_F`, shape (...) in [0, 1]; 0 for a zero matrix. In an eigenbasis of X it is round-off."""
+    """`|X - diag X|_F / |X|_F`, shape (...) in [0, 1]; 0 for a zero matrix. In the eigenbasis of X it is round-off."""
     largest = matrix.abs().amax(dim=(-2, -1), keepdim=True)
     relative = matrix / torch.where(largest > 0, largest, torch.ones_like(largest))
     total = relative.square().sum(dim=(-2, -1))
@@ -19,17 +19,17 @@ def off_diagonal_share(matrix: Tensor) -> Tensor:
 
 
 def follow_basis(matrix: Tensor, basis: Tensor, tolerance: float = 0.0) -> tuple[Tensor, Tensor]:
-    """The basis one step of orthogonal iteration closer to the eigenvectors of X: Q of `X U = Q R`.
+    """One step of orthogonal iteration towards the eigenvectors of X. The new basis is Q of `X U = Q R`.
 
-    The columns of U are first put in descending order of their Rayleigh quotients, so that directions that have
-    overtaken others are not held back by them, and so that the result does not depend on the order or the signs in
-    which they are passed (Vyas et al. 2024, arXiv 2409.11321, algorithm 4; Wang et al. 2024, arXiv 2405.18144).
+    The columns of U are first sorted by descending Rayleigh quotient. A direction that has overtaken others is then not
+    held back by them, and the result does not depend on the order or the signs of the columns (Vyas et al. 2024,
+    arXiv 2409.11321, algorithm 4; Wang et al. 2024, arXiv 2405.18144).
 
     Args:
         matrix: X, symmetric positive semi-definite, shape (..., n, n), float32 or float64.
         basis: U, shape (..., n, n), orthonormal columns.
-        tolerance: U itself is handed back while the off-diagonal share of `Uᵀ X U` in its Frobenius norm is at most
-            this; 0 never skips.
+        tolerance: U itself is returned if the off-diagonal share of `Uᵀ X U`, in Frobenius norm, is at most this; 0
+            never skips.
 
     Returns:
         Estimated eigenvalues of shape (..., n) and the basis (..., n, n), in the same order.
@@ -47,7 +47,7 @@ def follow_basis(matrix: Tensor, basis: Tensor, tolerance: float = 0.0) -> tuple
         if bool(stays.all()):
             return values.clamp(min=0), basis
     order = values.argsort(dim=-1, descending=True, stable=True)
-    # The two halves of `torch.linalg.qr`, which also cuts out the triangle.
+    # The two parts of `torch.linalg.qr` that are needed. It would also compute the triangle.
     reflectors, scales = torch.geqrf(image.take_along_dim(order.unsqueeze(-2), dim=-1))
     new_values = reflectors.diagonal(dim1=-2, dim2=-1).abs()
     new_basis = torch.linalg.householder_product(reflectors, scales)
@@ -60,8 +60,8 @@ def follow_basis(matrix: Tensor, basis: Tensor, tolerance: float = 0.0) -> tuple
 def has_null_space(values: Tensor) -> Tensor:
     """Whether some eigenvalue is zero within the resolution of a decomposition, shape (...).
 
-    The vectors of a null space are arbitrary, so that a step of orthogonal iteration from them is arbitrary as well,
-    once the space fills: only a full decomposition gives the same basis on every run.
+    The vectors of a null space are arbitrary. When the space fills, a step of orthogonal iteration from them is
+    arbitrary too. Only a full decomposition gives the same basis on every run.
 
     Args:
         values: eigenvalues of a positive semi-definite matrix, in any order, shape (..., n).

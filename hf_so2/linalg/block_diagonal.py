@@ -1,8 +1,8 @@
-"""Block-diagonal matrices, kept as one tensor: the blocks below each other, (n, width) for n rows.
+"""Block-diagonal matrices, kept as one tensor: the blocks are stacked vertically, (n, width) for n rows.
 
-A dimension n above the size of a block is cut into `⌈n / size⌉` parts whose lengths differ by at most one, so that
-there is no small leftover whose factors would be noise. The width is the longest part; of a shorter one the last column
-stays zero. A square matrix is one block.
+A dimension n above the size of a block is cut into `⌈n / size⌉` parts. Their lengths differ by at most one: a small
+leftover part would have factors of mere noise. The width is the length of the longest part. The last column of a
+shorter part stays zero. A square matrix is one block.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ def parts_of(size: int, most: int) -> int:
 
 
 def bounds(size: int, most: int) -> Iterator[tuple[int, int]]:
-    """Where each part begins and ends."""
+    """The range (begin, end) of each part."""
     count = parts_of(size, most)
     longer = size % count
     return pairwise(accumulate([size // count + (part < longer) for part in range(count)], initial=0))
 
 
 def is_cut(matrix: Tensor) -> bool:
-    """Whether it has more than one block."""
+    """Whether the matrix has more than one block."""
     return matrix.shape[-1] < matrix.shape[-2]
 
 
@@ -53,11 +53,12 @@ def of_blocks(parts: Sequence[Tensor], like: Tensor) -> Tensor:
 
 
 def each_block(apply: Callable[..., Tensor], matrix: Tensor, *others: Tensor) -> Tensor:
-    """What a function of a square matrix makes of each block.
+    """The block-diagonal matrix of a function's result for each block.
 
     Args:
-        apply: takes a block, and of each of the others what belongs to it.
-        others: numbers, one for each block, shape (..., blocks); of one block, (...).
+        apply: the function of a block and of its number in each of `others`.
+        matrix: the block-diagonal matrix.
+        others: numbers, one for each block, shape (..., blocks); (...) if there is one block.
     """
     if not is_cut(matrix):
         return apply(matrix, *others)
@@ -67,7 +68,7 @@ def each_block(apply: Callable[..., Tensor], matrix: Tensor, *others: Tensor) ->
 
 
 def measure(function: Callable[[Tensor], Tensor], matrix: Tensor) -> Tensor:
-    """A number of each block, shape (..., blocks); of one block, (...)."""
+    """A number for each block, shape (..., blocks); (...) if there is one block."""
     if not is_cut(matrix):
         return function(matrix)
     return torch.stack([function(block) for block in blocks(matrix)], dim=-1)
@@ -90,7 +91,7 @@ def times_from_right(left: Tensor, matrix: Tensor) -> Tensor:
 
 
 def of_each_row(numbers: Tensor, matrix: Tensor) -> Tensor:
-    """Numbers of blocks, (..., blocks), as numbers of rows, (..., n); of one block, (..., 1)."""
+    """Numbers of blocks, (..., blocks), expanded to rows, (..., n); to (..., 1) if there is one block."""
     if not is_cut(matrix):
         return numbers.unsqueeze(-1)
     lengths = torch.tensor([end - start for start, end in bounds(*matrix.shape[-2:])], device=numbers.device)

@@ -1,4 +1,4 @@
-"""Two symmetric matrices made diagonal at once."""
+"""Diagonalizes two symmetric matrices simultaneously."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from hf_so2.linalg.errors import DecompositionError
 
 
 def common_basis(part: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
-    """`T` with `Tᵀ Y T = I` and `Tᵀ X T = diag(μ)`, for `0 ≤ X ≤ Y`, retried in float64 where the precision fails.
+    """`T` with `Tᵀ Y T = I` and `Tᵀ X T = diag(μ)`, for `0 ≤ X ≤ Y`. Retried in float64 if the precision fails.
 
-    The Cholesky factor of `Y` whitens `X`, whose eigenvectors then give `T` (Golub & Van Loan, Matrix Computations,
-    4th edition, algorithm 8.7.1). `T` is a basis, but not an orthonormal one. Its signs, its order and, where a μ
-    repeats, its columns within that space are arbitrary; `T f(μ) Tᵀ` is not.
+    The Cholesky factor of `Y` whitens `X`. The eigenvectors of the whitened `X` give `T` (Golub & Van Loan, Matrix
+    Computations, 4th edition, algorithm 8.7.1). `T` is a basis, but not an orthonormal one. Its signs and its order are
+    arbitrary, and so are its columns in the space of a repeated μ. `T f(μ) Tᵀ` is not arbitrary.
 
     Args:
         part: X, symmetric positive semi-definite, shape (n, n), float32 or float64.
@@ -38,7 +38,7 @@ def _common_basis(part: Tensor, whole: Tensor) -> tuple[Tensor, Tensor] | None:
     triangle, info = torch.linalg.cholesky_ex(whole)
     half = torch.linalg.solve_triangular(triangle, part, upper=False)
     whitened = torch.linalg.solve_triangular(triangle, half.mT, upper=False)
-    # A NaN passes LAPACK's pivot test on some back ends.
+    # On some back ends, a NaN passes LAPACK's pivot test.
     if not bool((info == 0) & torch.isfinite(whitened.sum())):
         return None
     values, vectors = eigh((whitened + whitened.mT) / 2)

@@ -11,16 +11,17 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from hf_so2.linalg.errors import DecompositionError, retried_in_float64
 
-# Eigenvalues are exact to about one unit of round-off of the largest; measured on null spaces of up to 512 dimensions.
+# The error of an eigenvalue is about one unit of round-off of the largest one, measured on null spaces of up to 512
+# dimensions.
 RESOLUTION = 8.0
 
-# Whether eigenvalues are all distinct, with the version of the tensor that was looked at: asked at every step, answered
-# anew only when they have changed, so that a device is not waited for.
+# Whether eigenvalues are all distinct, with the version of the tensor for which this was computed. Every step needs it.
+# It is computed again only if the eigenvalues have changed, to avoid a wait for the device.
 _all_distinct: MutableMapping[Tensor, tuple[int, bool]] = WeakTensorKeyDictionary()
 
 
 def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and eigenvectors, `X = U diag(λ) Uᵀ`, retried in float64 where the working precision fails.
+    """Eigenvalues and eigenvectors, `X = U diag(λ) Uᵀ`. Retried in float64 if the working precision fails.
 
     Args:
         matrix: symmetric positive semi-definite, shape (..., n, n), float32 or float64.
@@ -36,13 +37,13 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def largest_eigenvalue(matrix: Tensor) -> Tensor:
-    """λ_max of a symmetric positive semi-definite matrix, shape (...,) for (..., n, n); fails and retries as `eigh`."""
+    """λ_max of a symmetric positive semi-definite matrix, shape (...,) for (..., n, n). Fails and retries as `eigh`."""
     values: Tensor = _decomposed(torch.linalg.eigvalsh, matrix)
     return values[..., -1].clamp(min=0).to(matrix.dtype)
 
 
 def is_finite(matrix: Tensor) -> bool:
-    """Whether every entry is; a sum is not finite if an entry is not, and much cheaper to look at."""
+    """Whether every entry is finite. The sum is not finite if an entry is not, and is much cheaper to check."""
     return bool(torch.isfinite(matrix.sum())) or bool(torch.isfinite(matrix).all())
 
 
@@ -53,17 +54,17 @@ def _decomposed(decompose: Callable[[Tensor], Any], matrix: Tensor) -> Any:
 
 
 def mean_over_eigenspaces(matrix: Tensor, values: Tensor) -> Tensor:
-    """Each row of a matrix replaced by the mean of the rows that belong to the same eigenspace.
+    """The matrix with each row replaced by the mean of the rows of the same eigenspace.
 
-    Eigenvalues closer than a decomposition resolves count as one: their eigenvectors are any basis of the space that
-    they span, and differ from run to run by more than round-off.
+    Eigenvalues closer than the resolution of a decomposition count as one. Their eigenvectors may be any basis of the
+    space that they span, and differ from run to run by more than round-off.
 
     Args:
         matrix: one row for each eigenvalue, shape (..., n, m).
         values: eigenvalues of a positive semi-definite matrix, in any order, shape (..., n).
 
     Returns:
-        The means, (..., n, m); `matrix` itself where all eigenvalues are distinct.
+        The means, (..., n, m); `matrix` itself if all eigenvalues are distinct.
     """
     version, are_distinct = _all_distinct.get(values, (-1, False))
     if version == values._version and are_distinct:
@@ -82,13 +83,13 @@ def mean_over_eigenspaces(matrix: Tensor, values: Tensor) -> Tensor:
 
 
 def _means(matrix: Tensor, is_gap: Tensor, order: Tensor) -> Tensor:
-    """Over the rows between two gaps of the ascending eigenvalues, whose order in the matrix is `order`."""
+    """Means over the rows between two gaps of the ascending eigenvalues; `order` is their order in `matrix`."""
     space = torch.cat([is_gap.new_zeros(1), is_gap]).cumsum(dim=0)
-    # As many bags as rows, the last ones empty: how many spaces there are is known on the device only. Unlike sums by
-    # index it adds in the same order on every run, also on a GPU, so that ranks stay equal.
+    # There are as many bags as rows, and the last ones are empty: only the device knows the number of spaces. Unlike
+    # sums by index, bags add in the same order on every run, also on a GPU. Ranks thus stay equal.
     starts = torch.searchsorted(space, torch.arange(len(space), device=space.device))
     sizes = torch.cat([starts, starts.new_full((1,), len(space))]).diff()
-    # Weights, since a sum of large entries overflows where their mean does not.
+    # Weights, since the sum of large entries can overflow although their mean does not.
     weights = sizes[space].to(matrix.dtype).reciprocal()
     means = torch.nn.functional.embedding_bag(order, matrix, starts, mode="sum", per_sample_weights=weights)
     return means[space[order.argsort()]]

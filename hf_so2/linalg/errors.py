@@ -1,4 +1,4 @@
-"""The one way in which linear algebra can fail here."""
+"""The error for failures of linear algebra, and the retry in float64."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -10,10 +10,10 @@ T = TypeVar("T")
 
 
 class DecompositionError(ArithmeticError):
-    """A matrix that cannot be decomposed, in float64 either: indefinite after damping, or not finite."""
+    """A matrix cannot be decomposed, not even in float64: it is indefinite after damping, or not finite."""
 
 
-# What a routine of this package can raise: LAPACK's own error where nothing is left to try in float64.
+# The errors that a routine of this package can raise. It raises LAPACK's own error if no retry in float64 is left.
 FAILURES = (DecompositionError, torch.linalg.LinAlgError)
 
 
@@ -25,15 +25,15 @@ _retried = _Retried()
 
 
 def retries() -> int:
-    """How often this process has tried something again in float64."""
+    """Number of retries in float64 that this process has made."""
     return _retried.count
 
 
 def retried_in_float64(decompose: Callable[..., T], *matrices: Tensor, missing: str) -> T:
-    """What a routine of LAPACK makes of some matrices, or of the same ones in float64 where it fails.
+    """The result of a LAPACK routine for some matrices. If it fails, the routine is retried with them in float64.
 
     Raises:
-        DecompositionError: it fails in float64 too; `missing` begins the message.
+        DecompositionError: the retry fails too. The message begins with `missing`.
     """
     try:
         return decompose(*matrices)

@@ -8,19 +8,20 @@ from torch import Tensor
 from hf_so2.linalg.errors import DecompositionError
 from hf_so2.linalg.products import per_matrix
 
-# Small eigenvalues grow by a factor of 2 (p = 1) to e per iteration, so this spans more than the range of float64.
+# Small eigenvalues grow by a factor of 2 (p = 1) to e per iteration. This many iterations span at least a factor of
+# 1e30, more than the resolution of float64.
 MAX_ITERATIONS = 100
-# In units of round-off and of the dimension: how far from the identity the iteration may end.
+# How far from the identity the iteration may end, in units of round-off times the dimension.
 TOLERANCE = 10.0
 
 
 def newton_root(matrix: Tensor, damping: Tensor | float, root: int) -> Tensor:
-    """`(X + ρI)^(-1/p)` by the coupled Newton iteration, retried in float64 where the working precision fails.
+    """`(X + ρI)^(-1/p)` by the coupled Newton iteration. Retried in float64 if the working precision fails.
 
     `M_0 = z (X + ρI)`, `Y_0 = z^(1/p) I`; then `T = ((p+1) I - M) / p`, `Y ← Y T`, `M ← T^p M` until `M = I` (Higham,
-    Functions of Matrices, 2008, equation 7.18; used for Shampoo by Anil et al. 2020, arXiv 2002.09018). It needs matrix
-    products only, which accelerators are best at. Relative errors measured in float32 at a condition number of 1e4:
-    1.5e-4, 3e-5, 1e-5, 4e-6 for p = 1, 2, 4, 8; by eigendecomposition 3e-5, 7e-5, 3e-5, 1e-5.
+    Functions of Matrices, 2008, equation 7.18; used for Shampoo by Anil et al. 2020, arXiv 2002.09018). It needs only
+    matrix products, which are fast on accelerators. Relative errors measured in float32 at a condition number of 1e4
+    are 1.5e-4, 3e-5, 1e-5, 4e-6 for p = 1, 2, 4, 8. An eigendecomposition has 3e-5, 7e-5, 3e-5, 1e-5.
 
     Args:
         matrix: symmetric positive semi-definite, shape (..., n, n), float32 or float64.
@@ -43,15 +44,15 @@ def newton_root(matrix: Tensor, damping: Tensor | float, root: int) -> Tensor:
 
 
 def _iterate(matrix: Tensor, damping: Tensor | float, root: int) -> Tensor | None:
-    """The roots, or None where the iteration does not arrive for one of them."""
+    """The roots, or None if the iteration does not converge for one of them."""
     size = matrix.shape[-1]
     identity = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
     damped = matrix + (per_matrix(damping, matrix) if isinstance(damping, Tensor) else damping) * identity
     largest = damped.abs().amax(dim=(-2, -1), keepdim=True)
     if not bool((torch.isfinite(largest) & (largest > 0)).all()):
         return None
-    # Squares of entries near the ends of the range would leave it; relative to the largest entry they do not. Both
-    # factors are powers of two: rounding here would be amplified by the condition number.
+    # The square of a very large or very small entry would leave the range. Divided by the largest entry it does not.
+    # Both scale factors are powers of two: the condition number would amplify any rounding here.
     unit = _power_of_two(largest)
     damped = damped / unit
     scale = _power_of_two((1 + root) / (2 * torch.linalg.matrix_norm(damped, keepdim=True)))
@@ -62,7 +63,7 @@ def _iterate(matrix: Tensor, damping: Tensor | float, root: int) -> Tensor | Non
         step = ((root + 1) * identity - product) / root
         new_found, new_product = found @ step, torch.linalg.matrix_power(step, root) @ product
         new_error = (new_product - identity).abs().amax(dim=(-2, -1), keepdim=True)
-        # Once it has arrived, round-off drives the two sequences apart: stop at the best.
+        # After convergence, round-off drives the two sequences apart. So the iteration stops at the best iterate.
         has_arrived |= (error < 0.1) & ~(new_error < error)
         if bool(has_arrived.all()):
             break
@@ -77,5 +78,5 @@ def _iterate(matrix: Tensor, damping: Tensor | float, root: int) -> Tensor | Non
 
 
 def _power_of_two(value: Tensor) -> Tensor:
-    """The largest one up to `value`."""
+    """The largest power of two up to `value`."""
     return value.log2().floor().exp2()

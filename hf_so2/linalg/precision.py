@@ -1,4 +1,4 @@
-"""Matrix products of float32 tensors from rounded inputs, which the hardware multiplies faster."""
+"""Matrix products of float32 tensors with rounded inputs, which are faster in hardware."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ MATMUL_PRECISIONS = ("highest", "medium")
 
 @contextmanager
 def matmul_precision(precision: str) -> Iterator[None]:
-    """What products of float32 matrices may do to their inputs inside the context; sums and results stay float32.
+    """A context in which products of float32 matrices may round their inputs. Sums and results stay float32.
 
     Args:
-        precision: `highest` leaves torch as the user has set it. `medium` rounds inputs to bfloat16 on a CPU (8
-            significant bits; without effect where the CPU has no such instructions) and to TF32 on an NVIDIA GPU (11
+        precision: `highest` keeps torch's settings as the user has set them. `medium` rounds inputs to bfloat16 on a
+            CPU (8 significant bits; no effect if the CPU lacks such instructions) and to TF32 on an NVIDIA GPU (11
             bits), as `torch.set_float32_matmul_precision` does for a whole program. Other dtypes are not affected.
     """
     if precision == "highest":

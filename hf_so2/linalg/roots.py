@@ -9,15 +9,15 @@ from hf_so2.linalg.eigen import eigh, is_finite
 from hf_so2.linalg.errors import DecompositionError
 from hf_so2.linalg.products import per_matrix
 
-# LAPACK walks along rows of memory. Where they are a multiple of this many bytes long, the entries of a column fall on
-# the same few lines of the cache; from `LEAST` dimensions on, more columns cost less than that.
+# LAPACK reads memory across rows. If the length of a row is a multiple of this many bytes, the entries of a column
+# share the same few cache lines. From `LEAST` dimensions on, additional columns cost less than this.
 ALIASED_BYTES, EXTRA, LEAST = 1024, 16, 1024
 
 
 def damped_inverse(matrix: Tensor, damping: Tensor | float) -> Tensor:
-    """`(X + ρI)^-1` by Cholesky, retried in float64 where the working precision does not suffice.
+    """`(X + ρI)^-1` by Cholesky. Retried in float64 if the working precision is not sufficient.
 
-    A symmetric inverse costs n³ flops this way, about a quarter of an eigendecomposition.
+    A symmetric inverse costs n³ flops in this way, about a quarter of an eigendecomposition.
 
     Args:
         matrix: symmetric positive semi-definite, shape (..., n, n), float32 or float64.
@@ -70,19 +70,19 @@ def _cholesky_inverse(matrix: Tensor, damping: Tensor | float) -> Tensor | None:
     diagonal = damped.diagonal(dim1=-2, dim2=-1)[..., :size]
     diagonal.add_(damping.to(matrix.dtype).unsqueeze(-1) if isinstance(damping, Tensor) else damping)
     factor, info = torch.linalg.cholesky_ex(damped)
-    # A NaN passes LAPACK's pivot test on some back ends. A sum is not finite if an entry is not, and much cheaper to
-    # look at; where it overflows by itself, float64 has the last word.
+    # On some back ends, a NaN passes LAPACK's pivot test. The sum is not finite if an entry is not, and is much cheaper
+    # to check. If the sum itself overflows, the retry in float64 decides.
     if not bool((info == 0).all() & torch.isfinite(factor.sum())):
         return None
     inverse = torch.cholesky_inverse(factor)[..., :size, :size]
-    if inverse.device.type != "cpu":  # LAPACK computes one triangle and mirrors it, cuSOLVER solves for both
+    if inverse.device.type != "cpu":  # LAPACK mirrors one triangle, cuSOLVER computes both
         inverse = (inverse + inverse.mT) / 2
     # The inverse of denormal numbers overflows.
     return inverse if bool(torch.isfinite(inverse.sum())) else None
 
 
 def _unaliased(matrix: Tensor) -> Tensor:
-    """A copy, on a CPU as the first block of `diag(X, I)` where X has rows of a length that is slow to walk across."""
+    """A copy. On a CPU it is the first block of `diag(X, I)`, if the length of X's rows makes column access slow."""
     size = matrix.shape[-1]
     if matrix.device.type != "cpu" or size < LEAST or size * matrix.itemsize % ALIASED_BYTES:
         return matrix.clone()

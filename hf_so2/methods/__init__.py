@@ -1,1 +1,1 @@
-"""The table of optimizers, and the settings that they run with."""
+"""The table of optimizers, and their settings."""

@@ -1,4 +1,7 @@
-"""Another damping for some modules: `pattern=strength` or `pattern=rule:strength`, by regular expressions on names."""
+"""Another damping for some modules: `pattern=strength` or `pattern=rule:strength`.
+
+A pattern is a regular expression on module names.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +26,8 @@ class DampingOverride:
     """One entry of the setting `damping_overrides`.
 
     Args:
-        text: as the user wrote it.
-        pattern: searched for in qualified module names, as in `skip_modules`.
+        text: the entry as the user wrote it.
+        pattern: a regular expression, searched for in qualified module names, as in `skip_modules`.
         rule: a key of `RULES`, or None for the rule of the setting `damping_rule`.
         epsilon: the strength ε > 0, at the base width.
     """
@@ -39,9 +42,9 @@ class DampingOverride:
         """Read one entry.
 
         Raises:
-            ValueError: it is not of either form.
+            ValueError: the entry has neither form.
         """
-        # The last "=" separates: a pattern may hold others.
+        # The last "=" is the separator: a pattern may contain others.
         pattern, separator, value = text.rpartition("=")
         rule, _, strength = value.rpartition(":")
         epsilon = float(strength)
@@ -64,11 +67,11 @@ def are_overrides(value: object) -> bool:
 
 
 class DampingOverrides:
-    """The setting `damping_overrides` applied to one model; where several entries match, the first counts.
+    """The setting `damping_overrides`, applied to one model. If several entries match, the first one counts.
 
     Args:
         entries: the setting.
-        model: names its modules.
+        model: the model, for the names of its modules.
     """
 
     def __init__(self, entries: Sequence[str], model: nn.Module) -> None:
@@ -77,7 +80,7 @@ class DampingOverrides:
         self._idle = {entry.text for entry in self._entries}
 
     def apply(self, damping: Damping, modules: Sequence[nn.Module]) -> Damping:
-        """The damping of a weight that `modules` use, where `damping` is everybody's."""
+        """The damping of a weight that `modules` use. It is `damping` if no entry matches."""
         matching = [e for e in self._entries if any(e.pattern.search(self._names[id(module)]) for module in modules)]
         self._idle -= {entry.text for entry in matching}
         if not matching:
@@ -85,7 +88,7 @@ class DampingOverrides:
         return replace(damping, rule=matching[0].rule or damping.rule, epsilon=matching[0].epsilon)
 
     def refuse_idle(self) -> None:
-        """Complain once every weight has been asked for.
+        """Refuse entries without effect. Call it after `apply` of all weights.
 
         Raises:
             ConfigurationError: an entry has matched no preconditioned weight.

@@ -1,4 +1,4 @@
-"""Settings that methods start from, by norm control: the unit of a learning rate depends on it."""
+"""Default settings of the methods, by norm control: the unit of a learning rate depends on it."""
 
 from __future__ import annotations
 
@@ -7,24 +7,26 @@ from typing import Any
 
 from hf_so2.engine.norm_control import NORM_CONTROLS
 
-# Tuned for K-FAC on configs/quickstart.yaml, and the best of the rates tried there for the others, Muon excepted: all
-# singular values of its updates have that size (docs/results.md).
+# Tuned for K-FAC on configs/quickstart.yaml. Of the learning rates tried there, it is also the best for the other
+# methods, except for Muon: in Muon's updates, all singular values are as large as the largest one (docs/results.md).
 SPECTRAL = {"lr": 0.06, "fallback_learning_rate": 0.08, "hidden_fallback_learning_rate": 0.002}
 
-# The best of what was tried there for the K-FAC family: the clip sets the size of the steps until the rate has decayed.
-# At a tenth of this rate a bound of 1e-3 or more is never reached.
+# The best of the values tried there for the K-FAC family. The clip sets the size of the steps until the learning rate
+# has decayed. At a tenth of this learning rate, a bound of 1e-3 or more is never reached.
 CLIPPED = {"lr": 0.1, "kl_clip": 1e-4, "fallback_learning_rate": 0.04}
 
 
 def untuned(
     plain: float, clipped: Mapping[str, float] | None = None, **others: float
 ) -> Mapping[str, Mapping[str, Any]]:
-    """Rates where another norm control gives them another unit: safe to start from on small Llamas, not tuned.
+    """Settings under the other norm controls, which give learning rates another unit.
+
+    They are not tuned, but are a safe start on small Llamas.
 
     Args:
-        plain: the learning rate where nothing but the method fixes the size of a step.
-        clipped: what differs under the KL clip.
-        others: settings that go with either.
+        plain: the learning rate where only the method sets the size of a step.
+        clipped: the settings that differ under the KL clip.
+        others: settings for both cases.
     """
     alone = {"lr": plain, **others}
     return {

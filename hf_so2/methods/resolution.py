@@ -1,4 +1,4 @@
-"""The settings that one method runs with: what was given, over its own defaults, and nothing that it would ignore."""
+"""The settings of one method: the user's settings over the method's defaults. A setting without effect is refused."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hf_so2.errors import ConfigurationError
 from hf_so2.methods.settings import SETTING_NAMES, Settings
 from hf_so2.spelling import did_you_mean
 
-# What to say where a setting needs a part that the chosen method lacks.
+# The messages for a setting that needs a part that the chosen method lacks.
 INSTEAD = {
     "momentum": "a method with momentum",
     "curvature": "a method with curvature",
@@ -34,7 +34,7 @@ INSTEAD = {
 
 
 def parts_in_use(uses: frozenset[str], settings: Settings) -> frozenset[str]:
-    """All that a field's `needs` can ask for: the parts of a method, and those that other settings switch on."""
+    """All parts that a field's `needs` can name: the parts of a method, and those that other settings switch on."""
     switched_on = {
         settings.norm_control: "curvature" in uses,
         "average": "statistics" in uses and settings.shampoo_accumulation == "ema",
@@ -50,13 +50,13 @@ def parts_in_use(uses: frozenset[str], settings: Settings) -> frozenset[str]:
 def resolve(
     method: str, uses: frozenset[str], defaults: Mapping[str, Any], given: Mapping[str, Any], **aliases: str
 ) -> Settings:
-    """The settings of one optimizer: what was given, then the method's defaults, then those of `Settings`.
+    """The settings of one optimizer: the given ones, then the method's defaults, then those of `Settings`.
 
     Args:
         method: the optimizer's name, for messages.
         uses: the parts that the method has, as in the fields' `needs`.
         defaults: the method's own defaults.
-        given: what the user asked for; None means "not given".
+        given: the user's settings; None means "not given".
         aliases: other spellings of a setting, alias to name.
 
     Raises:
@@ -82,7 +82,7 @@ def resolve(
                 entry.name, asked[entry.name], f"has no effect on {method}; it needs {INSTEAD[needs]}"
             )
     if settings.adaptive_damping and settings.norm_control not in ("none", "kl_clip"):
-        # Damping would turn an update whose length is fixed, and lengths are what the measured ratio judges.
+        # If the length of an update is fixed, damping only rotates it. The measured ratio judges lengths.
         allowed = f"needs norm_control none or kl_clip, not {settings.norm_control}"
         raise ConfigurationError("adaptive_damping", True, allowed)
     return settings

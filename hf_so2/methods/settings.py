@@ -47,7 +47,7 @@ def optional(check: Check) -> Check:
 
 
 def setting(default: Any, check: Check, text: str, needs: str = "") -> Any:
-    """A field of `Settings`; `needs` names the part of a method without which the setting would have no effect."""
+    """A field of `Settings`. `needs` names a part of a method; without this part the setting has no effect."""
     return field(default=default, metadata={"help": text, "check": check, "needs": needs})
 
 
@@ -55,7 +55,7 @@ def _are_patterns(value: Any) -> bool:
     return isinstance(value, tuple | list) and all(isinstance(pattern, str) for pattern in value)
 
 
-# Settings that are lists of strings; a user may give any sequence, the dataclass keeps a tuple.
+# Settings that are lists of strings. A user may give any sequence; the dataclass keeps a tuple.
 LIST_SETTINGS = ("damping_overrides", "skip_modules")
 
 

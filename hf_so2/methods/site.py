@@ -15,11 +15,11 @@ class Site:
     """The place of a block in the model.
 
     Args:
-        shape: (fan_out, fan_in) of the weight, with a column for its bias where that belongs to the block.
-        width: its role and growth.
+        shape: (fan_out, fan_in) of the weight, with a column for its bias if the bias belongs to the block.
+        width: role of the weight and its growth with the width.
         diagonal: the sides, of "A" and "B", whose factor is a diagonal.
-        one_sided: whether the output side is left alone.
-        tied: whether tokens reach the weight as an embedding and as the head.
+        one_sided: whether only the input side is preconditioned.
+        tied: whether the weight is used both as an embedding and as the head.
     """
 
     shape: tuple[int, int]
@@ -29,11 +29,11 @@ class Site:
     tied: bool = False
 
     def sides(self, settings: Settings) -> frozenset[str]:
-        """The sides of a gradient that are preconditioned: those that are small enough, or cut into blocks."""
+        """The sides of a gradient that are preconditioned: those that are small enough, or all if cut into blocks."""
         limit = math.inf if settings.block_size else settings.max_preconditioner_dim
         return frozenset(side for side, dim in zip("LR", self.shape, strict=True) if dim <= limit)
 
     def cut(self, block: GradientBlock, settings: Settings) -> GradientBlock:
-        """The block, or one for each part of a weight that is larger than `block_size`."""
+        """The block; for a weight larger than `block_size`, one block for each part."""
         size = settings.block_size
         return Blocked(block, size, self.shape) if size and max(self.shape) > size else block

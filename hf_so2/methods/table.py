@@ -42,17 +42,17 @@ from hf_so2.spelling import did_you_mean
 
 @dataclass(frozen=True)
 class Method:
-    """What distinguishes one optimizer from the next.
+    """The properties of one optimizer.
 
     Args:
-        name: without `_mup`; what the coverage table and the groups call it.
-        lr_rule: how its learning rate scales with the width when nothing else fixes the size of its updates.
-        first_order: the algorithm of everything that it does not precondition: `adamw` or `sgd`.
+        name: the name without `_mup`, as in the coverage table and the groups.
+        lr_rule: how the learning rate scales with the width, if no norm control sets the size of the updates.
+        first_order: the algorithm for all parameters that are not preconditioned: `adamw` or `sgd`.
         block: makes the curvature block of a site; None for a first-order method.
-        damping: the width multipliers of its damping, as keywords of `hf_so2.damping.Damping`.
+        damping: the width multipliers of the damping, as keywords of `hf_so2.damping.Damping`.
         uses: the parts that settings can refer to; see `Settings`.
         defaults: settings that differ from those of `Settings`.
-        defaults_under: others in their place, by norm control: the unit of a learning rate depends on it.
+        defaults_under: by norm control, settings that replace `defaults`: the unit of a learning rate depends on it.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Method:
         """How the learning rate of a preconditioned weight scales with the width under the norm control in use.
 
         Args:
-            settings: which norm control that is.
+            settings: the settings, with the norm control.
             one_sided: whether the weight is preconditioned on its input side alone; see `block_for`.
         """
         own = rules.two_sided(settings.exponent_a, 0) if one_sided else self.lr_rule(settings)
@@ -79,7 +79,7 @@ class Method:
 
         Args:
             width: the weight's role and growth.
-            one_sided: as for the learning rate; what is damped then is `A` itself, whatever the method.
+            one_sided: as for the learning rate. Damping is then added to `A` itself, for every method.
         """
         return factored_damping(width) if one_sided else self.damping(width)
 
@@ -88,8 +88,9 @@ class Method:
 
         Args:
             settings: ε of the method's own blocks, and the rule.
-            factored: whether the block is one of factors whatever the method: one-sided or tied, see `block_for`. EKFAC
-                damps products of eigenvalues, `S + ε·tr S`, and so has `ε = ε_A ε_B`; one of two alike factors gets √ε.
+            factored: whether the block is one-sided or tied, and so damps factors for every method; see `block_for`.
+                EKFAC damps products of eigenvalues, `S + ε·tr S`, so its `ε = ε_A ε_B`. Each of two equal factors then
+                gets √ε.
         """
         is_single = self.damping is single_damping and RULES[settings.damping_rule].is_relative
         return math.sqrt(settings.damping) if factored and is_single else settings.damping
@@ -97,9 +98,9 @@ class Method:
     def block_for(self, settings: Settings, site: Site) -> CurvatureBlock | None:
         """The curvature block of a site, or None for a first-order method.
 
-        With one side every member of the K-FAC family is the same: in the eigenbasis of `A` alone, `S` is its spectrum,
-        and with nothing on the other side there is no trace to be restricted. So they are for a tied weight, since what
-        distinguishes them is of one Kronecker product, not of a sum of two.
+        With one side, all methods of the K-FAC family are the same: in the eigenbasis of `A` alone, `S` is the spectrum
+        of `A`, and without another side there is no trace to restrict. They are also the same for a tied weight: their
+        differences apply to one Kronecker product, not to a sum of two.
         """
         if site.tied:
             return Tied(settings.beta2, uniform_head=settings.head_output_factor == "identity")
@@ -110,10 +111,11 @@ class Method:
         return None if self.block is None else self.block(settings, site)
 
     def for_experts(self, settings: Settings) -> tuple[Method, Settings]:
-        """The method of experts that are stored as one 3-D weight, with its settings: this one if gradients suffice.
+        """The method, with its settings, for experts that are stored as one 3-D weight.
 
-        Another one keeps what the two have in common. Its damping is its own default, and its learning rate in the same
-        ratio to this method's as the defaults of the two.
+        It is this method if that needs gradients only, else `expert_method`. The other method keeps the settings that
+        both have in common. Its damping is its own default. Its learning rate is this method's, times the ratio of the
+        two default learning rates.
         """
         if "tokens" not in self.uses:
             return self, settings
@@ -126,10 +128,10 @@ class Method:
         return other, replace(settings, lr=lr, momentum=momentum, damping=others.damping)
 
     def why_not_tied(self, settings: Settings) -> str:
-        """Why a weight that is both embedding and head is left to the fallback; empty where it is preconditioned.
+        """Why the fallback updates a weight that is both embedding and head; empty if the weight is preconditioned.
 
-        FOOF makes gradient descent on the outputs of a layer, and a tied weight has two kinds of them, hidden states
-        and logits, whose rates would have to scale differently with the width.
+        FOOF does gradient descent on the outputs of a layer. A tied weight has two kinds of outputs, hidden states and
+        logits. Their learning rates would have to scale differently with the width.
         """
         if "tokens" not in self.uses:
             return ""
@@ -140,10 +142,10 @@ class Method:
         return ""
 
     def settings(self, given: Mapping[str, Any], **aliases: str) -> Settings:
-        """What was given, then this method's defaults under the norm control in use, then those of `Settings`.
+        """The given settings, then this method's defaults under the norm control in use, then those of `Settings`.
 
         Args:
-            given: what the user asked for; None means "not given".
+            given: the user's settings; None means "not given".
             aliases: other spellings of a setting, alias to name.
 
         Raises:
@@ -172,7 +174,7 @@ def _soap(settings: Settings, site: Site) -> GradientBlock:
     eps = settings.adam_epsilon * rules.damping_multiplier("adam_eps", site.width)
     block = SOAP(settings.beta2, eps, tolerance=settings.basis_tolerance, sides=site.sides(settings))
     cut = site.cut(block, settings)
-    # Blocks have bases of their own, and the norm controls that look at the average want it in the weight's axes.
+    # Each block of a cut weight has its own basis. Some norm controls need the average in the weight's coordinates.
     if cut is block and settings.momentum_order == "before" and not NORM_CONTROLS[settings.norm_control].needs:
         return replace(block, keeps_momentum=True)
     return cut
@@ -245,7 +247,7 @@ _TABLE = (
     ),
     Method(
         "kl_shampoo",
-        # Like SOAP it whitens: its update has entries of size 1 where the gradient is noise.
+        # It whitens like SOAP: where the gradient is noise, the entries of the update have size 1.
         lambda s: rules.SOAP,
         block=lambda s, site: site.cut(KLShampoo(s.beta2, site.sides(s)), s),
         damping=whitened_damping,
@@ -261,7 +263,7 @@ _TABLE = (
         defaults={**SPECTRAL, "lr": 0.015, "momentum": 0.95, "nesterov": True},
         defaults_under=untuned(0.03),
     ),
-    # Defaults are those of transformers' `adamw_torch` and `sgd`, which these names equal step for step.
+    # The defaults are those of transformers' `adamw_torch` and `sgd`. These methods equal them step for step.
     Method("adamw", lambda s: rules.ADAM, defaults={"adam_beta2": 0.999}),
     Method(
         "sgd",

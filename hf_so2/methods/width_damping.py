@@ -1,4 +1,4 @@
-"""How constant damping scales with the width, for what each method adds it to: keywords of `hf_so2.damping.Damping`."""
+"""How constant damping scales with the width, by what it is added to. Functions return keywords of `Damping`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hf_so2.mup import ParameterWidth, rules
 
 
 class Multipliers(TypedDict, total=False):
-    """Keywords of `Damping`; 1 where left out."""
+    """Keywords of `hf_so2.damping.Damping`. A missing one is 1."""
 
     multiplier_a: float
     multiplier_b: float
@@ -43,6 +43,6 @@ def gradient_damping(width: ParameterWidth) -> Multipliers:
 
 
 def whitened_damping(width: ParameterWidth) -> Multipliers:
-    """On KL-Shampoo's `R` and `L`: their product is the square of an entry of the gradient, so each goes like one."""
+    """On KL-Shampoo's `R` and `L`: their product scales as a squared gradient entry, so each scales as an entry."""
     entry = rules.damping_multiplier("adam_eps", width)
     return {"multiplier_a": entry, "multiplier_b": entry}

@@ -1,4 +1,4 @@
-"""The optimizer: settings, methods by name, and one step pipeline."""
+"""The optimizer: how it is built, its one step pipeline, and its state."""
 
 from hf_so2.methods.settings import Settings
 from hf_so2.methods.table import OPTIMIZERS

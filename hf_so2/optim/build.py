@@ -1,4 +1,4 @@
-"""From a name, a model and settings to an optimizer."""
+"""Builds an optimizer from a name, a model and settings."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from hf_so2.optim.decisions import damping_of, is_one_sided, layers_of, options_
 from hf_so2.optim.optimizer import SecondOrderOptimizer
 from hf_so2.weights.layer import Layer
 
-# Without μP nothing is multiplied.
+# The width of a parameter without μP: all multipliers are 1.
 UNSCALED = ParameterWidth("scalar", 1.0, 1.0)
 
-# What transformers' Trainer leaves undecayed, by the names of parameters; LayerNorm modules besides.
+# Names of parameters without weight decay in transformers' Trainer. It also leaves out LayerNorm modules.
 NOT_DECAYED = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
 
 
@@ -47,12 +47,12 @@ def build_optimizer(
         name: one of `hf_so2.OPTIMIZERS`.
         model: any module; the parameters that require a gradient are optimized. Build before `torch.compile`, DDP or
             `accelerator.prepare`, but after `fully_shard`.
-        base_config: for `_mup` names: the config (or, for other than Hugging Face models, a module) of the width at
-            which the settings were tuned. May be left out when the model carries a μP record.
+        base_config: for `_mup` names: the config of the width at which the settings were tuned. For a model that is not
+            from Hugging Face, a module of this width. Optional if the model has a μP record.
         decay_parameters: names of the parameters that `weight_decay` applies to; by default those that the Trainer
             decays (neither biases nor norms).
-        settings: fields of `hf_so2.methods.settings.Settings` (`lr` may be spelled `learning_rate`); the others take
-            the method's defaults.
+        settings: fields of `hf_so2.methods.settings.Settings` (`lr` may be spelled `learning_rate`). A field that is
+            left out takes the method's default.
 
     Raises:
         ConfigurationError: an unknown name or setting, a value out of range, a setting that the method or the model
@@ -72,7 +72,7 @@ def build_from_settings(
     base_config: PretrainedConfig | nn.Module | None = None,
     decay_parameters: Collection[str] | None = None,
 ) -> SecondOrderOptimizer:
-    """`build_optimizer` for settings that have been checked already."""
+    """`build_optimizer` for settings that are already checked."""
     method, is_mup = parse_name(name)
     refuse_other_sharding(model)
     _refuse_gradients_of_other_kinds(model)
@@ -150,7 +150,7 @@ def build_from_settings(
 
 
 def _widths(name: str, model: nn.Module, base: PretrainedConfig | nn.Module | None) -> Mapping[str, ParameterWidth]:
-    """The model's μP record, made now unless there is one."""
+    """The widths in the model's μP record. Applies μP if the model has no record yet."""
     try:
         refuse_adapters(model)
         record = read_mup(model)
@@ -162,7 +162,7 @@ def _widths(name: str, model: nn.Module, base: PretrainedConfig | nn.Module | No
 
 
 def with_way_out(error: ConfigurationError, name: str) -> ConfigurationError:
-    """The refusal of a model by μP, with what can be done instead."""
+    """The error with which μP refuses a model, extended by what can be done instead."""
     if error.field != "model":
         return error
     without = name.removesuffix(MUP_SUFFIX)
@@ -179,5 +179,5 @@ def _refuse_gradients_of_other_kinds(model: nn.Module) -> None:
 
 
 def _base_rate_first(groups: Iterable[dict[str, Any]], lr: float) -> list[dict[str, Any]]:
-    """The Trainer logs the rate of group 0, which therefore is one at the base rate wherever there is such a group."""
+    """Put a group with the base learning rate first, if there is one: the Trainer logs the learning rate of group 0."""
     return sorted(groups, key=lambda group: group["lr"] != lr)

@@ -31,7 +31,7 @@ class Coverage:
 
     @property
     def pattern(self) -> str:
-        """The name with layer numbers replaced, so that alike layers share a row."""
+        """The name with layer numbers replaced, so that equal layers share a row."""
         return pattern_of(self.name)
 
 
@@ -56,7 +56,7 @@ class CoverageReport:
         return CoverageReport(self.optim, moved)
 
     def rows(self) -> list[list[str]]:
-        """Cells of the table, header first: one row per pattern of alike parameters."""
+        """Cells of the table, header first. Equal parameters with the same pattern share a row."""
         groups: dict[tuple[object, ...], list[Coverage]] = {}
         for p in self.parameters:
             key = (p.pattern, p.shape, p.algorithm, p.reason, p.width, p.lr, p.weight_decay, p.damping)
@@ -77,7 +77,7 @@ class CoverageReport:
         return [header] + [_row(alike[0], len(alike)) for alike in groups.values()]
 
     def summary(self) -> str:
-        """One line: which share of the weights each algorithm updates."""
+        """One line: the share of the weights that each algorithm updates."""
         sizes: dict[str, int] = {}
         for p in self.parameters:
             size = 1
@@ -97,7 +97,7 @@ class CoverageReport:
 
 
 def warn_of_uncaptured(names: Iterable[str]) -> None:
-    """Say that weights which were chosen for preconditioning are in the fallback; the table names them all."""
+    """Warn that the fallback updates weights that were chosen for preconditioning. The table names all of them."""
     found = list(names)
     if found and world()[0] == 0:
         logger.warning(

@@ -1,4 +1,4 @@
-"""What one parameter gets: the options of its group, its damping and its layers."""
+"""The decisions for one parameter: the options of its group, its damping and its layers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hf_so2.methods.width_damping import Multipliers, factored_damping
 from hf_so2.mup import ParameterWidth, rules
 from hf_so2.weights.layer import Layer, statistics_dtype
 
-# Of an embedding of its own: tokens much rarer than the mean have gradients too noisy to magnify further.
+# Damping of an untied embedding. The gradients of tokens much rarer than the mean are too noisy to be amplified more.
 EMBEDDING_DAMPING = 1.0
 
 
@@ -32,12 +32,12 @@ def options_of(
     one_sided: bool,
     is_decayed: bool,
 ) -> dict[str, Any]:
-    """The hyperparameters of one parameter, width multipliers included: the keys of its group."""
+    """The hyperparameters of one parameter with width multipliers, as the keys of its group."""
     second_order = method.block is not None and treatment.preconditioned
     first_order_rule = rules.ADAM if method.first_order == "adamw" else rules.SGD
     fallback_lr = settings.fallback_learning_rate or settings.lr
     if treatment.is_hidden:
-        # A first-order method has one rate for hidden matrices and may have another for the rest.
+        # A first-order method has one learning rate for hidden matrices, and may have another one for the rest.
         fallback_lr = settings.lr if method.block is None else settings.hidden_fallback_learning_rate or fallback_lr
     lr = settings.lr if second_order else fallback_lr
     rule = method.learning_rate_rule(settings, one_sided=one_sided) if second_order else first_order_rule
@@ -71,7 +71,7 @@ def damping_of(
     *,
     one_sided: bool,
 ) -> Damping:
-    """The damping of one weight; that of a tied one is what its embedding and its head would have each."""
+    """The damping of one weight. A tied weight has the damping that its embedding and its head would have if untied."""
 
     def of(modules: Sequence[nn.Module], epsilon: float, multipliers: Multipliers) -> Damping:
         return overrides.apply(Damping(settings.damping_rule, epsilon, **multipliers), modules)
@@ -83,7 +83,8 @@ def damping_of(
         epsilon = (settings.embedding_damping or EMBEDDING_DAMPING) if counts_tokens else strength
         return of(treatment.modules, epsilon, method.damping_multipliers(width, one_sided=one_sided))
     as_embedding, as_head = rules.tied_ends(width)
-    # The head adds to the same sum, of which damping as strong as an embedding's own would leave it no part: 0.08 nats.
+    # Embedding and head add to one sum. Damping as strong as that of an untied embedding would leave no share of the
+    # sum to the head. This costs 0.08 nats.
     embedding = of(treatment.modules, settings.embedding_damping or strength, factored_damping(as_embedding))
     return replace(embedding, head=of(treatment.head, strength, factored_damping(as_head)))
 
@@ -98,7 +99,7 @@ def layers_of(
     damping: Damping,
     one_sided: bool,
 ) -> list[Layer]:
-    """The layer of a weight, or those of the matrices of a stack.
+    """The layer of a weight, or the layers of the matrices of a stack.
 
     Raises:
         ConfigurationError: a stack is sharded.
@@ -136,5 +137,5 @@ def layers_of(
 
 
 def is_one_sided(treatment: Treatment, method: Method, settings: Settings) -> bool:
-    """Whether the K-FAC family leaves the output side alone; the Shampoo family decides by size, see `Site.sides`."""
+    """Whether a K-FAC method preconditions only the input side. Shampoo methods decide by size, see `Site.sides`."""
     return "tokens" in method.uses and treatment.is_head and settings.head_output_factor == "identity"

@@ -1,4 +1,4 @@
-"""What a training loop tells an optimizer of the gradients that it is about to make, and when it gives some up."""
+"""What a training loop tells the optimizer: facts about the coming gradients, and which gradients are given up."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hf_so2.weights.schedule import due
 
 
 class ObservingOptimizer(OptimizerWithCurvature):
-    """An optimizer with curvature that listens to a training loop.
+    """An optimizer with curvature that takes information from a training loop.
 
     Attributes:
         settings: the hyperparameters.
@@ -28,7 +28,7 @@ class ObservingOptimizer(OptimizerWithCurvature):
 
     @property
     def capturing(self) -> bool:
-        """Whether the coming step captures tokens for the curvature statistics; `announce` is of use only then."""
+        """Whether the coming step captures tokens for the curvature statistics. `announce` has an effect only then."""
         return self.curvature is not None and bool(self.curvature.capture.due)
 
     def announce(
@@ -39,18 +39,19 @@ class ObservingOptimizer(OptimizerWithCurvature):
         *,
         is_mean: bool = False,
     ) -> None:
-        """Name the factor that backward puts on the gradients of the next micro-batch; hardly ever needed.
+        """State the factor that backward puts on the gradients of the next micro-batch. It is rarely needed.
 
-        Without a call, the loss of the step is taken as the mean over the rows that have one: N is how many predictions
-        (`logits`) the loss comes back through or, of a model that shows none, how many rows of each layer.
+        Without a call, the loss of the step is assumed to be the mean over the N rows that have a loss. N is the number
+        of predictions (`logits`) that the gradient of the loss passes through. If the model shows no predictions, N is
+        the number of rows of each layer.
 
         Args:
-            tokens: how many rows of this micro-batch, on this rank, have a loss; None to have them counted.
-            gradient_scale: c, where backward hands out c times the gradient of a row's own loss: `1/N` for a mean over
-                the N rows of the whole step, times the world size where the gradients of ranks are averaged, times the
-                scale of a loss scaler.
-            row_mask: no longer of use: which rows count is seen from their gradients.
-            is_mean: whether the loss is besides divided by the number of rows of this micro-batch.
+            tokens: number of rows of this micro-batch, on this rank, that have a loss; None to count them.
+            gradient_scale: c, if backward gives c times the gradient of a row's own loss. It is the product of `1/N`
+                for a mean over the N rows of the whole step, the world size if the gradients of ranks are averaged, and
+                the scale of a loss scaler.
+            row_mask: no longer used: the gradients show which rows count.
+            is_mean: whether the loss is also divided by the number of rows of this micro-batch.
         """
         if self.curvature is not None:
             self.curvature.capture.announce(tokens, gradient_scale, is_mean=is_mean)
@@ -65,19 +66,19 @@ class ObservingOptimizer(OptimizerWithCurvature):
         independent: bool = False,
         seed: int = 0,
     ) -> None:
-        """Take the curvature statistics of `fisher="mc"`; call it between every forward pass and its backward.
+        """Take the curvature statistics of `fisher="mc"`. Call it between every forward pass and its backward pass.
 
-        Draws labels from the model's own predictions and sends their loss backward to the outputs of the layers, on
-        steps that update the statistics only. Gradients of parameters and torch's random numbers stay as they are, and
-        no call of `announce` is needed. With `fisher="empirical"` it does nothing.
+        It draws labels from the model's own predictions and propagates their loss back to the outputs of the layers. It
+        does so only on steps that update the statistics. Gradients of parameters and torch's random numbers do not
+        change. No call of `announce` is needed. With `fisher="empirical"` it does nothing.
 
         Args:
             logits: (..., classes), with the graph of the forward pass.
-            counted: (...), true where a row counts in the training loss; None to go by `loss`.
-            row_mask: no longer of use: which rows count is seen from their gradients.
-            loss: the training loss, 0-dim; rows count that have a gradient of it. None where all do.
-            independent: whether every class is a yes or no of its own, as in multi-label classification.
-            seed: of the draws, which also depend on the step and the rank.
+            counted: (...), true where a row counts in the training loss; None to use `loss`.
+            row_mask: no longer used: the gradients show which rows count.
+            loss: the training loss, 0-dim. A row counts if the loss has a gradient there. None if all rows count.
+            independent: whether every class has its own yes or no, as in multi-label classification.
+            seed: seed of the draws, which also depend on the step and the rank.
 
         Raises:
             ConfigurationError: the model runs under reentrant checkpointing.
@@ -95,18 +96,18 @@ class ObservingOptimizer(OptimizerWithCurvature):
         self.curvature.capture.differentiate(sampled)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As in torch; what was captured of the gradients that are reset is forgotten with them.
+        """As in torch. The captures that belong to the reset gradients are discarded too.
 
-        A forward pass whose backward pass is still to come stays captured.
+        A forward pass stays captured if its backward pass is still to come.
         """
         super().zero_grad(set_to_none)
         if self.curvature is not None and self.curvature.capture.drop():
             self._forget_draws_and_losses()
 
     def discard_captures(self) -> None:
-        """Forget micro-batches that will not be stepped on, as after an interruption or a retry.
+        """Discard micro-batches for which no step will be made, as after an interruption or a retry.
 
-        `zero_grad` does so too, and is enough unless a forward pass has no backward.
+        `zero_grad` does this too. It is enough, unless a forward pass has no backward pass.
         """
         if self.curvature is not None:
             self.curvature.capture.discard()
@@ -118,7 +119,7 @@ class ObservingOptimizer(OptimizerWithCurvature):
             self._adaptive.losses = []
 
     def gradients_are_gone(self) -> bool:
-        """Whether all gradients are None or zero, as after `model.zero_grad()`; of sharded ones nobody can tell."""
+        """Whether all gradients are None or zero, as after `model.zero_grad()`. False if any parameter is sharded."""
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         return not any(map(is_sharded, parameters)) and have_no_gradient(parameters)
 
@@ -128,12 +129,13 @@ class ObservingOptimizer(OptimizerWithCurvature):
         return self._adaptive is not None and due(self.steps + 1, self.settings.preconditioner_update_steps)
 
     def reevaluate_with(self, loss: Loss) -> None:
-        """Give adaptive damping the loss of the coming step; call it once per micro-batch, or when `wants_loss` only.
+        """Give adaptive damping the loss of the coming step. Call it once per micro-batch, or only when `wants_loss`.
 
         Args:
-            loss: returns the loss of the micro-batch that `backward` is called on, for the parameters as they stand by
-                then; without randomness, which would be taken for a change of the loss, so in evaluation mode where
-                there is dropout. Several add up, and are averaged over ranks, as their gradients are.
+            loss: returns the loss of the micro-batch that `backward` is called on, at the parameters' values at the
+                time of the call. It must have no randomness, which would look like a change of the loss. A model with
+                dropout must be in evaluation mode. Several losses add up and are averaged over ranks, as their
+                gradients are.
         """
         if self.wants_loss:
             assert self._adaptive is not None

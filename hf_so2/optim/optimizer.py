@@ -31,20 +31,20 @@ from hf_so2.weights.schedule import due
 class SecondOrderOptimizer(ObservingOptimizer):
     """Second-order updates for the layers of a model and first-order ones for the rest, in one optimizer.
 
-    Built by `hf_so2.build_optimizer`. Beside torch's own keys a parameter group holds `algorithm` (`adamw`, `sgd` or
-    the curvature method), `param_names`, and the constants of its first-order algorithm; `lr` and `weight_decay` carry
-    the width multipliers already, so that schedulers and resumes need to know nothing of μP.
+    `hf_so2.build_optimizer` builds it. Besides torch's own keys, a parameter group has `algorithm` (`adamw`, `sgd` or
+    the curvature method), `param_names`, and the constants of its first-order algorithm. `lr` and `weight_decay`
+    already include the width multipliers. Schedulers and resumed runs thus need no knowledge of μP.
 
     Args:
         groups: parameter groups with the keys that `hf_so2.optim.build` writes.
         settings: the hyperparameters.
         curvature: statistics and preconditioners, or None for a first-order method.
-        report: what was decided for every parameter.
+        report: the decision for every parameter.
 
     Attributes:
-        steps: how many updates have been made.
-        curvature_in_state_dict: whether `state_dict()` holds the curvature. On by default, so that a plain loop saves
-            all there is; a Trainer that writes it to a file of its own turns it off.
+        steps: number of updates made.
+        curvature_in_state_dict: whether `state_dict()` includes the curvature. It is on by default, so that a plain
+            loop saves everything. A Trainer that writes the curvature to its own file turns it off.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class SecondOrderOptimizer(ObservingOptimizer):
         """As in torch, for groups that `hf_so2.optim.build` makes.
 
         Raises:
-            ConfigurationError: any other group: nobody has decided what updates it and at which rates.
+            ConfigurationError: any other group. Its algorithm and its learning rates are not decided.
         """
         if "algorithm" not in param_group:
             entries = param_group["params"]
@@ -82,8 +82,8 @@ class SecondOrderOptimizer(ObservingOptimizer):
     def coverage(self) -> CoverageReport:
         """Which parameters get second-order updates, which the fallback, and why; `str()` of it is a table.
 
-        Once steps have been made, a weight that was chosen for preconditioning but has never been captured is listed
-        under the fallback that updates it.
+        After the first steps, a weight that was chosen for preconditioning but was never captured is listed under the
+        fallback that updates it.
         """
         if self.steps == 0 or self.curvature is None:
             return self._report
@@ -93,27 +93,30 @@ class SecondOrderOptimizer(ObservingOptimizer):
 
     @property
     def skipped_steps(self) -> int:
-        """How many steps were left out because a gradient, or what the state would keep of it, was not finite."""
+        """Number of steps left out because a gradient was not finite, or would have made the state so."""
         return self._skipped.total
 
     def observe_next_step(self) -> None:
-        """Have the coming step record for `telemetry` what only the step itself can tell: two norms per layer."""
+        """Let the coming step record values for `telemetry` that only the step itself knows: two norms per layer."""
         self._record.enabled = True
 
     def telemetry(self, by: str = "role") -> dict[str, float]:
-        """How curvature stands after the last step, for a log; empty for a first-order method.
+        """The curvature after the last step, as numbers for a log; empty for a first-order method.
 
-        Keys are `curvature/<role or layer>/<quantity>`: `trace`, `damping` (ρ) and `condition` of each factor, with
-        `_A`, `_B`, `_L` or `_R` where a block has one for each side (SOAP damps none of its two, and Muon has none at
-        all; a weight that is cut into blocks has the sum of their traces, the mean of ρ and the largest condition
-        number), and, where `observe_next_step` was called before the step, `update_rms`, the root mean square of the
-        change of a weight; besides `curvature/kl_clip_factor` under that norm control, and `curvature/refresh_seconds`,
-        `curvature/failed_refreshes`, `curvature/dropped_statistics`, `curvature/overflowed_updates` and
-        `curvature/skipped_steps`. This call waits for the device. With a `gradient_worker_fraction` below 1 it is a
-        collective: every rank has to make it.
+        Keys are `curvature/<role or layer>/<quantity>`. The quantities are `trace`, `damping` (ρ) and `condition` of
+        each factor, with the suffix `_A`, `_B`, `_L` or `_R` if a block has a factor for each side. SOAP damps neither
+        of its two factors, and Muon has none. A weight that is cut into blocks has the sum of their traces, the mean of
+        ρ and the largest condition number. If `observe_next_step` was called before the step, there is also
+        `update_rms`, the root mean square of the change of a weight.
+
+        Other keys are `curvature/refresh_seconds`, `curvature/failed_refreshes`, `curvature/dropped_statistics`,
+        `curvature/overflowed_updates`, `curvature/skipped_steps`, and under the KL clip `curvature/kl_clip_factor`.
+
+        This call waits for the device. With a `gradient_worker_fraction` below 1 it is a collective: every rank has to
+        make it.
 
         Args:
-            by: `role` (`attention`, `mlp`, …: means over layers, of condition numbers the largest) or `layer`.
+            by: `layer`, or `role` (`attention`, `mlp`, …) for means over layers, and the largest condition number.
 
         Raises:
             ConfigurationError: another `by`.
@@ -132,11 +135,11 @@ class SecondOrderOptimizer(ObservingOptimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Make one update. With a non-finite gradient nothing moves, the step is counted in `skipped_steps`.
+        """Make one update. If a gradient is not finite, nothing moves and the step counts in `skipped_steps`.
 
         Raises:
             TrainingDivergedError: too many skipped steps, or failed decompositions, in a row.
-            BrokenStepError: an earlier step was broken off half-way, and no state has been loaded since.
+            BrokenStepError: an earlier step was interrupted half-way, and no state has been loaded since.
         """
         loss = None
         if closure is not None:
@@ -175,8 +178,10 @@ class SecondOrderOptimizer(ObservingOptimizer):
         self._schedule_capture()
 
     def _only_creates_state(self) -> bool:
-        """Whether this is the step at rate 0 with gradients of zero by which torch.distributed.checkpoint has state
-        made before it loads or saves any; it is not one of the training.
+        """Whether this step only creates state, and is no training step.
+
+        torch.distributed.checkpoint makes such a step, with learning rate 0 and gradients of zero, before it loads or
+        saves state.
         """
         if self.steps or any(float(group["lr"]) for group in self.param_groups):
             return False
@@ -200,7 +205,7 @@ class SecondOrderOptimizer(ObservingOptimizer):
 
     def _after_loading(self) -> None:
         if self.curvature is not None and self._adaptive is None:
-            self.curvature.damping_factor = 1.0  # what adaptive damping had learned is nobody's to change now
+            self.curvature.damping_factor = 1.0  # without adaptive damping, no step would change a loaded factor
         self._schedule_capture()
 
     def _apply_second_order(self) -> None:
@@ -229,8 +234,8 @@ class SecondOrderOptimizer(ObservingOptimizer):
     ) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
         """(group, name, parameter) of everything with a gradient that gets this kind of update in this step.
 
-        A weight chosen for preconditioning whose module has not been called (a functional use, an idle expert, a hook
-        that never fired) has no preconditioner yet and is updated by the fallback.
+        A weight that was chosen for preconditioning has no preconditioner until its module has been called. The
+        fallback updates it until then (a functional use, an idle expert, a hook that never fired).
         """
         for group in [only] if only is not None else self.param_groups:
             for name, parameter in zip(group["param_names"], group["params"], strict=True):

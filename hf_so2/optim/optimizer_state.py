@@ -1,4 +1,4 @@
-"""What an optimizer with curvature saves and loads."""
+"""The state that an optimizer with curvature saves and loads."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ logger = logging.getLogger(__name__)
 
 
 class OptimizerWithCurvature(torch.optim.Optimizer):
-    """torch's optimizer, with the curvature and the counters of steps beside its own state.
+    """torch's optimizer. Besides torch's own state it has the curvature and the counters of steps.
 
     Attributes:
         curvature: statistics and preconditioners, or None for a first-order method.
-        steps: how many updates have been made.
-        curvature_in_state_dict: whether `state_dict()` holds the curvature. On by default, so that a plain loop saves
-            all there is; a Trainer that writes it to a file of its own turns it off.
+        steps: number of updates made.
+        curvature_in_state_dict: whether `state_dict()` includes the curvature. It is on by default, so that a plain
+            loop saves everything. A Trainer that writes the curvature to its own file turns it off.
     """
 
     curvature: Curvature | None
@@ -31,7 +31,7 @@ class OptimizerWithCurvature(torch.optim.Optimizer):
     _whole: WholeStep
 
     def _after_loading(self) -> None:
-        """Bring what follows from the counters and the curvature in line with those just loaded."""
+        """Update everything that depends on the loaded counters and curvature."""
         raise NotImplementedError
 
     def __getstate__(self) -> NoReturn:
@@ -41,12 +41,13 @@ class OptimizerWithCurvature(torch.optim.Optimizer):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """As in torch, with the key `curvature` beside `state` and `param_groups`.
+        """As in torch, with the key `curvature` besides `state` and `param_groups`.
 
-        With a `gradient_worker_fraction` below 1 it is a collective: every rank has to call it, and gets it complete.
+        With a `gradient_worker_fraction` below 1 it is a collective: every rank has to call it, and every rank gets the
+        complete state.
 
         Raises:
-            BrokenStepError: a step was broken off half-way, and what it left must not take a good checkpoint's place.
+            BrokenStepError: a step was interrupted half-way. Its state must not replace a good checkpoint.
         """
         self._whole.require()
         state = super().state_dict()
@@ -55,10 +56,10 @@ class OptimizerWithCurvature(torch.optim.Optimizer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch; a dictionary that lacks `curvature` is refused unless the curvature is loaded separately.
+        """As in torch. A dictionary without `curvature` is refused, unless the curvature is loaded separately.
 
         Raises:
-            ValueError: the saved state does not fit the model, or holds no curvature.
+            ValueError: the saved state does not fit the model, or has no curvature.
         """
         if "curvature" not in state_dict and self.curvature_in_state_dict:
             raise ValueError(
@@ -72,16 +73,16 @@ class OptimizerWithCurvature(torch.optim.Optimizer):
             self.load_curvature_state_dict(state_dict["curvature"])
 
     def _take_groups_of(self, saved: list[dict[str, Any]]) -> None:
-        """Group parameters as a saved state has them, where other hyperparameters have put them together otherwise.
+        """Group the parameters as in a saved state. Other hyperparameters may have grouped them differently.
 
-        Its hyperparameters go on, as in torch; of those that were given anew and differ, a warning tells.
+        The saved hyperparameters stay in use, as in torch. A warning names new ones that differ.
         """
         parameters = {
             n: p for group in self.param_groups for n, p in zip(group["param_names"], group["params"], strict=True)
         }
         names = [group.get("param_names", []) for group in saved]
         if sorted(name for group in names for name in group) != sorted(parameters):
-            return  # another model's: torch says so
+            return  # the state of another model: torch raises the error
         before = {name: group for group in self.param_groups for name in group["param_names"]}
         for group in saved:
             self._warn_of_other_settings(group, before[group["param_names"][0]])
@@ -91,7 +92,7 @@ class OptimizerWithCurvature(torch.optim.Optimizer):
             ]
 
     def _warn_of_other_settings(self, saved: dict[str, Any], given: dict[str, Any]) -> None:
-        rate = "initial_lr" if "initial_lr" in saved else "lr"  # of a schedule, the rate that it multiplies
+        rate = "initial_lr" if "initial_lr" in saved else "lr"  # with a schedule: the learning rate that it multiplies
         for key in (rate, "weight_decay", "momentum", "betas", "eps", "fallback_lr_ratio"):
             if key in saved and key in given and _plain(saved[key]) != _plain(given[key]):
                 logger.warning(
@@ -103,10 +104,10 @@ class OptimizerWithCurvature(torch.optim.Optimizer):
                 )
 
     def curvature_state_dict(self) -> dict[str, Any]:
-        """What torch's own state cannot hold: step counters and the layers' statistics, in their own dtype.
+        """The state that torch's own cannot hold: step counters and the layers' statistics, in their own dtype.
 
-        It is the same on every rank and loads at any number of ranks and any `gradient_worker_fraction`. With one below
-        1 it is a collective: every rank has to call it.
+        It is the same on every rank. It loads at any number of ranks and any `gradient_worker_fraction`. With a
+        fraction below 1 it is a collective: every rank has to call it.
         """
         self._whole.require()
         counters = {
@@ -131,5 +132,5 @@ class OptimizerWithCurvature(torch.optim.Optimizer):
 
 
 def _plain(value: Any) -> Any:
-    """A saved pair may have become a list."""
+    """The value in a form that can be compared. A saved pair may have become a list."""
     return tuple(value) if isinstance(value, list) else value

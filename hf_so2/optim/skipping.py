@@ -1,4 +1,4 @@
-"""Steps that are left out because a gradient, or what the state would keep of it, is not finite."""
+"""Steps that are left out because a gradient is not finite, or would make the state so."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from hf_so2.errors import TrainingDivergedError
 
 logger = logging.getLogger(__name__)
 
-# A few overflows are part of low-precision training; this many in a row mean that it has diverged.
+# A few overflows are normal in low-precision training. This many in a row mean that training has diverged.
 MAX_SKIPPED_IN_A_ROW = 20
 
 
 @dataclass
 class SkippedSteps:
-    """How many there were in all, and how many since the last step that was made."""
+    """Counts skipped steps: all of them, and those since the last step that was made."""
 
     total: int = 0
     in_a_row: int = 0
 
     def add(self, step: int) -> None:
-        """Count one more in place of step number `step`.
+        """Count one more skipped step, at step number `step`.
 
         Raises:
-            TrainingDivergedError: `MAX_SKIPPED_IN_A_ROW` in a row.
+            TrainingDivergedError: `MAX_SKIPPED_IN_A_ROW` steps in a row were skipped.
         """
         self.total += 1
         self.in_a_row += 1
@@ -46,8 +46,8 @@ class SkippedSteps:
 
 
 def have_no_gradient(parameters: Iterable[Tensor]) -> bool:
-    """Whether every gradient is None or zero. The same on all ranks: with sharded parameters a collective."""
-    ordered = sorted(parameters, key=Tensor.numel)  # mostly the first and smallest decides
+    """Whether every gradient is None or zero. The same on all ranks; a collective if parameters are sharded."""
+    ordered = sorted(parameters, key=Tensor.numel)  # in most cases the first and smallest one decides
     nothing = not any(p.grad is not None and bool(local(p.grad).any()) for p in ordered)
     if any(map(is_sharded, ordered)):
         return true_on_all_ranks(torch.tensor(nothing, device=local(ordered[0]).device))
@@ -57,7 +57,7 @@ def have_no_gradient(parameters: Iterable[Tensor]) -> bool:
 def gradients_and_limits(
     groups: Iterable[Mapping[str, Any]], curvature: Curvature | None, norm_control: str
 ) -> tuple[list[Tensor], list[float]]:
-    """Every gradient, and how large its entries may be before they would make what the state keeps infinite."""
+    """Every gradient, and the largest magnitude of its entries at which the state stays finite."""
     gradients, limits = [], []
     for group in groups:
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
@@ -65,7 +65,8 @@ def gradients_and_limits(
                 continue
             gradients.append(parameter.grad)
             if curvature is not None and curvature.preconditions(name):
-                # An average takes the difference of what is in it and what enters; statistics are looked at apart.
+                # An average computes the difference of its old value and the new one: hence half of the range.
+                # Statistics have their own check.
                 most = torch.finfo(parameter.dtype).max / 2
                 fixed = NORM_CONTROLS[norm_control].fixes_length
                 limits.append(most if fixed else min(most, of_finite_square(parameter.dtype)))
@@ -75,20 +76,20 @@ def gradients_and_limits(
 
 
 def are_in_range(gradients: Sequence[Tensor], limits: Sequence[float]) -> bool:
-    """Whether every entry of every gradient is finite and no larger than its limit; one transfer to the host.
+    """Whether every entry of every gradient is finite and at most its limit in magnitude. One transfer to the host.
 
-    With sharded gradients a collective.
+    A collective if gradients are sharded.
 
     Args:
-        gradients: any dtypes and devices.
-        limits: the largest magnitude of each, finite.
+        gradients: the gradients, of any dtypes and devices.
+        limits: the largest allowed magnitude for each gradient, finite.
     """
     # An empty tensor has no maximum.
     pairs = [(part, limit) for part, limit in zip(map(local, gradients), limits, strict=True) if part.numel()]
-    # Extremes pass on a NaN and cannot overflow where the gradients themselves have not.
+    # Minimum and maximum keep a NaN. They cannot overflow, unlike a sum.
     extremes = [x.to(gradients[0].device, torch.float64) for part, _ in pairs for x in torch.aminmax(part)]
     found = torch.stack(extremes).view(-1, 2).tolist() if extremes else []
-    # A comparison with a NaN is false.
+    # A comparison with NaN is false.
     fit = all(-limit <= low and high <= limit for (low, high), (_, limit) in zip(found, pairs, strict=True))
     if any(map(is_sharded, gradients)):
         return true_on_all_ranks(torch.tensor(fit, device=gradients[0].device))

@@ -1,7 +1,7 @@
-"""What the curvature of a model looks like while it trains, as numbers for a log.
+"""The curvature of a model during training, as numbers for a log.
 
-Nothing here changes a step. Off observed steps nothing is computed; on them a few norms stay on the device until
-`report` is asked for them.
+Nothing here changes a step. Steps that are not observed compute nothing. An observed step keeps a few norms on the
+device until `report` is called.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from hf_so2.weights.layer import Layer
 
 LEVELS = ("role", "layer")
 
-# The first pattern found in a parameter's name; whatever matches none is of the role "other". BERT and its kin name the
-# two halves of an MLP as parts of the layer itself.
+# The first pattern that matches a parameter's name decides. If none matches, the role is "other". BERT and similar
+# models name the two halves of an MLP as parts of the layer itself.
 ROLES = {
     "attention": re.compile(r"attn|[aA]ttention"),
     "mlp": re.compile(
@@ -32,7 +32,7 @@ ROLES = {
 
 
 def role_of(layer: Layer) -> str:
-    """`attention`, `mlp`, `embedding` (a tied weight too), `head` (the one that the model names) or `other`."""
+    """`attention`, `mlp`, `embedding` (also a tied weight), `head` (the head that the model names) or `other`."""
     if any(isinstance(module, nn.Embedding) for module in layer.modules):
         return "embedding"
     if layer.is_head:
@@ -40,7 +40,7 @@ def role_of(layer: Layer) -> str:
     return next((role for role, pattern in ROLES.items() if pattern.search(layer.name)), "other")
 
 
-# How layers are summed up: the worst condition number, and else what an average layer has.
+# How layers are summarized: by the largest condition number, and by the mean of every other quantity.
 _SUMMARIES: dict[str, Callable[[Sequence[float]], float]] = {
     "condition": max,
     "update_rms": lambda values: math.sqrt(sum(value**2 for value in values) / len(values)),
@@ -55,13 +55,13 @@ def _mean(values: Sequence[float]) -> float:
 def report(curvature: Curvature, record: StepRecord, step: int, by: str) -> dict[str, float]:
     """Every number of the log, `curvature/<role or layer>/<quantity>`; the same on every rank.
 
-    Where layers are spread over ranks it is a collective, since only who holds a layer can tell.
+    A collective if layers are spread over ranks, since only ranks that hold a layer know its numbers.
 
     Args:
-        curvature: the layers; those without a preconditioner yet are left out.
-        record: what was observed; left out unless it is of `step`.
+        curvature: the layers. Layers without a preconditioner are left out.
+        record: the observed values. They are left out unless they belong to `step`.
         step: the last step that was made.
-        by: `role`, with means over the layers of a role (the largest of condition numbers), or `layer`.
+        by: `layer`, or `role` for the mean over the layers of a role (for condition numbers, the largest).
     """
     held = [layer for layer in curvature.layers.values() if layer.held]
     known = {layer.name: _numbers(curvature, layer, record, step) for layer in held}
@@ -84,12 +84,12 @@ def report(curvature: Curvature, record: StepRecord, step: int, by: str) -> dict
 
 
 def _numbers(curvature: Curvature, layer: Layer, record: StepRecord, step: int) -> dict[str, float]:
-    """Of one layer, by quantity; nothing before its first preconditioner."""
+    """The numbers of one layer, by quantity; empty before its first preconditioner."""
     if not layer.refreshes:
         return {}
     try:
         found = layer.block.spectra(layer.state, curvature.damping_of(layer))
-    except DecompositionError:  # under the spectral rule; the refresh has warned of it
+    except DecompositionError:  # under the spectral rule; the refresh has already warned
         found = {}
     if record.step == step and layer.name in record.update_rms:
         found["update_rms"] = record.update_rms[layer.name]

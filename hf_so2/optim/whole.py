@@ -1,4 +1,4 @@
-"""A step that happens whole, or says that it did not."""
+"""A step is made completely, or an error says that it was not."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from hf_so2.errors import BrokenStepError
 
 
 class WholeStep:
-    """Watches over the steps of one optimizer: a copy to go back to would double its memory.
+    """Records whether a step ended half-way. It cannot be undone: a copy to go back to would double the memory.
 
     Attributes:
-        moving: whether weights have begun to move in the step that is being made.
-        broken_at: the step that ended half-way; None as long as none did.
+        moving: whether weights have begun to move in the current step.
+        broken_at: the step that ended half-way, or None.
     """
 
     def __init__(self) -> None:
@@ -25,7 +25,7 @@ class WholeStep:
         self.broken_at: int | None = None
 
     def require(self) -> None:
-        """Refuse to go on from, or to save, weights of two steps.
+        """Refuse to continue from, or to save, a mixture of weights before and after a step.
 
         Raises:
             BrokenStepError: a step ended half-way.
@@ -35,9 +35,9 @@ class WholeStep:
 
     @contextmanager
     def making(self, step: int) -> Iterator[None]:
-        """Make step number `step` inside. Ctrl-C waits until it has been made; a second one does not.
+        """A context in which step number `step` is made. Ctrl-C waits until the step is made; a second Ctrl-C does not.
 
-        An error in the middle is handed on, with a note that says what it left behind.
+        An error in the middle is raised again, with a note that says what state it left.
 
         Raises:
             BrokenStepError: an earlier step ended half-way.
@@ -58,7 +58,7 @@ class WholeStep:
 
 @contextmanager
 def _interrupts_held_back() -> Iterator[None]:
-    # Only the main thread hears of signals; and what is no function here, nobody in Python is waiting for.
+    # Only the main thread receives signals. If the handler is not callable, no Python code handles the signal.
     handler = signal.getsignal(signal.SIGINT) if threading.current_thread() is threading.main_thread() else None
     if not callable(handler):
         yield
@@ -66,7 +66,7 @@ def _interrupts_held_back() -> Iterator[None]:
     held: list[tuple[int, FrameType | None]] = []
 
     def hold(number: int, frame: FrameType | None) -> None:
-        if held:  # who asks twice, as in a step that waits for a dead process, means now
+        if held:  # the second Ctrl-C acts at once: the step may be waiting for a dead process
             held.clear()
             handler(number, frame)
         else:
@@ -87,7 +87,7 @@ def _nothing_moved(step: int, ranks: int) -> str:
             f"step {step} was broken off before any weight had moved; the averages of curvature and momentum may have:"
             " training can go on"
         )
-    # What happened to the others is not known here, and asking them could wait for one that is gone.
+    # The state of the other processes is unknown here. To ask them could mean to wait for one that is gone.
     return (
         f"step {step} was broken off before any weight had moved in this process, one of {ranks}; in others weights may"
         " have, or they are gone: see what they say, and start all of them anew from a checkpoint"

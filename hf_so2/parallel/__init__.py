@@ -1,1 +1,1 @@
-"""Who holds which layer among processes, and what is sent and saved for it."""
+"""Which process holds which layer, and what processes send and save for it."""

@@ -1,8 +1,8 @@
-"""The optimizer's state of sharded parameters, as wholes by name: what any number of ranks can go on from.
+"""The optimizer's state of sharded parameters, as whole tensors by name. Any number of ranks can resume from it.
 
-torch's own way (`torch.distributed.checkpoint.state_dict`) takes the names of what it loads from an optimizer that has
-just made a step with gradients of zero. Here that is a step of the fallback: it looks for the moments of AdamW where
-momentum was saved, and finds no curvature.
+torch's own way (`torch.distributed.checkpoint.state_dict`) does not work here. It makes a step with zero gradients and
+loads the names that it finds in the state afterwards. In this optimizer such a step is a step of the fallback: the
+state has the moments of AdamW in place of the saved momentum, and no curvature.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from hf_so2.distributed import assign, is_sharded, local, split_of, whole, world
 
 
 def is_of_parts(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether this rank has parts of the parameters, and so of their state."""
+    """Whether this rank has only parts of the parameters and of their state."""
     return any(is_sharded(parameter) for group in optimizer.param_groups for parameter in group["params"])
 
 
 def share_of_state(optimizer: torch.optim.Optimizer, part: int, parts: int) -> dict[str, Any]:
-    """One of several shares of the state, about as large as the others; a collective.
+    """One of `parts` shares of the state, all of about the same size; a collective.
 
     Args:
         optimizer: its groups have `param_names`.
-        part: which share, or a number that is none's for a rank that only takes part.
-        parts: how many there are.
+        part: index of the share; a number outside [0, parts) for a rank that only takes part in the collective.
+        parts: number of shares.
 
     Returns:
         `groups`, which is in every share, and `state` by name of the parameter, with whole tensors in host memory.
@@ -38,7 +38,7 @@ def share_of_state(optimizer: torch.optim.Optimizer, part: int, parts: int) -> d
     taken_by = assign({name: float(parameter.numel()) for name, parameter in named}, parts)
     share: dict[str, Any] = {}
     for name, parameter in named:
-        # One tensor at a time: no rank has to hold more of them.
+        # One tensor at a time: no rank has to hold more than one whole tensor.
         for key, value in optimizer.state.get(parameter, {}).items():
             full = whole(local(value), value)
             if taken_by[name] == part:
@@ -48,10 +48,10 @@ def share_of_state(optimizer: torch.optim.Optimizer, part: int, parts: int) -> d
 
 
 def load_state(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
-    """Take this rank's parts of what the shares hold together.
+    """Load this rank's parts of the state that all shares hold together.
 
     Raises:
-        ValueError: it is of other parameters than the optimizer's.
+        ValueError: the saved parameters are not those of the optimizer.
     """
     names = [group["param_names"] for group in optimizer.param_groups]
     if names != [group["param_names"] for group in saved["groups"]]:
@@ -65,7 +65,7 @@ def load_state(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> No
 
 
 def _as_the_parameter(value: Tensor, parameter: Tensor) -> Tensor:
-    """Spread over ranks as the parameter is; a tensor of another shape (a count of steps) stays as it is."""
+    """The value, sharded as the parameter is. A tensor of another shape (a count of steps) stays as it is."""
     if value.shape != parameter.shape:
         return value.clone()
     spread = torch.zeros_like(parameter, dtype=value.dtype)

@@ -1,15 +1,16 @@
-"""Who holds which layer, and what is sent for it between processes.
+"""Which ranks hold which layer, and what they send each other for it.
 
-| what | where it is |
+The ranks form a grid; see `hf_so2.distributed.Grid`. Each layer has one owner, the rank that refreshes its
+preconditioner. The layer's column is the owner's column of the grid. The ranks of this column hold the layer. If all
+ranks are in one column, every rank holds every layer.
+
+| what | which ranks have it |
 |---|---|
 | statistics, preconditioner, norm control's state, momentum of preconditioned gradients | the ranks of one column |
-| the bases that EKFAC's tokens are seen in, momentum of gradients, counters | every rank |
+| the bases in which EKFAC sees the tokens, momentum of gradients, counters | every rank |
 
-Of a weight that is sharded, momentum of gradients is sharded too, and the gradient whole on the ranks of the column
-alone, and of a few layers at a time.
-
-A layer's column is that of its owner, the rank that refreshes it; see `hf_so2.distributed.Grid`. With every rank in one
-column all hold everything.
+For a sharded weight, the momentum of gradients is sharded too. Only the ranks of its column ever see the whole
+gradient, a few layers at a time.
 """
 
 from __future__ import annotations
@@ -48,9 +49,9 @@ class Sharing:
     """Spreads layers over ranks and sends their tensors.
 
     Args:
-        layers: the same ones in the same order on every rank.
-        fraction: of the ranks that hold a layer; see `Settings.gradient_worker_fraction`.
-        refresh_steps: steps between refreshes, for balance between these and preconditioning.
+        layers: the layers, the same ones in the same order on every rank.
+        fraction: the fraction of ranks that hold a layer; see `Settings.gradient_worker_fraction`.
+        refresh_steps: steps between refreshes. It weighs the cost of a refresh against that of preconditioning.
     """
 
     def __init__(self, layers: Sequence[Layer], fraction: float, refresh_steps: int) -> None:
@@ -70,10 +71,10 @@ class Sharing:
         return self._grid.workers
 
     def settle(self) -> None:
-        """Give every layer its place among the ranks there are: a process group may start after the optimizer.
+        """Assign the layers to ranks again if a process group has started after the optimizer was built.
 
         Raises:
-            ConfigurationError: the number of ranks has changed since layers were spread over them.
+            ConfigurationError: the number of ranks has changed since the layers were spread over them.
         """
         _, ranks = world()
         if ranks == self._grid.ranks:
@@ -100,10 +101,10 @@ class Sharing:
         return Cost(refresh, held_flops(layer.block, layer.shape))
 
     def sum_statistics(self, sums: Iterable[tuple[Layer, Mapping[str, Statistic], State]]) -> None:
-        """Add up sums over ranks, in place where the layer is held; elsewhere they are spoilt.
+        """Add up sums over ranks, in place. On ranks that do not hold the layer, the tensors are invalid afterwards.
 
         Args:
-            sums: of which layer, by name what they are of, and the tensors; the same ones on every rank.
+            sums: for each layer, its statistics and its tensors, both by name; the same ones on every rank.
         """
         self._communicator.sum_to_holders(
             [
@@ -114,7 +115,7 @@ class Sharing:
         )
 
     def send_preconditioners(self, layers: Iterable[Layer]) -> None:
-        """Hand on what owners have refreshed to the ranks that hold a layer, and to all what all need."""
+        """Send what the owners have refreshed: to the ranks that hold the layer, or to all ranks if all need it."""
         down: list[Parcel] = []
         everywhere: list[Parcel] = []
         for layer in layers:
@@ -127,9 +128,10 @@ class Sharing:
         send_from_owners(everywhere)
 
     def rounds(self, layers: Iterable[Layer]) -> Iterator[list[Layer]]:
-        """Sharded layers whose whole gradients are there at the same time: few enough to be small on any rank.
+        """Groups of sharded layers. The whole gradients of one group exist at the same time.
 
-        Of one dtype, and of each column one layer or a bucket full, so that the columns work side by side.
+        A group is small enough for the memory of any rank. Its layers have one dtype. Each column has one layer in it,
+        or as many as fit into `BUCKET_BYTES`, so that the columns work in parallel.
         """
         waiting: dict[torch.dtype, dict[int, list[list[Layer]]]] = {}
         for layer in layers:
@@ -146,11 +148,11 @@ class Sharing:
     ) -> Iterator[tuple[Layer, Tensor | None]]:
         """Each layer's gradient, (fan_out, fan_in), in the dtype of its statistics; None where it is not held.
 
-        A collective where weights are sharded: every rank has to go through all of it.
+        A collective if weights are sharded: every rank has to exhaust the iterator.
 
         Args:
-            layers: the same ones in the same order on every rank.
-            weights: by name, with gradients.
+            layers: the layers, the same ones in the same order on every rank.
+            weights: the weights by name; all have gradients.
         """
         parts = {}
         for layer in layers:
@@ -166,19 +168,19 @@ class Sharing:
                 yield layer, layer.adapter.matrix(whole) if whole is not None else None
 
     def gather_to_holders(self, parts: Sequence[Part]) -> list[Tensor | None]:
-        """The wholes of parts, where their layer is held; None elsewhere. Of one dtype."""
+        """The whole tensors, on ranks that hold their layer; None on others. All parts have one dtype."""
         return self._communicator.gather_to_holders(parts)
 
     def scatter_from_holders(self, wholes: Sequence[Tensor | None], parts: Sequence[Part]) -> list[Tensor]:
-        """This rank's parts of wholes, which are there where their layer is held. Of one dtype."""
+        """This rank's parts of whole tensors. Only the ranks that hold the layer pass these. All have one dtype."""
         return self._communicator.scatter_from_holders(wholes, parts)
 
     def send_updates(self, updates: Iterable[tuple[Layer, Tensor]]) -> None:
-        """Overwrite each layer's update, (fan_out, fan_in), with that of the ranks that hold the layer."""
+        """Overwrite each layer's update, (fan_out, fan_in), with the update of the ranks that hold the layer."""
         self._communicator.send_from_holders([Parcel(update, layer.owner) for layer, update in updates])
 
     def on_any_rank(self, flags: Mapping[str, bool]) -> dict[str, bool]:
-        """Which flags are up on any rank; every rank has to pass the same names."""
+        """For each flag, whether it is set on any rank. Every rank has to pass the same names."""
         raised = torch.tensor(list(flags.values()), dtype=torch.int64)
         if flags and self._grid.ranks > 1:
             raised = raised.to(self._layers[0].device)
@@ -186,16 +188,19 @@ class Sharing:
         return dict(zip(flags, raised.bool().tolist(), strict=True))
 
     def from_all(self, known: Mapping[str, T]) -> dict[str, T]:
-        """What is known of layers by name, in their order, out of what each rank knows of those it holds.
+        """Values by layer name, in the order of the layers, collected from all ranks.
 
-        A collective of small objects where layers are spread.
+        A collective of small objects if layers are spread over ranks.
+
+        Args:
+            known: what this rank knows, of the layers that it holds.
         """
         parts = gather_objects(dict(known)) if self.is_spread else [known]
         found = {name: value for part in parts for name, value in part.items()}
         return {layer.name: found[layer.name] for layer in self._layers if layer.name in found}
 
     def complete_states(self) -> dict[str, State]:
-        """The tensors of every layer; where layers are spread a collective, whose result is in host memory."""
+        """The tensors of every layer. If layers are spread, this is a collective and the result is in host memory."""
         if not self.is_spread:
             return {layer.name: dict(layer.state) for layer in self._layers}
         described = self.from_all(
@@ -220,8 +225,10 @@ class Sharing:
 
 
 def _laid_out_as(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], torch.dtype]:
-    """Shape, strides and dtype of a copy: products round otherwise where columns lie in place of rows, and a resumed
-    run is to be the one that was interrupted.
+    """Shape, strides and dtype of a copy.
+
+    The memory layout matters: products of transposed layouts round differently, and a resumed run has to repeat the
+    interrupted one bit for bit.
     """
     copy = torch.empty_like(tensor, device="meta")
     return tuple(copy.shape), copy.stride(), copy.dtype

@@ -1,4 +1,4 @@
-"""The fields that our arguments have besides those of a Trainer's own."""
+"""The fields that this package adds to the arguments of a Trainer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hf_so2.errors import ConfigurationError
 from hf_so2.methods.settings import LIST_SETTINGS, Settings
 from hf_so2.methods.table import OPTIMIZERS
 
-# A superset of transformers' own enum: the type of the field is what argparse, JSON and Optuna check and cast with.
+# A superset of transformers' own enum. argparse, JSON and Optuna use the type of the field to check and cast values.
 OptimizerName: Any = ExplicitEnum(
     "OptimizerName",
     {
@@ -23,7 +23,7 @@ OptimizerName: Any = ExplicitEnum(
     module=__name__,
 )
 
-# Fields that the Trainer has already; None is made to mean "the method's default" for them too.
+# Fields that the Trainer already has. For them too, None means "the method's default".
 TRAINER_FIELDS = {"lr": "learning_rate", "weight_decay": "weight_decay"} | {
     name: name for name in ("adam_beta1", "adam_beta2", "adam_epsilon")
 }
@@ -58,7 +58,7 @@ def _own_fields() -> list[tuple[str, Any, Any]]:
     own = []
     for entry in fields(Settings):
         if entry.name not in TRAINER_FIELDS:
-            # argparse expands % in help texts; lists are what its parser can read.
+            # argparse expands % in help texts. Its parser can read lists.
             kind = list[str] if entry.name in LIST_SETTINGS else hints[entry.name]
             text = entry.metadata["help"].replace("%", "%%") + " Default: the method's own."
             own.append((entry.name, kind | None, field(default=None, metadata={"help": text})))
@@ -68,10 +68,10 @@ def _own_fields() -> list[tuple[str, Any, Any]]:
 
 
 def with_own_fields(base: type) -> Any:
-    """A dataclass over `base`, a kind of `TrainingArguments`, with our fields besides.
+    """A dataclass derived from `base`, a kind of `TrainingArguments`, with our fields added.
 
     Raises:
-        ConfigurationError: a field of ours means something else in `base`.
+        ConfigurationError: one of our fields has another meaning in `base`.
     """
     known = {entry.name for entry in fields(TrainingArguments)}
     own = _own_fields()

@@ -1,6 +1,4 @@
-"""`SecondOrderTrainingArguments`: the flags of `transformers.TrainingArguments`, our optimizer names and their
-settings.
-"""
+"""`SecondOrderTrainingArguments`: the fields of `transformers.TrainingArguments`, with our optimizers and settings."""
 
 from __future__ import annotations
 
@@ -28,12 +26,12 @@ from hf_so2.training.argument_fields import TRAINER_FIELDS, OptimizerName, with_
 
 logger = logging.get_logger(__name__)
 
-# Any base does for the type checker, which does not look into transformers; what comes behind it differs by class.
+# The type checker does not read transformers, so any base will do for it. At run time the base differs by class.
 _Arguments: Any = TrainingArguments if TYPE_CHECKING else object
 
 
 class SecondOrderArgumentsMixin(_Arguments):
-    """What our fields mean; stands before the class of arguments that has them (`with_own_fields`).
+    """The behaviour of our fields. It comes before the class of arguments that has them (`with_own_fields`).
 
     Raises:
         ConfigurationError: see :class:`SecondOrderTrainingArguments`.
@@ -75,7 +73,7 @@ class SecondOrderArgumentsMixin(_Arguments):
         return str(getattr(name, "value", name)) in OPTIMIZERS
 
     def optimizer_settings(self) -> Settings:
-        """The settings as the fields stand now (a hyperparameter search changes them after construction).
+        """The settings from the current fields. A hyperparameter search changes these after construction.
 
         Raises:
             ConfigurationError: as the class.
@@ -91,10 +89,10 @@ class SecondOrderArgumentsMixin(_Arguments):
             raise ConfigurationError(flag, error.value, error.allowed) from None
 
     def base_config(self, config: PretrainedConfig) -> PretrainedConfig | None:
-        """The config at whose width the settings were tuned, for a model of `config`; None when no base was given.
+        """The config at whose width the settings were tuned, for a model of `config`; None if no base was given.
 
         Raises:
-            ConfigurationError: the family of `config` cannot be scaled to that width, or the file cannot be read.
+            ConfigurationError: the family of `config` cannot be scaled to this width, or the file cannot be read.
         """
         if self.mup_base_width is not None:
             try:
@@ -113,7 +111,7 @@ class SecondOrderArgumentsMixin(_Arguments):
             raise ConfigurationError("mup_base_config", given, f"must be a readable model config ({reason})") from None
 
     def set_optimizer(self, name: str = "kfac_mup", *args: Any, **kwargs: Any) -> SecondOrderArgumentsMixin:
-        """As in transformers, with our names besides."""
+        """As in transformers. It also takes our names."""
         known = _known_optimizer(name)
         super().set_optimizer("adamw_torch", *args, **kwargs)
         self.optim = OptimizerName(known)
@@ -163,8 +161,8 @@ _OwnFields: Any = with_own_fields(TrainingArguments)
 class SecondOrderTrainingArguments(SecondOrderArgumentsMixin, _OwnFields):
     """`transformers.TrainingArguments` plus every field of `hf_so2.optim.Settings` and the μP base.
 
-    `optim` takes every name of transformers and of `hf_so2.OPTIMIZERS`. A setting left at None takes the method's
-    default. `optim_args="damping=0.01,momentum=0.95"` overrides the fields. For the arguments of another Trainer see
+    `optim` takes every name of transformers and of `hf_so2.OPTIMIZERS`. A setting of None means the method's default.
+    `optim_args="damping=0.01,momentum=0.95"` overrides the fields. For the arguments of another Trainer see
     `hf_so2.second_order_arguments`.
 
     Raises:
@@ -174,7 +172,7 @@ class SecondOrderTrainingArguments(SecondOrderArgumentsMixin, _OwnFields):
 
 
 def _defaults_behind(kind: type) -> dict[str, Any]:
-    """The defaults of the class of arguments that our fields were put on."""
+    """The defaults of the class of arguments to which our fields were added."""
     behind = next(c for c in kind.__mro__ if is_dataclass(c) and not {"mup_base_width"} & {f.name for f in fields(c)})
     return {entry.name: entry.default for entry in fields(behind)}
 
@@ -192,7 +190,7 @@ def _refuse_unsupported_launchers(name: str, args: SecondOrderArgumentsMixin) ->
 
 
 def _written_mappings(args: SecondOrderArgumentsMixin) -> list[str]:
-    """Fields that transformers will read as JSON."""
+    """The fields whose text transformers will read as JSON."""
     values = {name: getattr(args, name, None) for name in TrainingArguments._VALID_DICT_FIELDS}
     return [name for name, value in values.items() if isinstance(value, str) and value.startswith("{")]
 
@@ -205,7 +203,7 @@ def _parsed(name: str, text: str) -> Any:
 
 
 def _check_scheduler(args: SecondOrderArgumentsMixin) -> None:
-    """Make the schedule once, as the Trainer will when the model and the data are there."""
+    """Build the schedule once, to check it. The Trainer builds it again when it has the model and the data."""
     stand_in = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.learning_rate or 1.0)
     try:
         get_scheduler(
@@ -253,7 +251,7 @@ def _cast(name: str, value: str, hint: Any) -> Any:
     if name in LIST_SETTINGS:
         return tuple(value.split(";"))
     if hint is bool:
-        # Anything else is left for the settings to refuse.
+        # The settings refuse any other value.
         return {"true": True, "false": False}.get(value.lower(), value)
     kind = int if "int" in str(hint) else float
     try:

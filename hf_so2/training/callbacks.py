@@ -17,14 +17,15 @@ from transformers.trainer_utils import IntervalStrategy, has_length
 
 from hf_so2.optim import SecondOrderOptimizer
 
-TELEMETRY_PREFIX = "curvature/"  # of all that `SecondOrderOptimizer.telemetry` returns
+TELEMETRY_PREFIX = "curvature/"  # of all keys of `SecondOrderOptimizer.telemetry`
 
 
 class DiscardStaleCaptures(TrainerCallback):
-    """Start every step with empty sums.
+    """Starts every step with empty sums.
 
     A step can end without `optimizer.step()`: a loss scaler skips it after an overflow, `auto_find_batch_size` starts
-    over, training is interrupted and `train()` called again. What was captured for it must not enter the next step.
+    again, or training is interrupted and `train()` is called again. The captures of this step must not enter the next
+    one.
     """
 
     def on_step_begin(
@@ -36,7 +37,7 @@ class DiscardStaleCaptures(TrainerCallback):
 
 
 class ObserveLoggedSteps(TrainerCallback):
-    """Have the optimizer record for `telemetry` the steps after which the Trainer logs, and no others."""
+    """Lets the optimizer record values for `telemetry` at the steps after which the Trainer logs, and at no others."""
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -47,7 +48,7 @@ class ObserveLoggedSteps(TrainerCallback):
 
 
 class QuietProgress(ProgressCallback):
-    """transformers' progress bar without curvature, which goes to the trackers and `trainer_state.json`."""
+    """transformers' progress bar, without curvature. The curvature goes to the trackers and `trainer_state.json`."""
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
@@ -56,7 +57,7 @@ class QuietProgress(ProgressCallback):
 
 
 class QuietPrinter(PrinterCallback):
-    """transformers' printed lines, likewise."""
+    """transformers' printed lines, also without curvature."""
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
@@ -65,9 +66,10 @@ class QuietPrinter(PrinterCallback):
 
 
 def keep_curvature_off_the_console(callbacks: list[TrainerCallback]) -> None:
-    """Have those of transformers' callbacks that write to the console leave out what is for trackers.
+    """Make transformers' console callbacks leave out the curvature, which is for trackers.
 
-    In place, so that their order and what they have counted stay; subclasses of them are left as somebody made them.
+    The list is changed in place: the order of the callbacks and their counters stay. Subclasses of these callbacks stay
+    unchanged.
     """
     for callback in callbacks:
         if type(callback) is ProgressCallback:
@@ -81,7 +83,7 @@ def _without_curvature(logs: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def _is_logged(step: int, args: TrainingArguments, state: TrainerState, batches: Any) -> bool:
-    """Whether the Trainer will log after this step, as its own `DefaultFlowCallback` decides once it is made."""
+    """Whether the Trainer will log after this step. Its own `DefaultFlowCallback` decides so only after the step."""
     if step == 1 and args.logging_first_step:
         return True
     if args.logging_strategy == IntervalStrategy.STEPS:
@@ -92,6 +94,6 @@ def _is_logged(step: int, args: TrainingArguments, state: TrainerState, batches:
 
 
 def second_order_optimizer(optimizer: Any) -> SecondOrderOptimizer | None:
-    """Ours, out of accelerate's wrapper."""
+    """Our optimizer, taken out of accelerate's wrapper; None if it is another one."""
     inner = getattr(optimizer, "optimizer", optimizer)
     return inner if isinstance(inner, SecondOrderOptimizer) else None

@@ -1,8 +1,8 @@
 """A checkpoint's curvature, and how to tell a complete checkpoint from a torn one.
 
-The Trainer writes the files of a checkpoint one after the other into the folder that they stay in, the state of the run
-last. A process that dies on the way leaves a folder that looks like a checkpoint. Here a manifest with sizes and
-checksums comes just before that last one; a checkpoint is complete when its state can be read and its manifest holds.
+The Trainer writes the files of a checkpoint one after the other into their final folder, the state of the run last. A
+process that dies in between leaves a folder that looks like a checkpoint. This module writes a manifest with sizes and
+checksums just before the last file. A checkpoint is complete if its state can be read and its files match the manifest.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from hf_so2.training.manifest import (
 logger = logging.getLogger(__name__)
 
 CURVATURE_FILES = "curvature-*-of-*.pt"
-# What reading a damaged, foreign or hostile file raises.
+# The errors from reading a damaged, foreign or hostile file.
 DAMAGE = (
     pickle.UnpicklingError,
     AttributeError,
@@ -57,12 +57,12 @@ OPTIMIZER_FILES = "optimizer-*-of-*.pt"  # of sharded parameters
 
 
 def to_resume(wanted: str | os.PathLike[str] | bool | None, output_dir: str | os.PathLike[str]) -> str | None:
-    """The folder that `resume_from_checkpoint` means, known to be complete.
+    """The folder that `resume_from_checkpoint` means. It is checked to be complete.
 
     Args:
-        wanted: a checkpoint's folder; True, "true" or "last" for the newest complete one in `output_dir`, where torn
-            ones are passed over with one warning; None or False for none.
-        output_dir: where the run saves.
+        wanted: a checkpoint's folder; True, "true" or "last" for the newest complete one in `output_dir`; None or False
+            for none. Torn checkpoints are skipped with one warning.
+        output_dir: the folder in which the run saves.
 
     Raises:
         ConfigurationError: the folder is no checkpoint or a torn one, or there is no complete one.
@@ -85,7 +85,7 @@ def to_resume(wanted: str | os.PathLike[str] | bool | None, output_dir: str | os
 
 def _newest_complete(wanted: str, output_dir: Path) -> str:
     mine = {path.name for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()}
-    # The same ones on every rank, which look at them together.
+    # The list is the same on every rank: all ranks check the folders together.
     found = [output_dir / name for name in set().union(*gather_objects(mine))]
     torn: list[str] = []
     for folder in sorted((p for p in found if _step(p).isdecimal()), key=lambda path: int(_step(path)), reverse=True):
@@ -114,10 +114,10 @@ def _step(checkpoint: Path) -> str:
 
 
 def fault_of(folder: Path) -> str | None:
-    """What a crash, a disk or somebody has done to a checkpoint; None for a complete one. Every file is read.
+    """What is wrong with a checkpoint, from a crash, a disk or a person; None for a complete one. Reads every file.
 
     A checkpoint without a manifest (of transformers' own Trainer, or `save_only_model`) is judged by its last file
-    alone, and one whose manifest has no checksums by sizes.
+    alone. If the manifest has no checksums, the checkpoint is judged by sizes.
     """
     return _fault_of_names(folder) or fault_of_contents(folder)
 
@@ -141,7 +141,7 @@ def _is_state(path: Path) -> bool:
 
 
 def _agreed_fault(folder: Path) -> str | None:
-    """The same on all ranks, which together read every file once per machine. A collective."""
+    """`fault_of`, with the same result on all ranks. Together they read every file once per machine. A collective."""
     fault = _fault_of_names(folder)
     if fault is None:
         fault = fault_of_contents(folder, _share_of_machine if world()[1] > 1 else list)
@@ -149,23 +149,23 @@ def _agreed_fault(folder: Path) -> str | None:
 
 
 def _share_of_machine(names: Sequence[str]) -> Sequence[str]:
-    """As launchers number the processes of a machine, whose disk may be its own."""
+    """The names that this process checks. Each machine checks all names, since it may have its own disk."""
     return names[int(os.environ.get("LOCAL_RANK", 0)) :: int(os.environ.get("LOCAL_WORLD_SIZE", 1))]
 
 
 def clear(folder: Path) -> None:
-    """Make room for a checkpoint, so that none is ever made of the files of two saves."""
+    """Delete a folder before a checkpoint is written to it. A checkpoint must not mix the files of two saves."""
     if folder.is_dir():
         shutil.rmtree(folder)
 
 
 def seal(folder: Path, ranks: int, parts: int) -> None:
-    """Write the manifest, once every process has written what is its own; all is on the disk by then.
+    """Write the manifest, after every process has written its own files. All files are on the disk before it.
 
     Args:
         folder: the checkpoint, without its `trainer_state.json`.
-        ranks: the number of processes that train.
-        parts: the number of files that its curvature is in; 0 where it has none.
+        ranks: number of processes that train.
+        parts: number of files of its curvature; 0 if it has none.
 
     Raises:
         ConfigurationError: files of other processes are not in this folder.
@@ -179,13 +179,13 @@ def seal(folder: Path, ranks: int, parts: int) -> None:
 
 
 def world_size_of(folder: Path) -> int | None:
-    """How many processes saved a complete checkpoint; None where it has no manifest."""
+    """Number of processes that saved a complete checkpoint; None if it has no manifest."""
     path = folder / MANIFEST
     return int((read_json(path) or {})["world_size"]) if path.is_file() else None
 
 
 def is_sharded(folder: Path) -> bool:
-    """Whether it was saved under FSDP, and so can be gone on from with FSDP alone: the Trainer's own rule."""
+    """Whether it was saved under FSDP. Only FSDP can then resume from it. This is the Trainer's own rule."""
     return any(folder.glob("pytorch_model_fsdp*"))
 
 
@@ -195,13 +195,13 @@ def part_file(pattern: str, part: int, parts: int) -> str:
 
 
 def write_curvature(folder: Path, state: Mapping[str, Any], part: int, parts: int) -> None:
-    """Write one of several parts of the curvature, about as large as the others.
+    """Write one of several parts of the curvature. All parts have about the same size.
 
     Args:
         folder: the checkpoint.
-        state: `SecondOrderOptimizer.curvature_state_dict()`, of which every part takes other layers.
-        part: which one to write.
-        parts: how many there are.
+        state: `SecondOrderOptimizer.curvature_state_dict()`. Each part has other layers.
+        part: index of the part to write.
+        parts: number of parts.
     """
     layers = state["curvature"].get("layers", {})
     taken_by = assign({name: _bytes(layer["state"]) for name, layer in layers.items()}, parts)
@@ -220,7 +220,7 @@ def _bytes(tensors: Mapping[str, Tensor]) -> int:
 
 
 def read_curvature(folder: Path) -> dict[str, Any] | None:
-    """What `curvature_state_dict` returned, put together again; None where the folder holds no curvature."""
+    """The result of `curvature_state_dict`, put together from its parts; None if the folder has no curvature."""
     read = _read_parts(folder, CURVATURE_FILES)
     for other in read[1:]:
         read[0]["curvature"]["layers"] |= other["curvature"]["layers"]
@@ -228,7 +228,7 @@ def read_curvature(folder: Path) -> dict[str, Any] | None:
 
 
 def read_sharded_optimizer(folder: Path) -> dict[str, Any] | None:
-    """What all shares of `hf_so2.parallel.sharded_state` hold together; None where the folder has none."""
+    """The state from all shares of `hf_so2.parallel.sharded_state`; None if the folder has no shares."""
     read = _read_parts(folder, OPTIMIZER_FILES)
     for other in read[1:]:
         read[0]["state"] |= other["state"]
@@ -241,17 +241,17 @@ def _read_parts(folder: Path, pattern: str) -> list[dict[str, Any]]:
         return []
     parts = int(found.stem.rpartition("-")[2])
     paths = [folder / part_file(pattern, part, parts) for part in range(parts)]
-    # Mapped, not read: every rank opens all of them, and copies what it keeps.
+    # The files are memory-mapped: every rank opens all of them, and copies only what it keeps.
     with readable(folder):
         return [torch.load(path, map_location="cpu", weights_only=True, mmap=True) for path in paths]
 
 
 @contextmanager
 def readable(folder: Path) -> Iterator[None]:
-    """Loading inside ends in one line where a file is not what it should be.
+    """A context for loading. A damaged or foreign file gives an error of one line.
 
-    Checksums find what was damaged, but not every checkpoint has them, nor was every file written here: what
-    `weights_only` refuses to run ends here as well.
+    Checksums find damage. But not every checkpoint has them, and not every file was written by this package. A file
+    with content that `weights_only` refuses to run gives the same error.
 
     Raises:
         ConfigurationError: a file cannot be read.
@@ -270,7 +270,7 @@ def readable(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def writable(folder: Path) -> Iterator[None]:
-    """Saving inside ends in one line where the disk is full or gone; what is there then is torn, and passed over.
+    """A context for saving. A full or missing disk gives a one-line error. The torn checkpoint is skipped later.
 
     Raises:
         ConfigurationError: a file cannot be written.
@@ -286,8 +286,10 @@ def writable(folder: Path) -> Iterator[None]:
 
 
 def _is_of_torchs_writer(error: RuntimeError) -> bool:
-    """Errors of torch's writer of files have no name, and as many texts as there are places where a disk can be full:
-    what tells them from others is who called it.
+    """Whether torch's file writer raised the error.
+
+    Its errors have no class of their own. Their text depends on the place where the disk is found to be full. So the
+    traceback decides.
     """
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     return bool(frames) and frames[-1].f_globals.get("__name__") == "torch.serialization"

@@ -17,17 +17,17 @@ from hf_so2.training.trainer import SecondOrderMixin, SecondOrderTrainer
 def second_order(trainer: Any) -> Any:
     """A kind of Trainer, such as TRL's `SFTTrainer`, with everything that `SecondOrderTrainer` adds to transformers'.
 
-    The same class for the same Trainer, so that instances can be pickled and compared. Its arguments are made by
-    `second_order_arguments`, of the class of arguments that the Trainer expects:
+    The same Trainer always gives the same class, so that instances can be pickled and compared. For its arguments,
+    apply `second_order_arguments` to the class of arguments that the Trainer expects:
 
         args = hf_so2.second_order_arguments(trl.SFTConfig)(output_dir="out", optim="kfac_mup", mup_base_width=64)
         hf_so2.second_order(trl.SFTTrainer)(model, args, train_dataset=rows).train()
 
     Args:
-        trainer: `transformers.Trainer` or a subclass; one that has been through here already comes back as it is.
+        trainer: `transformers.Trainer` or a subclass. A result of this function is returned as it is.
 
     Raises:
-        ConfigurationError: it is no such class.
+        ConfigurationError: `trainer` is no such class.
     """
     if not (isinstance(trainer, type) and issubclass(trainer, Trainer)):
         raise ConfigurationError("trainer", _name(trainer), "must be transformers.Trainer or a subclass of it")
@@ -35,16 +35,16 @@ def second_order(trainer: Any) -> Any:
 
 
 def second_order_arguments(arguments: Any) -> Any:
-    """A class of arguments, such as TRL's `SFTConfig`, with the fields of `SecondOrderTrainingArguments` besides.
+    """A class of arguments, such as TRL's `SFTConfig`, with the fields of `SecondOrderTrainingArguments` added.
 
-    `HfArgumentParser` (and TRL's) reads its flags. A field left out takes the default of the optimizer's method; with
-    an optimizer of transformers it takes the default of `arguments`.
+    `HfArgumentParser` (and TRL's) reads its flags. A field that is left out takes the default of the optimizer's
+    method. With an optimizer of transformers, it takes the default of `arguments`.
 
     Args:
-        arguments: `transformers.TrainingArguments` or a subclass; one of ours comes back as it is.
+        arguments: `transformers.TrainingArguments` or a subclass. A class of ours is returned as it is.
 
     Raises:
-        ConfigurationError: it is no such class, or has a field of its own that is named like one of ours.
+        ConfigurationError: `arguments` is no such class, or has its own field with the name of one of ours.
     """
     if not (isinstance(arguments, type) and issubclass(arguments, TrainingArguments)):
         allowed = "must be transformers.TrainingArguments or a subclass of it"
@@ -72,9 +72,9 @@ def _second_order_arguments(arguments: Any) -> type:
 
 
 def _made(factory: Callable[[type], Any], original: type, bases: tuple[type, ...]) -> type:
-    """A class of these bases that is pickled as the call that makes it: no module holds it under its name.
+    """A class with these bases. It is pickled as the call that makes it, since no module has it under its name.
 
-    `training_args.bin` is such a pickle, read by processes that have not called the factory.
+    `training_args.bin` is such a pickle. Processes that have not called the factory read it.
     """
     metaclass = type(f"_MadeBy_{factory.__name__}", (type(original),), {})
     copyreg.pickle(metaclass, lambda made: (factory, (original,)))

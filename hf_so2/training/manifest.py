@@ -1,7 +1,7 @@
-"""The manifest of a checkpoint: what files it has, how large they are, and what is in them.
+"""The manifest of a checkpoint: the names, sizes and checksums of its files.
 
-Sizes find what a killed process left, checksums what a disk or a hand has changed since. Neither is a signature: who
-can write the folder can write the manifest.
+Sizes detect what a killed process left. Checksums detect what a disk or a person has changed since. Neither is a
+signature: anyone who can write to the folder can write the manifest.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SELF = "xxh3_128_of_this"
 
 SYNCED_TOGETHER = 4
 
-# What loading looks for by name: of these none may lie in the folder that the manifest does not know.
+# The files that loading finds by name. None of these may be in the folder unless the manifest lists it.
 LOADED = (
     "curvature-*",
     "optimizer*",
@@ -40,11 +40,11 @@ LOADED = (
 
 
 def write_manifest(folder: Path, ranks: int) -> None:
-    """Of every file that is there by now; all is on the disk before it is.
+    """Write the manifest of all files that are in the folder by now. All of them are on the disk before it.
 
     Args:
         folder: the checkpoint, without its `trainer_state.json`.
-        ranks: the number of processes that train.
+        ranks: number of processes that train.
     """
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     names = [path.relative_to(folder).as_posix() for path in paths]
@@ -56,8 +56,10 @@ def write_manifest(folder: Path, ranks: int) -> None:
 
 @contextmanager
 def _synced(paths: Sequence[Path]) -> Iterator[None]:
-    """On the disk when this ends: it takes its time, during which a processor can read what is still in memory, and
-    less of it for files that are written together.
+    """A context after which the files are on the disk.
+
+    Writing to the disk takes time, in which the processor can read the files that are still in memory. It takes less
+    time if the files are written together.
     """
     with ThreadPoolExecutor(max_workers=SYNCED_TOGETHER) as pool:
         synced = pool.map(_sync, paths)
@@ -71,14 +73,14 @@ def _sync(path: Path) -> None:
 
 
 def write_state(path: Path, write: Callable[[str], object]) -> None:
-    """Write the last file of a checkpoint, which is how anybody knows that the others are there.
+    """Write the last file of a checkpoint. Its presence shows that all other files are there.
 
-    Its checksum goes into the manifest, if there is one, just before it gets its name: the manifest itself comes
-    earlier, and what it says of this file would have to be known before callbacks have had their say.
+    Its checksum is added to the manifest, if there is one, just before the file gets its name. The manifest itself is
+    written earlier, when callbacks can still change the content of this file.
 
     Args:
         path: `trainer_state.json`.
-        write: writes it to the path that it is given.
+        write: a function that writes the file to a given path.
     """
     partial = path.with_name(path.name + ".partial")
     write(str(partial))
@@ -101,7 +103,7 @@ def _digest_of(content: dict[str, Any]) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """None where there is no file or it holds no JSON object."""
+    """The JSON object in a file; None if there is no file, or it has no JSON object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError, FileNotFoundError):
@@ -110,7 +112,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def has_checksums(folder: Path) -> bool:
-    """False for a checkpoint of an earlier version."""
+    """Whether the manifest has checksums. A checkpoint of an earlier version has none."""
     return CHECKSUMS in (read_json(folder / MANIFEST) or {})
 
 
@@ -120,7 +122,7 @@ def fault_of_sizes(folder: Path) -> str | None:
     if manifest is None:
         return f"{MANIFEST} is cut short or damaged"
     own = manifest.pop(SELF, None)
-    # One of an earlier version has two keys and no checksums.
+    # A manifest of an earlier version has two keys and no checksums.
     known = {"world_size", "bytes"} if own is None else {"world_size", "bytes", CHECKSUMS}
     if own is not None and STATE not in manifest.get(CHECKSUMS, {}):
         return f"{MANIFEST} is not finished or damaged"
@@ -143,11 +145,11 @@ def _is_sound(manifest: dict[str, Any]) -> bool:
 
 
 def fault_of_contents(folder: Path, share: Callable[[Sequence[str]], Sequence[str]] = list) -> str | None:
-    """The first file whose content is not what was saved; None if there is none, or there are no checksums.
+    """A message for the first file whose content is not what was saved; None if all are right, or without checksums.
 
     Args:
-        folder: with names and sizes as they should be.
-        share: the names to look at here, out of all.
+        folder: the checkpoint, with correct names and sizes.
+        share: a function from all names to those that this process checks.
     """
     checksums = (read_json(folder / MANIFEST) or {}).get(CHECKSUMS, {})
     for name in share(sorted(checksums)):

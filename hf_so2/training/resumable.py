@@ -1,4 +1,4 @@
-"""`ResumableMixin`: any Trainer with curvature in its checkpoints, which are complete or refused."""
+"""`ResumableMixin` for any Trainer: checkpoints include the curvature, and incomplete checkpoints are refused."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ logger = logging.getLogger(__name__)
 SCHEDULER = "scheduler.pt"  # as transformers' Trainer names it
 
 
-# Any base does for the type checker, which does not look into transformers; what comes behind it differs by class.
+# The type checker does not read transformers, so any base will do for it. At run time the base differs by class.
 _Trainer: Any = Trainer if TYPE_CHECKING else object
 
 
 class ResumableMixin(_Trainer):
-    """Stands before a kind of `transformers.Trainer`: its checkpoints are sealed with a manifest and hold what a
-    resumed run needs.
+    """Comes before a kind of `transformers.Trainer` in the bases of a class.
 
-    Beside transformers' files lies the curvature, in one file per process with its share of the layers. Any number of
-    processes can go on from them.
+    Its checkpoints are sealed with a manifest and have everything that a resumed run needs. Besides transformers' files
+    they have the curvature, in one file per process with this process's share of the layers. Any number of processes
+    can resume from them.
     """
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *positional: Any, **kwargs: Any) -> TrainOutput:
-        """As in transformers, but only ever from a complete checkpoint.
+        """As in transformers, but it resumes only from a complete checkpoint.
 
         Args:
             resume_from_checkpoint: a checkpoint's folder, or True (also "true" or "last") for the newest complete one
                 in `output_dir`.
 
         Raises:
-            ConfigurationError: the checkpoint is torn, or there is none, or FSDP was in use when it was saved and is
-                not now, or the other way round.
+            ConfigurationError: the checkpoint is torn, or there is none, or only one of the two runs uses FSDP: the
+                saved one or the resumed one.
         """
         checkpoint = checkpoints.to_resume(resume_from_checkpoint, self.args.output_dir)
         if checkpoint is not None and checkpoints.is_sharded(Path(checkpoint)) != self.is_fsdp_enabled:
@@ -60,7 +60,7 @@ class ResumableMixin(_Trainer):
             checkpoints.clear(folder)
         self.accelerator.wait_for_everyone()
         state = self.state
-        # The one moment at which the Trainer's last file is known and has not got its name.
+        # The only moment at which the content of the Trainer's last file is final and the file does not exist yet.
         state.save_to_json = lambda path: write_state(Path(path), partial(type(state).save_to_json, state))
         try:
             with checkpoints.writable(folder):
@@ -74,7 +74,7 @@ class ResumableMixin(_Trainer):
             super()._save_optimizer_and_scheduler(output_dir)
             return
         folder, (part, parts) = Path(output_dir), self._share()
-        # On every process, whether it writes or not: what is spread over ranks is put together by all.
+        # On every process, even if it does not write: all ranks gather the sharded state together.
         if is_of_parts(optimizer):
             self._save_sharded(optimizer, folder)
         else:
@@ -84,7 +84,10 @@ class ResumableMixin(_Trainer):
             checkpoints.write_curvature(folder, state, part, parts)
 
     def _save_sharded(self, optimizer: SecondOrderOptimizer, folder: Path) -> None:
-        """What transformers' Trainer saves under FSDP2, but for the optimizer, which its way could not load again."""
+        """Save what transformers' Trainer saves under FSDP2, and the optimizer in another way.
+
+        transformers' own way could not load this optimizer again.
+        """
         part, parts = self._share()
         plugin = self.accelerator.state.fsdp_plugin
         save_fsdp_model(plugin, self.accelerator, self.model, str(folder), adapter_only=True)
@@ -96,14 +99,17 @@ class ResumableMixin(_Trainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        # With these, all files but trainer_state.json are there, once every process has come this far.
+        # Once every process is here, all files except trainer_state.json are there.
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             parts = self._share()[1] if self._second_order_optimizer() is not None else 0
             checkpoints.seal(Path(output_dir), self.args.world_size, parts)
 
     def _share(self) -> tuple[int, int]:
-        """Which part of the curvature this process writes, and of how many; each node's own disk gets it all."""
+        """Index of the part of the curvature that this process writes, and number of parts.
+
+        With `save_on_each_node`, one process of each node writes everything to the node's own disk.
+        """
         if self.args.save_on_each_node:
             return int(not self.args.should_save), 1
         return self.args.process_index, self.args.world_size
@@ -128,7 +134,7 @@ class ResumableMixin(_Trainer):
                 self._load_states(checkpoint)
             except ConfigurationError:
                 raise
-            except ValueError as error:  # what optimizers answer to the state of another one
+            except ValueError as error:  # raised for the state of another optimizer
                 name = getattr(self.args.optim, "value", self.args.optim)
                 allowed = f"is of another optimizer or model than optim={name}: {error}"
                 raise ConfigurationError("resume_from_checkpoint", checkpoint, allowed) from None

@@ -1,4 +1,4 @@
-"""`SecondOrderMixin`, our optimizers and μP for any Trainer, and `SecondOrderTrainer`, transformers' with them."""
+"""`SecondOrderMixin` adds our optimizers and μP to any Trainer. `SecondOrderTrainer` adds them to transformers' own."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ from hf_so2.training.resumable import ResumableMixin
 
 
 class SecondOrderMixin(ResumableMixin):
-    """Stands before a kind of `transformers.Trainer`, whose `args.optim` may then be a name of `hf_so2.OPTIMIZERS`.
+    """Comes before a kind of `transformers.Trainer` in the bases of a class.
+
+    Its `args.optim` may then be a name of `hf_so2.OPTIMIZERS`.
 
     Raises:
         ConfigurationError: see :class:`SecondOrderTrainer`.
@@ -34,7 +36,7 @@ class SecondOrderMixin(ResumableMixin):
     args: SecondOrderArgumentsMixin
 
     def __init__(self, *positional: Any, **kwargs: Any) -> None:
-        # Trainers differ in the order of their arguments, and some hide it behind *args.
+        # Trainers differ in the order of their arguments. Some hide it behind *args.
         given = [*kwargs.values(), *positional]
         args = kwargs.get("args", next((value for value in given if isinstance(value, TrainingArguments)), None))
         expected = _expected_arguments(type(self))
@@ -43,12 +45,12 @@ class SecondOrderMixin(ResumableMixin):
             allowed = f"second_order_arguments({expected.__name__})" if made else SecondOrderTrainingArguments.__name__
             raise ConfigurationError("args", type(args).__name__, f"must be {allowed}")
         model = kwargs.get("model", positional[0] if positional else None)
-        # Before the Trainer makes its output folder, so that a refusal leaves nothing behind.
+        # Done before the Trainer makes its output folder, so that a refusal leaves nothing behind.
         if isinstance(model, nn.Module):
             _apply_mup(model, args)
         self._loss_divides: bool | None = None
         super().__init__(*positional, **kwargs)
-        if isinstance(model, str):  # the name of a checkpoint, which TRL's trainers load
+        if isinstance(model, str):  # the name of a checkpoint: TRL's trainers load it
             _apply_mup(self.model, args)
         self.add_callback(DiscardStaleCaptures())
         if args.curvature_log != "none":
@@ -66,7 +68,7 @@ class SecondOrderMixin(ResumableMixin):
         return model
 
     def coverage(self) -> CoverageReport | None:
-        """What the optimizer does with every parameter, or None for an optimizer of transformers."""
+        """The report of what the optimizer does with every parameter; None for an optimizer of transformers."""
         if not self.args.is_ours(self.args.optim):
             return None
         self.create_optimizer()
@@ -87,7 +89,7 @@ class SecondOrderMixin(ResumableMixin):
             self.args.optimizer_settings(),
             decay_parameters=self.get_decay_parameter_names(target),
         )
-        # The Trainer's own file casts state to the parameters' dtype; curvature goes to a file beside it.
+        # The Trainer's own file casts the state to the parameters' dtype. The curvature goes to a separate file.
         optimizer.curvature_in_state_dict = False
         self.optimizer: torch.optim.Optimizer | None = optimizer
         return optimizer
@@ -108,7 +110,9 @@ class SecondOrderMixin(ResumableMixin):
         """The loss of a micro-batch as `training_step` differentiates it, without dropout and without a graph.
 
         Args:
-            compute_loss: in place of the method, which a subclass may have keep a log.
+            inputs: the micro-batch.
+            num_items: the Trainer's count of items in the batch.
+            compute_loss: used in place of the method. A subclass's method may write to a log.
         """
         was_training = self.model.training
         self.model.eval()
@@ -122,8 +126,8 @@ class SecondOrderMixin(ResumableMixin):
         return loss if self._is_of_whole_step(num_items) else loss / self.current_gradient_accumulation_steps
 
     def _is_of_whole_step(self, num_items: Tensor | int | None) -> bool:
-        """Whether the losses of micro-batches add up to that of the step as they are: the Trainer's own rule."""
-        said: bool | None = getattr(self, "loss_is_scaled_for_ga", None)  # of newer versions
+        """Whether the losses of micro-batches add up to the loss of the step without a division: the Trainer's rule."""
+        said: bool | None = getattr(self, "loss_is_scaled_for_ga", None)  # in newer versions
         if said is not None:
             return said
         return (self.model_accepts_loss_kwargs and num_items is not None) or self.compute_loss_func is not None
@@ -142,7 +146,7 @@ class SecondOrderMixin(ResumableMixin):
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
         assert optimizer is not None
-        labels = inputs.get("labels")  # a label smoother takes them out
+        labels = inputs.get("labels")  # a label smoother removes them
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         logits = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
         if not isinstance(logits, Tensor):
@@ -158,10 +162,10 @@ class SecondOrderMixin(ResumableMixin):
     def _announce(
         self, optimizer: SecondOrderOptimizer, inputs: dict[str, Any], num_items: Tensor | int | None
     ) -> None:
-        """Tell the optimizer which factor backward will put on the gradient of each row's own loss."""
+        """Tell the optimizer the factor that backward will put on the gradient of each row's own loss."""
         is_mean, scale = True, torch.ones((), dtype=torch.float64)
         takes_count = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
-        # A subclass that says so has a mean of its own.
+        # A subclass that sets this attribute to False computes its own mean.
         if num_items is not None and takes_count and getattr(self, "loss_is_scaled_for_ga", None) is not False:
             if self.args.average_tokens_across_devices:
                 scale = scale * self.accelerator.num_processes
@@ -174,20 +178,20 @@ class SecondOrderMixin(ResumableMixin):
         optimizer.announce(None, scale, is_mean=is_mean)
 
     def _divides_by(self, num_items: Tensor | int, inputs: dict[str, Any]) -> bool:
-        """Whether the loss is divided by the count that the Trainer hands to it; tried once.
+        """Whether the model divides the loss by the count that the Trainer passes to it. This is tried once.
 
-        Most models do, but those whose class builds a loss of its own (BERT's) take the count and leave it.
+        Most models do. Models whose class computes its own loss (BERT's) take the count and ignore it.
         """
         if self._loss_divides is None:
             try:
                 once, twice = (self._loss_again(inputs, n, Trainer.compute_loss) for n in (num_items, 2 * num_items))
                 self._loss_divides = not torch.equal(once, twice)
-            except (TypeError, ValueError, KeyError):  # inputs that only a subclass knows how to take
+            except (TypeError, ValueError, KeyError):  # inputs that only a subclass can process
                 self._loss_divides = True
         return self._loss_divides
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in transformers; the log of training steps holds `SecondOrderOptimizer.telemetry` besides."""
+        """As in transformers. The log of training steps also has `SecondOrderOptimizer.telemetry`."""
         optimizer = self._second_order_optimizer()
         if "loss" in logs and optimizer is not None and self.args.curvature_log != "none":
             logs |= optimizer.telemetry(self.args.curvature_log)
@@ -197,8 +201,8 @@ class SecondOrderMixin(ResumableMixin):
 class SecondOrderTrainer(SecondOrderMixin, Trainer):
     """A `transformers.Trainer` whose `args.optim` may be a name of `hf_so2.OPTIMIZERS`.
 
-    For a `_mup` name, μP is applied to the model when the Trainer is made (and to every model of `model_init`), unless
-    the model carries a μP record already; a pretrained model is not re-initialised. Other optimizers behave as in
+    For a `_mup` name, the Trainer applies μP to the model when it is built, and to every model of `model_init`, unless
+    the model already has a μP record. A pretrained model is not re-initialised. Other optimizers behave as in
     transformers. For other kinds of Trainer see `hf_so2.second_order`.
 
     Raises:
@@ -207,8 +211,9 @@ class SecondOrderTrainer(SecondOrderMixin, Trainer):
 
 
 def _expected_arguments(trainer: type) -> type:
-    """The class of arguments that a kind of Trainer names in its signature; TRL's make their own out of all others,
-    which knows nothing of our fields.
+    """The class of arguments that a kind of Trainer names in its signature.
+
+    TRL's Trainers convert all other arguments to their own class, which does not have our fields.
     """
     for kind in trainer.__mro__:
         if issubclass(kind, SecondOrderMixin) or "__init__" not in vars(kind):
@@ -222,7 +227,7 @@ def _expected_arguments(trainer: type) -> type:
 
 
 def _check_fsdp(plugin: Any, args: SecondOrderArgumentsMixin) -> None:
-    """Raise where FSDP is set up in a way that the optimizers do not support, or was asked for in vain."""
+    """Raise if FSDP is set up in a way that the optimizers do not support, or was asked for but is not in use."""
     if plugin is None:
         if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
             raise ConfigurationError("fsdp", True, "is left out by accelerate on a machine without GPUs; use DDP there")
@@ -236,7 +241,7 @@ def _check_fsdp(plugin: Any, args: SecondOrderArgumentsMixin) -> None:
 
 
 def _apply_mup(model: nn.Module, args: SecondOrderArgumentsMixin) -> None:
-    """Put a model into μP where the optimizer's name asks for it and nobody has done so."""
+    """Apply μP to a model if the optimizer's name asks for it and the model has no μP record yet."""
     name = str(args.optim.value)
     if not (args.is_ours(name) and name.endswith(MUP_SUFFIX)) or read_mup(model) is not None:
         return

@@ -1,1 +1,1 @@
-"""Preconditioned weights: what is known of one, what it costs, when it has its turn, and how several go together."""
+"""Preconditioned weights: their state, their costs, their schedule, and stacks of several weights."""

@@ -1,4 +1,7 @@
-"""The ends of a preconditioned weight: what uses it, with statistics of its own. Most have one, a tied weight two."""
+"""The ends of a preconditioned weight. An end is a use of the weight with its own statistics.
+
+Most weights have one end. A tied weight has two.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +26,10 @@ class End:
 
     Args:
         layer: the weight.
-        block: what observes the tokens of these modules.
-        modules: theirs are the calls that are captured.
-        adapter: how they store the weight, and what they take in.
-        prefix: how the names of this end's statistics begin in the layer's state.
+        block: the block that observes the tokens of these modules.
+        modules: the modules whose calls are captured.
+        adapter: how these modules store the weight, and what inputs they take.
+        prefix: prefix of the names of this end's statistics in the layer's state.
     """
 
     layer: Layer
@@ -37,7 +40,7 @@ class End:
 
     @property
     def name(self) -> str:
-        """The weight's, and which end of it; no other end of the model has the same."""
+        """The weight's name and the end's. It is unique in the model."""
         return f"{self.layer.name} as {self.prefix.rstrip('_')}" if self.prefix else self.layer.name
 
     @property
@@ -47,11 +50,11 @@ class End:
 
     @property
     def sums_of_outer_products(self) -> list[str]:
-        """The statistics that are, wherever they are matrices."""
+        """The names of the statistics that are sums of outer products if they are matrices."""
         return [name for name, statistic in self.block.statistics.items() if statistic.symmetric]
 
     def statistics_dtype(self) -> torch.dtype:
-        """Of the statistics that are taken now: the weight may have been cast."""
+        """The dtype of the statistics that are taken now. The weight may have been cast since the layer was built."""
         weight = self.modules[0].weight
         assert isinstance(weight, Tensor)
         return statistics_dtype(weight.dtype)
@@ -62,7 +65,7 @@ class End:
         return self.block.observe(of_end(self.layer.state, self.prefix), inputs, gradients, known, fold)
 
     def no_rows(self) -> State:
-        """The sums over nothing."""
+        """The sums over no rows: zeros."""
         state, device = self.layer.state, self.layer.device
         return {name: torch.zeros_like(state[self.prefix + name], device=device) for name in self.block.statistics}
 

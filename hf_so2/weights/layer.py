@@ -1,4 +1,4 @@
-"""A preconditioned weight: what it is, where it is held, and what is known of its curvature."""
+"""A preconditioned weight: its settings, the rank that owns it, and its curvature state."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hf_so2.curvature.base import RotatingBlock
 from hf_so2.damping import Damping
 from hf_so2.layers import Adapter
 
-# What a layer counts and a checkpoint keeps.
+# The counters of a layer. A checkpoint keeps them.
 COUNTERS = ("updates", "refreshes", "failures", "steps", "overflows")
 
 
@@ -24,32 +24,36 @@ class Layer:
     """A preconditioned weight.
 
     Args:
-        name: qualified name of the parameter; of one matrix of a stack, with its index: `experts.down_proj[3]`.
-        shape: (fan_out, fan_in), the column of its bias included.
-        block: its curvature method.
-        modules: the modules whose calls use it.
-        adapter: how they store it.
+        name: qualified name of the parameter. A matrix of a stack has its index too: `experts.down_proj[3]`.
+        shape: (fan_out, fan_in), the column of the bias included.
+        block: the curvature method.
+        modules: the modules whose calls use the weight.
+        adapter: how these modules store the weight.
         damping: rule, strength and width multipliers.
-        device: where the statistics live.
-        dtype: float32, or float64 for a float64 weight.
+        device: the device of the statistics.
+        dtype: dtype of the statistics: float32, or float64 for a float64 weight.
         bias: the parameter that is the last column of the matrix.
-        head: of a tied weight, the modules that use it as an output head; `modules` are its embeddings.
-        is_head: whether it is the output head, and nothing else.
-        owner: the rank that refreshes its preconditioner.
-        owned: whether that is this one.
-        held: whether this rank has its statistics and its preconditioner, and preconditions its gradient.
-        state: the block's tensors, and those of norm control and momentum on the ranks that hold the layer. On the
-            others they are on the meta device, for their shapes; only what the block's `observed` names is there too.
-        updates: how often its statistics have been updated.
-        refreshes: how many preconditioners have been built; until the first, the weight is in the fallback.
-        failures: how many refreshes in a row have failed.
-        steps: how many second-order updates its weight has had.
-        overflows: how many of them were left at zero because the preconditioned gradient was not finite, or linear
-            algebra failed in the norm control; counted where the layer is held.
-        momentum: the decay of its average of gradients at this step, as its parameter group has it.
-        rotated: this step's gradient in the coordinates of its block, as long as they are those of the preconditioner.
-        is_idle: whether no token has reached it in this step: one of a stack, whose gradient is zero. It rests then,
-            statistics, momentum and weight decay included.
+        head: for a tied weight, the modules that use it as an output head; `modules` are then its embeddings.
+        is_head: whether the weight is the output head, and nothing else.
+        owner: the rank that refreshes the preconditioner.
+        owned: whether this rank is the owner.
+        held: whether this rank holds the layer: it has the statistics and the preconditioner, and it preconditions the
+            gradient.
+        state: on a rank that holds the layer, the tensors of the block, of norm control and of momentum. On any other
+            rank, the tensors of the block alone: real tensors under the names in the block's `observed`, and tensors on
+            the meta device, which have only a shape, under all others.
+        updates: number of updates of the statistics.
+        refreshes: number of preconditioners built. Before the first one, the fallback updates the weight.
+        failures: number of failed refreshes in a row.
+        steps: number of second-order updates of the weight.
+        overflows: how many of these updates were set to zero because the preconditioned gradient was not finite, or
+            because linear algebra failed in the norm control. Only ranks that hold the layer count them.
+        momentum: decay of the average of gradients at this step, taken from the parameter group.
+        rotated: this step's gradient in the block's coordinates. It is kept while these are the coordinates of the
+            preconditioner.
+        is_idle: whether no token reached the layer in this step. Only a matrix of a stack, such as one expert, can be
+            idle; its gradient is then zero. An idle layer skips the step: statistics, momentum, weight decay and
+            update.
     """
 
     name: str
@@ -78,33 +82,36 @@ class Layer:
 
     @property
     def parameter(self) -> str:
-        """The name of the weight that it is, or is a matrix of."""
+        """The name of the parameter: the weight itself, or the stack that the weight is a matrix of."""
         return self.name if self.adapter.index is None else self.name.rpartition("[")[0]
 
     @cached_property
     def rotating(self) -> RotatingBlock | None:
-        """The block, where it keeps the momentum in coordinates of its own. Asking for a protocol takes its time."""
+        """The block if it keeps the momentum in its own coordinates, else None. Cached: the protocol check is slow."""
         return self.block if isinstance(self.block, RotatingBlock) and self.block.keeps_momentum else None
 
     @property
     def building(self) -> bool:
-        """Whether the block still builds what its first update needs (SOAP's first basis): nothing moves until then."""
+        """Whether the block is still building what its first update needs (SOAP's first basis).
+
+        The weight and its momentum do not move until then.
+        """
         return self.updates <= self.block.building_steps
 
     @property
     def nbytes(self) -> int:
-        """Of its gradient, in the dtype of the statistics."""
+        """Size of the gradient in bytes, in the dtype of the statistics."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def blank_state(self) -> State:
-        """The block's tensors before the first update, as far as this rank has them."""
+        """The block's tensors before the first update, on the meta device where this rank does not have them."""
         if self.held:
             return self.block.init_state(self.shape, self.device, self.dtype)
         shapes = self.block.init_state(self.shape, torch.device("meta"), self.dtype)
         return shapes | {name: torch.zeros_like(shapes[name], device=self.device) for name in self.block.observed}
 
     def load_state(self, saved: Mapping[str, Tensor]) -> None:
-        """Take copies of what this rank needs of a complete state.
+        """Copy what this rank needs from a complete state.
 
         Raises:
             ValueError: a tensor of the block is missing or has another shape.
@@ -119,10 +126,11 @@ class Layer:
         self.state = own if self.held else blank | own
 
     def follow(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Go with a model that was moved or cast after its optimizer had been built.
+        """Move or cast the state like a model that was moved or cast after its optimizer had been built.
 
         Args:
-            dtype: of the statistics, see `statistics_dtype`.
+            device: the new device of the statistics.
+            dtype: the new dtype of the statistics, see `statistics_dtype`.
         """
         if (self.device, self.dtype) != (device, dtype):
             self.device, self.dtype = device, dtype
@@ -130,5 +138,5 @@ class Layer:
 
 
 def statistics_dtype(weight: torch.dtype) -> torch.dtype:
-    """Of a weight in this one: float32, or float64."""
+    """The dtype of the statistics of a weight of dtype `weight`: float32, or float64 for float64."""
     return torch.float64 if weight == torch.float64 else torch.float32

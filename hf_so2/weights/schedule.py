@@ -1,61 +1,66 @@
-"""When statistics are taken and preconditioners rebuilt: pure functions of the step number and of what layers cost."""
+"""When statistics are taken and preconditioners are rebuilt: pure functions of the step number and the layers' costs.
+
+A job that is due once in `every` steps has a turn: its place among these steps.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-# The first statistics are the noisiest and the loss moves fastest: a preconditioner kept from step 1 until the first
-# regular refresh costs more loss than these refreshes cost time.
+# The first statistics are the noisiest, and the loss moves fastest in the first steps. A preconditioner that is kept
+# from step 1 until the first regular refresh costs more loss than these refreshes cost time.
 EARLY_STEPS = frozenset({1, 2, 4, 7})
 
 
 def due(step: int, every: int, turn: int = 0) -> bool:
-    """Whether work done every `every` steps is due at step number `step`, counted from 1.
+    """Whether a job that is done every `every` steps is due at step `step`. Every job is due at the `EARLY_STEPS`.
 
     Args:
-        step: its number.
-        every: how many steps lie between.
-        turn: at which step of each `every` it is, in [0, every).
+        step: number of the step, counted from 1.
+        every: the interval, in steps.
+        turn: the job's turn, in [0, every): it is due where `step % every == turn`.
     """
     return step in EARLY_STEPS or step % every == turn
 
 
 def turns(costs: Mapping[str, float], every: int) -> dict[str, int]:
-    """The turn of each job, such that every step has about the same share of all work, and none a spike.
+    """The turn of each job. The turns give every step about the same share of the work.
 
-    Jobs are put in descending order of cost and cut into runs of `1/every` of the total each, so that a step has at
-    most one job more than its share. `hf_so2.distributed.assign` deals jobs to ranks in the same order: those of one
-    run go round all ranks.
+    Jobs are sorted by descending cost and cut into `every` runs of equal total cost. A step has at most one job more
+    than its share. `hf_so2.distributed.assign` deals jobs to ranks in the same order, so that the jobs of one run go to
+    all ranks in turn.
 
     Args:
         costs: cost of each job by name, ≥ 0, in any unit.
-        every: how many turns there are, at least 1.
+        every: number of turns, at least 1.
 
     Returns:
-        The turns, in the order of `costs`. Ties are broken by name, so that neither the order nor the number of ranks
-        matters.
+        The turns, in the order of `costs`. The name breaks ties. The turns thus depend neither on the order of `costs`
+        nor on the number of ranks.
     """
     total, before = sum(costs.values()), 0.0
     found = {}
     for name in sorted(costs, key=lambda name: (-costs[name], name)):
-        # Round-off may take the last of them one turn too far.
+        # Round-off may put the last job one turn too far.
         found[name] = min(int(before / total * every), every - 1) if total else 0
         before += costs[name]
     return {name: found[name] for name in costs}
 
 
 def statistics_turns(costs: Mapping[str, float], every: int, refresh_every: int) -> dict[str, int]:
-    """The turn of each layer's statistics: at the steps of its refreshes, which so see the newest, and evenly between.
+    """The turn of each layer's statistics.
 
-    Where one interval does not divide the other, turns are spread as those of refreshes are. Layers that read the same
-    tensor may get different turns, and then do not share the sums of it: in Llamas of 4 to 16 layers that is 1.5 % more
-    FLOPs at most. If they took one turn together, being among the largest layers, the longest step would mostly be
-    longer, by up to 30 %.
+    If `every` divides `refresh_every`, a layer's statistics are updated at every step of its refresh, and at equal
+    intervals in between. Each refresh thus sees new statistics. Otherwise the turns are `turns(costs, every)`.
+
+    Layers that read the same tensor may get different turns. They then cannot share the sums of this tensor. This costs
+    at most 1.5 % more FLOPs in Llamas of 4 to 16 layers. A common turn for these layers would cost more: they are among
+    the largest layers, and the longest step would in most cases become longer, by up to 30 %.
 
     Args:
-        costs: of each layer's refresh, by name.
+        costs: cost of each layer's refresh, by name.
         every: steps between updates of the statistics.
-        refresh_every: steps between refreshes, whose turns are `turns(costs, refresh_every)`.
+        refresh_every: steps between refreshes. The turns of refreshes are `turns(costs, refresh_every)`.
     """
     if refresh_every % every:
         return turns(costs, every)

@@ -1,4 +1,4 @@
-"""Layers of one shape handled as one: small matrices bind an accelerator by their launches, not by their work."""
+"""Layers of one shape, processed as one stack. For small matrices, kernel launches cost a GPU more than the work."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from hf_so2.weights.layer import Layer
 
 T = TypeVar("T")
 
-# The gradients of a stack have no more bytes together: the copies are worth it as long as matrices are small, and with
-# half of this a GPU is busy.
+# The gradients of a stack have at most this many bytes together. Copies pay off only for small matrices, and half of
+# this already keeps a GPU busy.
 STACK_BYTES = 128 << 20
 
 
 def stack_bytes(device: torch.device) -> int:
-    """The limit on a device: 0 on a CPU, which has no launches to save and for which copies are slow."""
+    """The limit on a device. It is 0 on a CPU: a CPU has no launches to save, and copies are slow there."""
     return 0 if device.type == "cpu" else STACK_BYTES
 
 
 class StackedState(State):
-    """The states of several layers as one with a leading dimension: copies, made of what is asked for."""
+    """The states of several layers as one, with a leading dimension. A tensor is copied when it is first read."""
 
     def __init__(self, members: Sequence[State]) -> None:
         super().__init__()
@@ -46,15 +46,16 @@ class StackedState(State):
         return {name: self[name] for name in self._members[0]}.items()
 
     def write_back(self, names: Iterable[str]) -> None:
-        """Hand these tensors on to the members."""
+        """Write these tensors back to the members."""
         for name in names:
             torch._foreach_copy_([member[name] for member in self._members], list(self[name].unbind()))
 
 
 def stacks(items: Iterable[T], layer_of: Callable[[T], Layer]) -> Iterator[list[T]]:
-    """The items in lists, each of layers with one block, shape, dtype, device and damping that this rank holds.
+    """The items in lists. The layers of a list have the same block, shape, dtype, device and damping.
 
-    Where nothing is stacked each has a list of its own, handed out at once.
+    Only layers that this rank holds are stacked. Where nothing is stacked, each item has a list of its own and is
+    yielded at once.
     """
     waiting: dict[tuple[object, ...], list[T]] = {}
     for item in items:
@@ -72,14 +73,17 @@ def stacks(items: Iterable[T], layer_of: Callable[[T], Layer]) -> Iterator[list[
 
 
 def _has_two_matrix_sides(layer: Layer) -> bool:
-    # The others are embeddings and heads, of which a model has one.
+    # All others are embeddings and heads. A model has one of each.
     return not (layer.adapter.one_hot or layer.is_head or layer.head)
 
 
 def in_stack(
     verb: Callable[[State, Tensor], Tensor], layers: Sequence[Layer], matrices: Sequence[Tensor]
 ) -> Tensor | None:
-    """What a block makes of a matrix of each layer, (layers, fan_out, fan_in); None where linear algebra fails."""
+    """What `verb` of the block makes of a matrix of each layer, (layers, fan_out, fan_in).
+
+    None if linear algebra fails.
+    """
     try:
         if len(layers) == 1:
             return verb(layers[0].state, matrices[0]).unsqueeze(0)
@@ -89,8 +93,9 @@ def in_stack(
 
 
 def observe_stack(together: Sequence[tuple[Layer, Tensor | None]]) -> list[State]:
-    """The statistics of a stack's gradients; none of a layer that is not held, one that is not finite where linear
-    algebra fails.
+    """The statistics of a stack's gradients, one state a layer.
+
+    The state is empty for a layer that is not held. It holds a number that is not finite if linear algebra fails.
     """
     layers = [layer for layer, _ in together]
     gradients = [gradient for _, gradient in together if gradient is not None]
@@ -109,7 +114,7 @@ def observe_stack(together: Sequence[tuple[Layer, Tensor | None]]) -> list[State
 
 
 def refresh_stack(layers: Sequence[Layer], damping: Damping) -> dict[str, str | None]:
-    """Rebuild the preconditioners of a stack; by layer what went wrong, if anything did."""
+    """Rebuild the preconditioners of a stack. Returns the error by layer, None for success."""
     block = layers[0].block
     try:
         if len(layers) == 1:

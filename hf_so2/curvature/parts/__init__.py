@@ -1,1 +1,1 @@
-"""What several curvature blocks share: forms of factors, ways to split a block, costs and spectra."""
+"""Code that several curvature blocks share: forms of factors, ways to split a block, costs and spectra."""

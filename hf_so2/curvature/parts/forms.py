@@ -1,15 +1,15 @@
 """One side of a layer, input or output: its factor is a full matrix, or a diagonal kept as a vector.
 
-Which of the two it is, is read off the tensor itself: one of a single dimension is a diagonal, all others are matrices
-or stacks of them (weights with a diagonal side are never stacked), whole or block-diagonal as in
-`hf_so2.linalg.block_diagonal`. A side that takes no part (exponent 0) has no tensor, None here. Diagonals are for the
-sides of the size of the vocabulary: an embedding's input, whose exact `A` is diagonal, and a language model's logits.
+The tensor itself tells which form it has. A tensor with one dimension is a diagonal. All others are matrices or stacks
+of matrices, whole or block-diagonal as in `hf_so2.linalg.block_diagonal`. Weights with a diagonal side are never
+stacked. A side that is not used (exponent 0) has no tensor: it is None here. Diagonals are for sides of the size of the
+vocabulary: an embedding's input, whose exact `A` is diagonal, and a language model's logits.
 
-Rows are tensors of shape (rows, n), or integers of shape (rows,): then each row is the unit vector at that index, and
-zero where the index is -1. One-hot rows are never written out.
+Rows are tensors of shape (rows, n), or integers of shape (rows,). An integer stands for the unit vector at that index,
+and -1 for a row of zeros. One-hot rows are never expanded.
 
-A diagonal in the eigenbases of both sides (EKFAC's `S`, SOAP's `V`) is kept here too: how it moves with the bases, and
-what becomes of it where a decomposition leaves them open.
+This file also handles a diagonal in the eigenbases of both sides (EKFAC's `S`, SOAP's `V`): how it changes with the
+bases, and its average over eigenspaces whose basis a decomposition does not determine.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ def squared_length(rows: Tensor) -> Tensor:
 
 
 def second_moment(rows: Tensor, like: Tensor, weights: Tensor | float = 1.0, fold: Fold | None = None) -> Tensor:
-    """`Σ w x xᵀ`, or its diagonal, as `like` has it.
+    """`Σ w x xᵀ`, or its diagonal, in the form of `like`.
 
     Args:
         rows: (rows, n), or one-hot; one-hot rows ask for a diagonal.
         like: the factor, (n, n), block-diagonal (n, width) or (n,).
         weights: one per row, (rows, 1), or one for all.
-        fold: what fewer rows a matrix is made of, as in `TokenBlock.observe`; a diagonal is cheap, and of all rows.
+        fold: makes fewer rows for a matrix, as in `TokenBlock.observe`. A diagonal is cheap and takes all rows.
     """
     if is_one_hot(rows):
         counted = (squared_length(rows) * weights).to(like.dtype)
@@ -55,9 +55,9 @@ def second_moment(rows: Tensor, like: Tensor, weights: Tensor | float = 1.0, fol
 
 
 def in_turn(rows: Tensor, stride: int) -> Tensor:
-    """One row of every `stride`, of the g-th group of so many row `g mod stride`; all of fewer rows than one group.
+    """One row of every group of `stride` rows: row `g mod stride` of group g. All rows if there is no full group.
 
-    Thus every position of a sequence has its turn.
+    Every position of a sequence is thus taken at some point.
     """
     groups = len(rows) // stride
     if stride == 1 or not groups:
@@ -67,7 +67,7 @@ def in_turn(rows: Tensor, stride: int) -> Tensor:
 
 
 def sum_by_index(indices: Tensor, values: Tensor, size: int) -> Tensor:
-    """Row `i` is the sum of the rows of `values` (rows, k) whose index is `i`, shape (size, k); -1 is left out."""
+    """Row `i` is the sum of the rows of `values` (rows, k) with index `i`. Shape (size, k). Index -1 is left out."""
     kept = values * (indices >= 0).unsqueeze(1)
     return values.new_zeros(size, values.shape[1]).index_add_(0, indices.clamp(min=0), kept)
 
@@ -103,14 +103,12 @@ def from_right(matrix: Tensor, operator: Tensor | None) -> Tensor:
 def transposed(operator: Tensor | None) -> Tensor | None:
     if operator is None or operator.ndim < 2:
         return operator
-    # Of one block a view.
+    # A view if there is one block.
     return block_diagonal.each_block(lambda block: block.mT, operator)
 
 
 def overlap(new: Tensor, old: Tensor) -> Tensor:
-    """`(U_newᵀ U_old)²` entry by entry: turns the diagonal of a matrix in the old basis into its diagonal in the
-    new.
-    """
+    """`(U_newᵀ U_old)²` entry by entry: maps the diagonal of a diagonal matrix in the old basis to that in the new."""
     parts = zip(block_diagonal.blocks(new), block_diagonal.blocks(old), strict=True)
     return block_diagonal.of_blocks([(mine.mT @ before).square() for mine, before in parts], new)
 
@@ -121,13 +119,14 @@ def over_eigenspaces(
     values_right: Tensor | None,
     block_size: int | None = None,
 ) -> Tensor:
-    """A diagonal of shape (fan_out, fan_in) averaged over each pair of eigenspaces, given their eigenvalues.
-
-    A side without a basis has none to be averaged over.
+    """A diagonal of shape (fan_out, fan_in), averaged over each pair of eigenspaces.
 
     Args:
-        block_size: the largest dimension of a block of either basis; None for one. Each block has eigenspaces of its
-            own.
+        diagonal: the diagonal.
+        values_left: eigenvalues of the output side; None for a side without a basis, which is not averaged over.
+        values_right: likewise of the input side.
+        block_size: the largest dimension of a block of either basis; None for one block. Each block has its own
+            eigenspaces.
     """
     if values_left is not None:
         diagonal = _mean_in_blocks(diagonal, values_left, block_size)

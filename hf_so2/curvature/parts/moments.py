@@ -1,15 +1,15 @@
 """Two ways to split a layer's Fisher block into a Kronecker product `F ≈ A ⊗ B` of averages over tokens.
 
 `INDEPENDENT` treats inputs and gradients as independent: `A = E[h hᵀ]`, `B = E[δ δᵀ]` (Martens & Grosse 2015,
-arXiv 1503.05671). `TRACE_RESTRICTED` weighs each by the size of the other and keeps the trace of the exact block:
+arXiv 1503.05671). `TRACE_RESTRICTED` weights each by the size of the other and keeps the trace of the exact block:
 `F ≈ τ Φ ⊗ Ψ` with `τ = E[|h|² |δ|²]`, `Φ = E[|δ|² h hᵀ]/τ`, `Ψ = E[|h|² δ δᵀ]/τ` (Gao et al. 2020, arXiv 2011.10741,
-equation 11); here as `A = √τ Φ`, `B = √τ Ψ`.
+equation 11). Here the factors are `A = √τ Φ`, `B = √τ Ψ`.
 
-The sums are additive over rows; the state keeps their running averages under the same names. A factor is a matrix, or
-its diagonal blocks (`hf_so2.linalg.block_diagonal`), or on a side of `diagonal` its diagonal as a vector.
+The sums are additive over rows. The state keeps their running averages under the same names. A factor is a matrix, its
+diagonal blocks (`hf_so2.linalg.block_diagonal`), or, on a side of `diagonal`, its diagonal as a vector.
 
-The `A` of an embedding is the frequencies of its tokens under `INDEPENDENT`, but not where it is weighed by gradients:
-`TRACE_RESTRICTED_TOKENS` keeps them beside it.
+Under `INDEPENDENT`, the `A` of an embedding is the frequencies of its tokens. If `A` is weighted by gradients, it is
+not: `TRACE_RESTRICTED_TOKENS` keeps the frequencies as a separate average.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from hf_so2.linalg import block_diagonal, per_matrix
 
 
 class _Rows:
-    """The rows of a layer, how they are folded, and their squared lengths, which more than one statistic asks for."""
+    """The rows of a layer, how they are folded, and their squared lengths, which several statistics need."""
 
     def __init__(self, h: Tensor, delta: Tensor, fold: Fold | None) -> None:
         self.h, self.delta, self.fold = h, delta, fold
@@ -46,10 +46,10 @@ class Moments:
     """One way to split.
 
     Args:
-        statistics: what is averaged; always `A` (fan_in, fan_in) and `B` (fan_out, fan_out), besides `frequencies`
-            (fan_in,) and any 0-dim scalars.
-        sums: maps the rows and the average of a statistic, for its form, to the statistic's sum.
-        factor: the factor `A` or `B` of `F ≈ A ⊗ B` from the state.
+        statistics: the statistics that are averaged: always `A` (fan_in, fan_in) and `B` (fan_out, fan_out), and in
+            some cases `frequencies` (fan_in,) and 0-dim scalars.
+        sums: for each statistic, a function from the rows and its average (for the form) to its sum.
+        factor: a function from the state to the factor `A` or `B` of `F ≈ A ⊗ B`.
     """
 
     statistics: Mapping[str, Statistic]
@@ -62,8 +62,8 @@ class Moments:
         """Zeroed averages and their `weight`.
 
         Args:
-            diagonal: the names of the sides that are kept as vectors.
-            block_size: the largest dimension of a block of the others; None for one block.
+            diagonal: the sides that are kept as vectors.
+            block_size: the largest dimension of a block of the other sides; None for one block.
         """
         fan_out, fan_in = shape
         sizes: dict[str, tuple[int, ...]] = {
@@ -83,14 +83,14 @@ class Moments:
         known: State,
         fold: Fold | None,
     ) -> State:
-        """The sums of these names, computed unless they are `known`; `state` holds their averages."""
+        """The sums of these names. Sums in `known` are not computed again. `state` holds their averages."""
         rows = _Rows(inputs, gradients, fold)
         return {name: known[name] if name in known else self.sums[name](rows, state[name]) for name in names}
 
 
 def _trace_restricted_factor(state: State, name: str) -> Tensor:
     tau, average = corrected_average(state, "tau"), corrected_average(state, name)
-    # τ = 0 where every token's h or δ is zero, and the factors with it; of denormal ones too few digits are left.
+    # If every token's h or δ is zero, τ and the factors are zero. A denormal τ has too few digits and counts as zero.
     tau = per_matrix(tau, average)
     return torch.where(tau < torch.finfo(tau.dtype).tiny, torch.zeros_like(average), average / tau.sqrt())
 
@@ -125,5 +125,5 @@ TRACE_RESTRICTED_TOKENS = replace(
 
 
 def trace_restricted(diagonal: str) -> Moments:
-    """`TRACE_RESTRICTED`, with the frequencies of tokens where the input side is a diagonal, as an embedding's is."""
+    """`TRACE_RESTRICTED`, with the frequencies of tokens if the input side is a diagonal (an embedding)."""
     return TRACE_RESTRICTED_TOKENS if "A" in diagonal else TRACE_RESTRICTED

@@ -1,4 +1,4 @@
-"""What the methods with a factor on each side of the gradient share: `L` on fan_out, `R` on fan_in."""
+"""Code shared by the methods that have a factor on each side of the gradient: `L` on fan_out, `R` on fan_in."""
 
 from __future__ import annotations
 
@@ -57,19 +57,19 @@ def apply(matrices: Mapping[str, Tensor], gradient: Tensor) -> Tensor:
 
 
 def suffixed(state: State, suffix: str) -> dict[str, Tensor]:
-    """The tensors `L<suffix>` and `R<suffix>` by side, as far as the state has them."""
+    """The tensors `L<suffix>` and `R<suffix>` that the state has, by side."""
     return {side: state[side + suffix] for side in "LR" if side + suffix in state}
 
 
 def damped_factors(state: State, sides: frozenset[str], damping: Damping) -> dict[str, tuple[Tensor, Tensor]]:
     """Each side's bias-corrected factor and its damping ρ.
 
-    A side that is left alone counts as the number 1, so that a rule which compares the sides stays defined. A factor so
-    small that a share of it is not a normal number any more (of gradients that are, or have long been, about zero)
-    counts as zero, which damping turns into the identity.
+    A side that is left out counts as the number 1. A rule that compares the sides thus stays defined. A factor is
+    negligible if a small fraction of it would no longer be a normal number. This happens if gradients are, or have long
+    been, about zero. Such a factor counts as zero, and damping turns it into the identity.
 
     Raises:
-        DecompositionError: under a rule that needs eigenvalues, a factor that has none.
+        DecompositionError: the rule needs eigenvalues, and a factor has none.
     """
     one = torch.ones_like(state["weight"])[..., None, None]
     left, right = (_zero_if_negligible(corrected_average(state, side)) if side in sides else one for side in "LR")
@@ -78,6 +78,6 @@ def damped_factors(state: State, sides: frozenset[str], damping: Damping) -> dic
 
 
 def _zero_if_negligible(factor: Tensor) -> Tensor:
-    """In place."""
+    """Set the factor to zero, in place, if it is negligible."""
     limits = torch.finfo(factor.dtype)
     return factor.mul_(per_matrix(~(trace(factor) < limits.tiny / limits.eps), factor))
