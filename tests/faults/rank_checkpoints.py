@@ -15,8 +15,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from damage import OF_SEVERAL_RANKS, contents, damage, is_of_a_rank, twin
-from helpers import llama, optimizer_of, token_rows, trained
 from plain_loop import flat
+from shared.helpers import llama, optimizer_of, token_rows, trained
 from two_ranks import start
 
 import hf_so2
