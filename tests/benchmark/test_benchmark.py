@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import llama
 from hypothesis import given
 from hypothesis import strategies as st
+from shared.helpers import llama
 
 from hf_so2.benchmark import peers, stopwatch
 from hf_so2.benchmark.contestants import BASELINE, baseline, ours, theirs

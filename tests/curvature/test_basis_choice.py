@@ -9,10 +9,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from curvature.dense_fisher import relative
-from curvature.reference import BLOCKS, Rows, feed, fresh_state, random_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shared.dense_fisher import relative
+from shared.kfac_reference import BLOCKS, Rows, feed, fresh_state, random_rows
 from torch import Tensor
 
 import hf_so2.curvature.ekfac

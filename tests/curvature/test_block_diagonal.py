@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import assert_same_parameters, in_float64, llama, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shared.helpers import assert_same_parameters, in_float64, llama, relative_error
 from torch import Tensor
 
 import hf_so2

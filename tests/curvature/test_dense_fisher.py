@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from curvature.dense_fisher import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from shared.dense_fisher import (
     CASES,
     DenseBlock,
     approximation,
@@ -21,9 +23,7 @@ from curvature.dense_fisher import (
     stand_still,
     token_gradients,
 )
-from helpers import DenseFactors, dense_factors
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from shared.helpers import DenseFactors, dense_factors
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.func import grad as func_grad

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from curvature.dense_fisher import METHODS
-from helpers import VOCABULARY, assert_same_parameters, in_float64, llama
+from shared.dense_fisher import METHODS
+from shared.helpers import VOCABULARY, assert_same_parameters, in_float64, llama
 from torch import Tensor, nn
 
 import hf_so2

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from curvature.dense_fisher import approximation, linear_layers, mlp_case, relative, stand_still, transformer_case
+from shared.dense_fisher import approximation, linear_layers, mlp_case, relative, stand_still, transformer_case
 from torch import Tensor, nn
 
 pytest.importorskip("curvlinops", reason="pip install --no-deps -r tests/second_opinion.txt")

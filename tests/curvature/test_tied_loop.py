@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from curvature.test_plain_loop import batches, distance, train, trained
-from helpers import BOTH_ENDS, assert_same_parameters, in_float64, tied_llama
+from shared.helpers import BOTH_ENDS, assert_same_parameters, in_float64, tied_llama
 
 import hf_so2
 

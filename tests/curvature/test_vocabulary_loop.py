@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from curvature.dense_fisher import METHODS
 from curvature.test_plain_loop import batches, distance, train, trained
-from helpers import BOTH_ENDS, assert_same_parameters, in_float64, llama
+from shared.dense_fisher import METHODS
+from shared.helpers import BOTH_ENDS, assert_same_parameters, in_float64, llama
 
 import hf_so2
 

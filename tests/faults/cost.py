@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from helpers import arguments, optimizer_of
+from shared.helpers import arguments, optimizer_of
 
 import hf_so2
 from hf_so2 import files

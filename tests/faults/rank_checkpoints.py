@@ -15,8 +15,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from damage import OF_SEVERAL_RANKS, contents, damage, is_of_a_rank, twin
-from helpers import llama, optimizer_of, token_rows, trained
 from plain_loop import flat
+from shared.helpers import llama, optimizer_of, token_rows, trained
 from two_ranks import start
 
 import hf_so2
@@ -37,7 +37,7 @@ def train(output: Path, *, other: bool = False, resume: Any = None) -> hf_so2.Se
 
 def train_sharded(output: Path, *, other: bool = False, resume: Any = None) -> hf_so2.SecondOrderTrainer:
     """Under FSDP2 either rank writes its part of the model and of the optimizer, too."""
-    import sharded_trainer  # which changes how accelerate sees its processes
+    from shared import sharded_trainer  # which changes how accelerate sees its processes
 
     given = {"optim": "kfac", "state_dict_type": "SHARDED_STATE_DICT", "gradient_worker_fraction": 0.0}
     rate = 0.03 if other else 0.02

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import arguments, assert_same_parameters, llama, optimizer_of, token_rows, trained
+from shared.helpers import arguments, assert_same_parameters, llama, optimizer_of, token_rows, trained
 
 import hf_so2
 from hf_so2.training import checkpoints, manifest

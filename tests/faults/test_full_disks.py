@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import arguments, assert_same_parameters, llama, token_rows, trained
+from shared.helpers import arguments, assert_same_parameters, llama, token_rows, trained
 from transformers import TrainerCallback
 
 import hf_so2

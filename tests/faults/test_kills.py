@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import assert_same_parameters, llama, token_rows, trained
+from shared.helpers import assert_same_parameters, llama, token_rows, trained
 
 import hf_so2
 from hf_so2.training import checkpoints

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import arguments, llama, optimizer_of, token_rows
+from shared.helpers import arguments, llama, optimizer_of, token_rows
 from torch import nn
 from transformers import TrainerCallback
 

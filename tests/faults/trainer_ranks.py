@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from helpers import token_rows
 from plain_loop import differing
+from shared.helpers import token_rows
 from torch import nn
 from trainer_acts import FAULTS, Before
 from trainer_run import AT, ROWS, STEPS, At, InOrder, Setup, trainer_of, values, what_became

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from helpers import arguments, llama, optimizer_of, token_rows
 from plain_loop import CONTROLS, SIZES, Fault, differing, flat
+from shared.helpers import arguments, llama, optimizer_of, token_rows
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from trainer_acts import FAULTS, OUT_OF_MEMORY

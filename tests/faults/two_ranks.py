@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import VOCABULARY, llama
 from plain_loop import AT, HUGE, STEPS, Fault, Loop, differing, failing_routines, not_finite, settings_of
+from shared.helpers import VOCABULARY, llama
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from trainer_acts import Before, module_of

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import BOTH_ENDS, VOCABULARY, assert_same_parameters, llama, relative_error
+from shared.helpers import BOTH_ENDS, VOCABULARY, assert_same_parameters, llama, relative_error
 from torch import Tensor, nn
 
 import hf_so2

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import captured_factors, relative_error
+from shared.helpers import captured_factors, relative_error
 from torch import Tensor, nn
 
 import hf_so2

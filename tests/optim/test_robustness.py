@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_same_parameters, llama, token_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shared.helpers import assert_same_parameters, llama, token_rows
 from torch import Tensor, nn
 
 import hf_so2

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import gpt2
-from optim.loops import loss_of, net
+from shared.helpers import gpt2
+from shared.loops import loss_of, net
 from torch import nn
 
 import hf_so2

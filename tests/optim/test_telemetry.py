@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import SMALL, assert_same_parameters, gpt2, llama, numpy_damping, token_rows
+from shared.helpers import SMALL, assert_same_parameters, gpt2, llama, numpy_damping, token_rows
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertForMaskedLM

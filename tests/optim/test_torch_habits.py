@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import assert_same_parameters, llama
+from shared.helpers import assert_same_parameters, llama
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
