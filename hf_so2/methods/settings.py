@@ -206,7 +206,7 @@ class Settings:
         "basis",
     )
     expert_method: str = setting(
-        "kl_shampoo", one_of(("shampoo", "soap", "kl_shampoo", "muon", "adamw")), "Method of experts that are stored as"
+        "muon", one_of(("shampoo", "soap", "kl_shampoo", "muon", "adamw")), "Method of experts that are stored as"
         " one 3-D weight, whose tokens no module hands over: each by its own gradient, or adamw to leave them to the"
         " fallback. Methods that see gradients (shampoo, soap, kl_shampoo, muon) are their own.", "tokens"
     )  # fmt: skip
