@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Correctness, waits, step times and memory on one GPU, in under 8 minutes:
+# Correctness, waits, step times and memory on one GPU, in under 12 minutes:
 #
 #   scripts/gpu_tables.sh out/gpu                 # on a GPU
 #   scripts/gpu_tables.sh out/gpu miniature       # the same programs on the CPU, to see that they work
@@ -37,6 +37,9 @@ for name in "${all[@]}"; do medium+=("$name:curvature_matmul_precision=medium");
 part check 120 "$python" -m hf_so2 device-check --output_dir "$out/check"
 part float32 110 "${benchmark[@]}" "${common[@]}" --hidden_size 1024 --optim "${all[@]}" --output_dir "$out/float32"
 part bf16 140 "${benchmark[@]}" "${common[@]}" --hidden_size 1024 --bf16 --optim kfac "${medium[@]}" --output_dir "$out/bf16"
+deep=(--hidden_size 1024 --num_hidden_layers 24 --tokens 2048 --optim kfac foof muon tkfac)
+part stacks 90 "${benchmark[@]}" "${common[@]}" "${deep[@]}" --output_dir "$out/stacks"
+part no_stacks 120 "${benchmark[@]}" "${common[@]}" "${deep[@]}" --no_stacks --output_dir "$out/no_stacks"
 part bf16_2048 100 "${benchmark[@]}" "${common[@]}" --hidden_size 2048 --bf16 \
   --optim "${medium[@]:0:2}" "${medium[@]:6:1}" --output_dir "$out/bf16_2048"
 exit $code

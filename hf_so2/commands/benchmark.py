@@ -37,6 +37,7 @@ from hf_so2.errors import ConfigurationError
 from hf_so2.folders import require_folder
 from hf_so2.methods.table import parse_name
 from hf_so2.optim import OPTIMIZERS
+from hf_so2.weights import stacks
 from hf_so2.spelling import did_you_mean
 
 INSTALLED = [peer.name for peer in PEERS if peer.installed]
@@ -74,6 +75,9 @@ class BenchmarkArguments:
         default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "where to train: cpu or cuda"}
     )
     bf16: bool = field(default=False, metadata={"help": "bfloat16 in forward and backward passes, by autocast"})
+    stacks: bool = field(
+        default=True, metadata={"help": "layers of one shape as one stack, on a GPU; --no_stacks measures without"}
+    )
     seed: int = field(default=0, metadata={"help": "of the models, the tokens and the order"})
 
     def __post_init__(self) -> None:
@@ -122,6 +126,8 @@ def main() -> None:
     output = Path(arguments.output_dir)
     require_folder("output_dir", output)
     output.mkdir(parents=True, exist_ok=True)
+    if not arguments.stacks:
+        stacks.STACK_BYTES = 0
     rate = product_rate(torch.device(arguments.device))
     machine = f"{_machine(arguments.device)}, products at {rate / 1e9:.0f} GFLOP/s"
     report: dict[str, Any] = {"settings": vars(arguments), "machine": machine, "product_rate": rate, "widths": {}}
