@@ -48,6 +48,7 @@ ALLOWED: dict[str, set[str]] = {
     "transfer": {*LEAVES, "training", "methods", "optim", "cli", "models"},
     "commands": {
         *LEAVES,
+        "weights",
         "training",
         "methods",
         "optim",

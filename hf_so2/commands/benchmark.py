@@ -37,8 +37,8 @@ from hf_so2.errors import ConfigurationError
 from hf_so2.folders import require_folder
 from hf_so2.methods.table import parse_name
 from hf_so2.optim import OPTIMIZERS
-from hf_so2.weights import stacks
 from hf_so2.spelling import did_you_mean
+from hf_so2.weights import stacks
 
 INSTALLED = [peer.name for peer in PEERS if peer.installed]
 
