@@ -14,6 +14,9 @@ from hf_so2.layers.adapters import LINEAR, Adapter, adapter_for
 from hf_so2.layers.backward import heads_of, with_trained_copies
 from hf_so2.orientation import Orientation, orientations
 
+# Mixtral's `experts.down_proj`, Granite's `GraniteMoeParallelExperts.weight` and their like.
+EXPERT = re.compile(r"[Ee]xpert")
+
 
 @dataclass(frozen=True)
 class Treatment:
@@ -102,7 +105,12 @@ def select(
         for name, module in uses
         if adapter_for(module) and (extent.embeddings or not isinstance(module, nn.Embedding))
     ]
-    candidates += [name for own, p in model.named_parameters() if _is_stack(layouts[own]) for name, _ in users[id(p)]]
+    stacks = {
+        own: users[id(p)]
+        for own, p in model.named_parameters()
+        if _is_stack(own, layouts[own], [module for _, module in users[id(p)]])
+    }
+    candidates += [name for uses in stacks.values() for name, _ in uses]
     for pattern in patterns:
         if not any(pattern.search(name) for name in candidates):
             raise ConfigurationError(
@@ -127,7 +135,7 @@ def select(
         adapter = next(iter(adapters), None)
         is_hidden = not (is_embedding or is_head)
         matched = [p.pattern for p in patterns if any(p.search(name) for name, _ in uses)]
-        if _is_stack(layouts[own_name]):
+        if own_name in stacks:
             return _of_stack(parameter, layouts[own_name], modules, matched, max_dim, extent)
         if adapter is None or len(adapters) > 1:
             reason = f"{parameter.ndim}-D weight of {_kind(modules)}, which no curvature method covers"
@@ -163,9 +171,14 @@ def select(
     return _with_biases(model, treatments) if extent.biases else treatments
 
 
-def _is_stack(layout: Orientation) -> bool:
-    """Whether a parameter is several matrices along its first dimension. Only methods of gradients can handle these."""
-    return layout.batch == (0,) and len(layout.fan_out) == len(layout.fan_in) == 1
+def _is_stack(name: str, layout: Orientation, modules: Sequence[nn.Module]) -> bool:
+    """Whether a parameter holds the matrices of several experts, one after the other along its first dimension.
+
+    Other weights have three dimensions, too (convolutions, tables of positions). The shape does not tell them apart, so
+    the name of the parameter or of its module's class has to.
+    """
+    is_named = any(EXPERT.search(text) for text in (name, *(type(module).__name__ for module in modules)))
+    return is_named and layout.batch == (0,) and len(layout.fan_out) == len(layout.fan_in) == 1
 
 
 def _of_stack(

@@ -9,7 +9,15 @@ import pytest
 import torch
 from shared.helpers import SMALL, assert_same_parameters, in_float64, relative_error
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    ViTConfig,
+    ViTModel,
+    Wav2Vec2Config,
+    Wav2Vec2Model,
+)
 
 import hf_so2
 from hf_so2.errors import ConfigurationError
@@ -245,3 +253,18 @@ def test_batches_may_be_split_and_layers_recomputed() -> None:
     for (name, expected), actual in zip(whole.named_parameters(), parts.parameters(), strict=True):
         assert relative_error(actual, expected) < 1e-9, name
     assert_same_parameters(recomputed, whole)
+
+
+@pytest.mark.parametrize("name", ["kfac", "shampoo", "muon"])
+def test_other_weights_of_three_dimensions_are_no_experts(name: str) -> None:
+    """Convolutions, with and without a weight norm, and tables of positions."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vit = ViTModel(ViTConfig(**sizes, image_size=8, patch_size=4))
+    convolutions = {"conv_dim": (8, 8), "conv_stride": (5, 2), "conv_kernel": (10, 3), "num_feat_extract_layers": 2}
+    speech = Wav2Vec2Model(Wav2Vec2Config(**sizes, **convolutions, num_conv_pos_embeddings=4))
+    for model in (vit, speech):
+        report = hf_so2.build_optimizer(name, model).coverage().parameters
+        wide = [entry for entry in report if len(entry.shape) >= 3]
+        assert wide
+        assert {entry.algorithm for entry in wide} == {"adamw"}
+        assert any(entry.algorithm == name for entry in report)
