@@ -55,6 +55,10 @@ def test_on_the_command_line(
     ("call", "said"),
     [
         (lambda: hf_so2.build_optimizer(LAYERS, "kfac"), "optim=Sequential( (0): Linear"),
+        (
+            lambda: hf_so2.build_optimizer("kfac", LAYERS, base_config=CONFIG),
+            "base_config='LlamaConfig': has no effect on kfac; kfac_mup scales",
+        ),
         (lambda: hf_so2.build_optimizer("kfac", LAYERS.parameters()), "model='generator': must be a torch.nn.Module"),
         (lambda: hf_so2.scale_width(LlamaForCausalLM(CONFIG), width=64), "config='LlamaForCausalLM': must be a"),
         (lambda: hf_so2.scale_width(64, width=64), "config='int': must be a transformers configuration"),

@@ -58,7 +58,10 @@ def build_optimizer(
         ConfigurationError: an unknown name or setting, a value out of range, a setting that the method or the model
             would ignore, a `_mup` name without a base, a model that μP cannot be applied to, or tensor parallelism.
     """
-    method, _ = parse_name(name)
+    method, is_mup = parse_name(name)
+    if base_config is not None and not is_mup:
+        allowed = f"has no effect on {name}; {name}{MUP_SUFFIX} scales rates from its width"
+        raise ConfigurationError("base_config", type(base_config).__name__, allowed)
     if not isinstance(model, nn.Module):
         raise ConfigurationError("model", type(model).__name__, "must be a torch.nn.Module, whose layers are looked at")
     resolved = method.settings(settings, learning_rate="lr")

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from hf_so2.methods.table import MUP_SUFFIX
 from hf_so2.mup.coord_check import CoordinateCheck
 from hf_so2.mup.coord_run import run_coordinate_check
 from hf_so2.optim import SecondOrderOptimizer, build_optimizer
@@ -42,7 +43,8 @@ def coordinate_check(
     check = {name: arguments.pop(name) for name in _CHECK if name in arguments}
 
     def build(model: PreTrainedModel, base: PretrainedConfig) -> SecondOrderOptimizer:
-        return informed(build_optimizer(optim, model, base_config=base, **arguments), model)
+        is_mup = optim.endswith(MUP_SUFFIX)
+        return informed(build_optimizer(optim, model, base_config=base if is_mup else None, **arguments), model)
 
     return run_coordinate_check(base_config, optim, build, widths=widths, **check)
 
