@@ -66,12 +66,13 @@ def live_rows(gradients: Sequence[Tensor]) -> Tensor:
         gradients: gradients (..., fan_out) of layers that read the same tensor; at least one.
     """
     tables = [gradient.reshape(-1, gradient.shape[-1]) for gradient in gradients]
-    # Nearly always a few entries tell. On a CPU, where looking costs nothing, that is fifty times as quick.
-    if tables[0].device.type == "cpu":
-        live = _squares_are_there([table[:, :PROBED] for table in tables])
-        if bool(live.all()):
-            return live
-    return _squares_are_there(tables)
+    if tables[0].device.type != "cpu":
+        return _squares_are_there(tables)
+    # Nearly always a few entries tell, which are fifty times as quick to look at. To pick rows means to wait elsewhere.
+    live = _squares_are_there([table[:, :PROBED] for table in tables])
+    open_rows = (~live).nonzero().squeeze(1)
+    live[open_rows] = _squares_are_there([table[open_rows] for table in tables])
+    return live
 
 
 def _squares_are_there(tables: Sequence[Tensor]) -> Tensor:

@@ -8,6 +8,7 @@ import tracemalloc
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 import hf_so2
 
@@ -18,7 +19,9 @@ def live_tensors() -> tuple[int, int]:
     # By type: to ask every object there is with `isinstance` makes deprecated ones of torch warn.
     tensors = [x for x in gc.get_objects() if issubclass(type(x), Tensor)]
     storages = {
-        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.layout is torch.strided
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for t in tensors
+        if t.layout is torch.strided and not isinstance(t, FakeTensor)
     }
     return len(tensors), sum(storages.values())
 
