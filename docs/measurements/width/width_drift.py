@@ -37,7 +37,7 @@ from hf_so2.curvature import kl_shampoo as kl_module
 from hf_so2.curvature.base import State
 from hf_so2.damping import RULES, Damping
 from hf_so2.damping import Rule as DampingRule
-from hf_so2.engine import norm_control, second_order
+from hf_so2.engine import norm_control
 from hf_so2.errors import TrainingDivergedError
 from hf_so2.linalg import newton_root
 from hf_so2.linalg.roots import damped_root
@@ -275,9 +275,8 @@ ORIGINAL_TRACE, ORIGINAL_REFRESH = RULES["trace"], kfac_module.KFAC.refresh
 
 
 def patch() -> None:
-    norm_control.NORM_CONTROLS["spectral"] = control
-    everything = frozenset({"kl_clip", "spectral"})
-    norm_control.OF_THE_WHOLE_MODEL = second_order.OF_THE_WHOLE_MODEL = everything
+    own = norm_control.NORM_CONTROLS["spectral"]
+    norm_control.NORM_CONTROLS["spectral"] = replace(own, apply=control, of_the_whole_model=True)
     RULES["trace"] = _with_factored(RULES["trace"], _scaled_trace)
     RULES["spectral"] = _with_factored(RULES["spectral"], _spectral_damping)
     kfac_module.KFAC.refresh = _blocked_refresh
