@@ -13,6 +13,7 @@ from hf_so2.curvature.base import GradientBlock, State
 from hf_so2.curvature.parts import costs
 from hf_so2.curvature.parts.spectrum import quantity_of
 from hf_so2.damping import Damping
+from hf_so2.linalg.block_diagonal import parts_of
 
 
 @dataclass(frozen=True)
@@ -94,16 +95,14 @@ class Blocked(GradientBlock):
         return torch.cat(rows, dim=-2)
 
     def _prefixes(self) -> Iterator[str]:
-        rows, columns = (range(self._parts(length)) for length in self.shape)
+        rows, columns = (range(parts_of(length, self.size)) for length in self.shape)
         return (f"{row}.{column}/" for row in rows for column in columns)
-
-    def _parts(self, length: int) -> int:
-        return -(-length // self.size)
 
     def _cut(self, matrix: Tensor) -> Iterator[tuple[str, Tensor]]:
         """The blocks of a matrix with their prefixes, in the order of rows of blocks."""
-        rows = torch.tensor_split(matrix, self._parts(self.shape[0]), dim=-2)
-        parts = (part for row in rows for part in torch.tensor_split(row, self._parts(self.shape[1]), dim=-1))
+        down, across = (parts_of(length, self.size) for length in self.shape)
+        rows = torch.tensor_split(matrix, down, dim=-2)
+        parts = (part for row in rows for part in torch.tensor_split(row, across, dim=-1))
         return zip(self._prefixes(), parts, strict=True)
 
     def spectra(self, state: State, damping: Damping) -> dict[str, Tensor]:

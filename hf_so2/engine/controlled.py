@@ -95,12 +95,11 @@ def control_alike(
         settings: the norm control.
         sharing: which ranks hold which layer.
     """
+    found = control([update for update in updates if update is not None], settings)
     if not may_part(sharing, layers, settings):
-        control([update for update in updates if update is not None], settings)
         return
     rank, ranks = world()
     levels = torch.zeros(ranks, len(layers), dtype=torch.int64, device=layers[0].device)
-    found = control([update for update in updates if update is not None], settings)
     levels[rank] = torch.tensor([found.get(layer.name, NOT_HELD) for layer in layers])
     sum_over_ranks([levels])
     for update, layer, of_ranks in zip(updates, layers, levels.mT.tolist(), strict=True):

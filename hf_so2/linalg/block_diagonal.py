@@ -88,11 +88,3 @@ def times_from_right(left: Tensor, matrix: Tensor) -> Tensor:
         return left @ matrix
     columns = zip(blocks(matrix), bounds(*matrix.shape[-2:]), strict=True)
     return torch.cat([left[..., start:end] @ block for block, (start, end) in columns], dim=-1)
-
-
-def of_each_row(numbers: Tensor, matrix: Tensor) -> Tensor:
-    """Numbers of blocks, (..., blocks), expanded to rows, (..., n); to (..., 1) if there is one block."""
-    if not is_cut(matrix):
-        return numbers.unsqueeze(-1)
-    lengths = torch.tensor([end - start for start, end in bounds(*matrix.shape[-2:])], device=numbers.device)
-    return numbers.repeat_interleave(lengths, dim=-1, output_size=matrix.shape[-2])

@@ -14,7 +14,8 @@ from hf_so2.errors import ConfigurationError
 from hf_so2.layers import Treatment
 from hf_so2.methods.damping_overrides import DampingOverrides
 from hf_so2.methods.settings import Settings
-from hf_so2.methods.table import Method, Site
+from hf_so2.methods.site import Site
+from hf_so2.methods.table import Method
 from hf_so2.methods.width_damping import Multipliers, factored_damping
 from hf_so2.mup import ParameterWidth, rules
 from hf_so2.weights.layer import Layer, statistics_dtype
@@ -52,7 +53,6 @@ def options_of(
     fallback_ratio = 1.0
     if second_order:
         fallback_ratio = fallback_lr * rules.learning_rate_multiplier(rules.ADAM, width) / scaled_lr
-    if second_order:
         options["momentum"] = settings.momentum
     return {
         **options,
