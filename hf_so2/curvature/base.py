@@ -27,6 +27,7 @@ from hf_so2.linalg import per_matrix
 
 State = dict[str, Tensor]
 Fold = Callable[[Tensor, Tensor | None], Tensor]
+Folds = Callable[[int], Fold | None]
 
 
 @dataclass(frozen=True)
@@ -165,14 +166,18 @@ class TokenBlock(CurvatureBlock, Protocol):
         inputs: Tensor,
         gradients: Tensor,
         known: State | None = None,
-        fold: Fold | None = None,
+        folds: Folds | None = None,
+        counted: Tensor | None = None,
     ) -> State:
         """The block's statistics as sums over rows. The sums of two batches add up to the sums of their union.
 
         Args:
             known: sums of the same inputs that are already computed. They are returned as they are.
-            fold: a function of rows (rows, n) and their weights (rows, 1), or None. It returns fewer rows that have the
-                same sum of outer products on average. If given, matrices are computed from these rows.
+            folds: the function by which rows are folded for a factor of n dimensions, or None. A fold takes rows
+                (rows, n) and their weights (rows, 1) or None, and returns fewer rows that have the same sum of outer
+                products on average. Matrices are computed from these rows.
+            counted: which rows count, (rows, 1) with ones and zeros. The gradients of others are zero. None if their
+                inputs are, too.
         """
         ...
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_so2.curvature.base import Fold, State, Statistic, TokenBlock, update_average, update_averages
+from hf_so2.curvature.base import Folds, State, Statistic, TokenBlock, update_average, update_averages
 from hf_so2.curvature.parts import costs
 from hf_so2.curvature.parts.forms import (
     from_left,
@@ -19,7 +19,7 @@ from hf_so2.curvature.parts.forms import (
     sum_by_index,
     transposed,
 )
-from hf_so2.curvature.parts.moments import INDEPENDENT, Moments
+from hf_so2.curvature.parts.moments import INDEPENDENT, Moments, Rows
 from hf_so2.damping import Damping
 from hf_so2.linalg import DecompositionError, block_diagonal, eigh, per_matrix
 
@@ -106,9 +106,15 @@ class EKFAC(TokenBlock):
         return [f"{side}_basis" for side in self.rotated]
 
     def observe(
-        self, state: State, inputs: Tensor, gradients: Tensor, known: State | None = None, fold: Fold | None = None
+        self,
+        state: State,
+        inputs: Tensor,
+        gradients: Tensor,
+        known: State | None = None,
+        folds: Folds | None = None,
+        counted: Tensor | None = None,
     ) -> State:
-        sums = self.moments.observe(state, self.moments.statistics, inputs, gradients, known or {}, fold)
+        sums = self.moments.observe(state, self.moments.statistics, Rows(inputs, gradients, folds, counted), known or {})
         return sums | {"S": self._second_moments(state, inputs, gradients)}
 
     def _second_moments(self, state: State, inputs: Tensor, gradients: Tensor) -> Tensor:

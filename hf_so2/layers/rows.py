@@ -29,16 +29,18 @@ class InputRows:
 
     Args:
         h: (rows, fan_in) and floating point, or the indices (rows,) of one-hot inputs. A row that does not count is
-            zero, or has index -1.
+            zero or finite, or has index -1.
         count: number of rows that count.
         positions: number of positions that these rows come from. It equals `count` unless positions were reduced.
         kept: which positions count, (positions,) of booleans, if others may have a gradient; else None.
+        counted: which rows count, (rows, 1) with ones and zeros; None if all others have `h` = 0.
     """
 
     h: Tensor
     count: int | Tensor
     positions: int | Tensor
     kept: Tensor | None = None
+    counted: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,15 @@ def _expanded_inputs(adapter: Adapter, inputs: Tensor, dtype: torch.dtype, live:
         count = kept.sum()
         return InputRows(torch.where(kept, ids, -1), count, count, kept)
     h = inputs.reshape(-1, inputs.shape[-1]).to(dtype)
-    return InputRows(_zeroed(_with_ones(adapter, h), live, inputs), count, count)
+    h = _with_ones(adapter, h)
+    if h.device.type == "cpu" and h.data_ptr() == inputs.data_ptr():
+        # To set rows to zero takes a copy of all. Finite ones can be left out by a weight.
+        dead = live.logical_not().nonzero().squeeze(1)
+        if not len(dead):
+            return InputRows(h, count, count)
+        if bool(torch.isfinite(h[dead].square().sum())):
+            return InputRows(h, count, count, counted=live.unsqueeze(1).to(dtype))
+    return InputRows(_zeroed(h, live, inputs), count, count)
 
 
 def _expanded_gradients(adapter: Adapter, gradients: Tensor, rows: InputRows) -> Tensor:

@@ -143,10 +143,10 @@ class Settings:
         "expand", one_of(WEIGHT_SHARING), "What counts as an example of a layer: expand (every position of a sequence)"
         " or reduce (a sequence: its mean input, its summed output gradient).", "tokens"
     )  # fmt: skip
-    factor_token_sketch: int = setting(
-        1, COUNT, "Factors from sums over so many tokens of a sequence with random signs (a count sketch): the same"
-        " mean at a fraction of the products. 8 save K-FAC a seventh of a step's time and cost next to no loss"
-        " (docs/speed.md).", "expanded tokens"
+    factor_token_sketch: int | None = setting(
+        None, optional(COUNT), "Factors from sums over so many tokens of a sequence with random signs (a count sketch):"
+        " the same mean at a fraction of the products; 1 takes every token by itself. Where it is none: as many as"
+        " leave half as many rows as the factor has dimensions, and at least 256 (docs/speed.md).", "expanded tokens"
     )  # fmt: skip
     moment_token_stride: int = setting(
         1, COUNT, "The second moments in the eigenbasis from one of so many tokens, the factors from all. 8 cost no"

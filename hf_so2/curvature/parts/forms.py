@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_so2.curvature.base import Fold
+from hf_so2.curvature.base import Folds
 from hf_so2.linalg import DecompositionError, block_diagonal, damped_root, mean_over_eigenspaces, symmetric_product
 
 
@@ -30,19 +30,20 @@ def squared_length(rows: Tensor) -> Tensor:
     return (rows >= 0).unsqueeze(1) if is_one_hot(rows) else rows.square().sum(dim=1, keepdim=True)
 
 
-def second_moment(rows: Tensor, like: Tensor, weights: Tensor | float = 1.0, fold: Fold | None = None) -> Tensor:
+def second_moment(rows: Tensor, like: Tensor, weights: Tensor | float = 1.0, folds: Folds | None = None) -> Tensor:
     """`Σ w x xᵀ`, or its diagonal, in the form of `like`.
 
     Args:
         rows: (rows, n), or one-hot; one-hot rows ask for a diagonal.
         like: the factor, (n, n), block-diagonal (n, width) or (n,).
         weights: one per row, (rows, 1), or one for all.
-        fold: makes fewer rows for a matrix, as in `TokenBlock.observe`. A diagonal is cheap and takes all rows.
+        folds: makes fewer rows for a matrix, as in `TokenBlock.observe`. A diagonal is cheap and takes all rows.
     """
     if is_one_hot(rows):
         counted = (squared_length(rows) * weights).to(like.dtype)
         return sum_by_index(rows, counted, len(like)).squeeze(1)
-    if fold is not None and like.ndim == 2:
+    fold = folds(like.shape[1]) if folds is not None and like.ndim == 2 else None
+    if fold is not None:
         rows = fold(rows, None if isinstance(weights, float) else weights.sqrt().to(rows.dtype))
         weights = 1.0
     weighted = rows if isinstance(weights, float) else rows * weights
