@@ -27,7 +27,6 @@ from hf_so2.linalg import per_matrix
 
 State = dict[str, Tensor]
 Fold = Callable[[Tensor, Tensor | None], Tensor]
-Folds = Callable[[int], Fold | None]
 
 
 @dataclass(frozen=True)
@@ -150,6 +149,28 @@ class CurvatureBlock(Protocol):
         return False
 
 
+class Plan(Protocol):
+    """How rows enter the statistics. The gradients of rows that do not count are zero.
+
+    Attributes:
+        weights: which rows count, as numbers (rows, 1); None if the inputs of all other rows are zero, too.
+    """
+
+    @property
+    def weights(self) -> Tensor | None: ...
+
+    def fold(self, dimension: int) -> Fold | None:
+        """A function of rows (rows, n) and their weights (rows, 1) or None, to fewer rows.
+
+        These have the same sum of outer products on average. None if all rows are used.
+        """
+        ...
+
+    def sample(self) -> tuple[Tensor, Tensor] | None:
+        """The indices of some rows, and how many rows each stands for; None for all."""
+        ...
+
+
 class TokenBlock(CurvatureBlock, Protocol):
     """A block that sees every token's input and output gradient: the K-FAC family."""
 
@@ -166,18 +187,13 @@ class TokenBlock(CurvatureBlock, Protocol):
         inputs: Tensor,
         gradients: Tensor,
         known: State | None = None,
-        folds: Folds | None = None,
-        counted: Tensor | None = None,
+        plan: Plan | None = None,
     ) -> State:
         """The block's statistics as sums over rows. The sums of two batches add up to the sums of their union.
 
         Args:
             known: sums of the same inputs that are already computed. They are returned as they are.
-            folds: the function by which rows are folded for a factor of n dimensions, or None. A fold takes rows
-                (rows, n) and their weights (rows, 1) or None, and returns fewer rows that have the same sum of outer
-                products on average. Matrices are computed from these rows.
-            counted: which rows count, (rows, 1) with ones and zeros. The gradients of others are zero. None if their
-                inputs are, too.
+            plan: which rows count, and how many of them are enough; None for all.
         """
         ...
 

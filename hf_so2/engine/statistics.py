@@ -15,7 +15,7 @@ from hf_so2.damping import Damping
 from hf_so2.engine.means import means
 from hf_so2.errors import TrainingDivergedError
 from hf_so2.layers import Capture, SampledCapture
-from hf_so2.layers.sketch import Sketch
+from hf_so2.layers.plan import RowPlan
 from hf_so2.layers.sums import Source
 from hf_so2.linalg import matmul_precision, trace
 from hf_so2.parallel.sharing import Sharing
@@ -40,7 +40,8 @@ class Curvature:
         fisher: `empirical` or `mc`: the source of the gradients in token statistics.
         weight_sharing: `expand` or `reduce`.
         precision: precision of the products, see `hf_so2.linalg.matmul_precision`.
-        token_sketch: number of tokens that are folded into one row of the statistics, None for as many as each factor needs.
+        token_sketch: number of tokens that are folded into one row of the statistics; None for as many as a factor
+            allows.
         gradient_worker_fraction: the fraction of ranks that hold a layer.
         refresh_steps: steps between refreshes of a layer. The refreshes of all layers are spread over these steps, so
             that every step has about the same work.
@@ -110,11 +111,9 @@ class Curvature:
         return any(layer.refreshes > 0 for layer in layers)
 
     def _source(self, end: End) -> Source:
-        def observe(
-            inputs: Tensor, gradients: Tensor, known: State, sketch: Sketch | None, counted: Tensor | None
-        ) -> State:
+        def observe(inputs: Tensor, gradients: Tensor, known: State, plan: RowPlan) -> State:
             with matmul_precision(self._precision):
-                return end.observe(inputs, gradients, known, sketch, counted)
+                return end.observe(inputs, gradients, known, plan)
 
         return Source(end.modules, end.adapter, observe, end.gradient_degrees, end.statistics_dtype)
 

@@ -9,9 +9,7 @@ much larger than the others'. A sketch misses none.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -19,41 +17,6 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 Fold = Callable[[Tensor, Tensor | None], Tensor]
-
-# A sketch whose size is not given keeps at least this multiple of a factor's dimension, and at least this number of rows.
-ROWS_PER_DIMENSION, LEAST_ROWS = 0.5, 256
-
-
-@dataclass(frozen=True)
-class Sketch:
-    """How the rows of a layer are folded for a factor.
-
-    Args:
-        size: the number of tokens in a group; None for as many as leave enough rows for the dimension of the factor.
-        shape: shape of the positions, (..., length).
-        seed: seed of the signs.
-        device: device of the rows.
-        rows: the number of rows of the whole last step, over all micro-batches and ranks, by which `size` is chosen.
-            Neither the split of a batch nor the number of processes thus matters. If it is 0, as at the first step,
-            nothing is folded.
-    """
-
-    size: int | None
-    shape: torch.Size
-    seed: int
-    device: torch.device
-    rows: int = 0
-
-    def of_dimension(self, dimension: int) -> Fold | None:
-        """The function that folds rows for a factor of this dimension; None if there is nothing to fold."""
-        size = group_size(self.rows, dimension) if self.size is None else self.size
-        return fold_of_sequences(self.shape, size, self.seed, self.device) if size > 1 else None
-
-
-def group_size(rows: int, dimension: int) -> int:
-    """The largest power of two that leaves enough of so many rows for a factor of this dimension."""
-    groups = rows / max(LEAST_ROWS, ROWS_PER_DIMENSION * dimension)
-    return 2 ** int(math.log2(groups)) if groups >= 2 else 1
 
 
 @lru_cache(maxsize=32)

@@ -21,7 +21,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from hf_so2.curvature.base import Folds, State, Statistic, corrected_average
+from hf_so2.curvature.base import Plan, State, Statistic, corrected_average
 from hf_so2.curvature.parts.forms import second_moment, squared_length
 from hf_so2.linalg import block_diagonal, per_matrix
 
@@ -29,10 +29,13 @@ from hf_so2.linalg import block_diagonal, per_matrix
 class Rows:
     """The rows of a layer as `TokenBlock.observe` takes them, and their squared lengths, which several sums need."""
 
-    def __init__(self, h: Tensor, delta: Tensor, folds: Folds | None = None, counted: Tensor | None = None) -> None:
-        self.h, self.delta, self.folds = h, delta, folds
-        # The gradients of rows that do not count are zero. So they need a weight only where gradients do not enter.
-        self.counted: Tensor | float = 1.0 if counted is None else counted
+    def __init__(self, h: Tensor, delta: Tensor, plan: Plan | None) -> None:
+        self.h, self.delta, self.plan = h, delta, plan
+
+    @property
+    def weights(self) -> Tensor | float:
+        """Weights for sums into which gradients do not enter."""
+        return 1.0 if self.plan is None or self.plan.weights is None else self.plan.weights
 
     @cached_property
     def h_squared(self) -> Tensor:
@@ -94,8 +97,8 @@ INDEPENDENT = Moments(
         "B": Statistic(gradient_degree=2, per="tokens", symmetric=True),
     },
     sums={
-        "A": lambda rows, like: second_moment(rows.h, like, rows.counted, rows.folds),
-        "B": lambda rows, like: second_moment(rows.delta, like, folds=rows.folds),
+        "A": lambda rows, like: second_moment(rows.h, like, rows.weights, rows.plan),
+        "B": lambda rows, like: second_moment(rows.delta, like, plan=rows.plan),
     },
     factor=corrected_average,
 )
@@ -103,8 +106,8 @@ INDEPENDENT = Moments(
 TRACE_RESTRICTED = Moments(
     statistics={name: Statistic(2, per="tokens", symmetric=name != "tau") for name in ("A", "B", "tau")},
     sums={
-        "A": lambda rows, like: second_moment(rows.h, like, rows.delta_squared, rows.folds),
-        "B": lambda rows, like: second_moment(rows.delta, like, rows.h_squared, rows.folds),
+        "A": lambda rows, like: second_moment(rows.h, like, rows.delta_squared, rows.plan),
+        "B": lambda rows, like: second_moment(rows.delta, like, rows.h_squared, rows.plan),
         "tau": lambda rows, like: (rows.h_squared * rows.delta_squared).sum(),
     },
     factor=_trace_restricted_factor,

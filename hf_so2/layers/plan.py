@@ -1,0 +1,74 @@
+"""How many of a layer's rows its statistics are computed from.
+
+A factor of n dimensions is known well enough from a few n rows, over the steps that its running average covers. More
+rows cost time and add little. The number is chosen from the rows of the whole last step, over all micro-batches and
+ranks. So it depends neither on the split of a batch nor on the number of processes. At the first step every row is
+used.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_so2.layers.sketch import Fold, fold_of_sequences
+
+# Rows of a step that are kept at least: this multiple of the dimension, and this number.
+ROWS_PER_DIMENSION, LEAST_ROWS = 0.25, 128
+
+# The fractional part of the golden ratio: its multiples fill the unit interval evenly.
+TURN = (math.sqrt(5) - 1) / 2
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """How the rows of one call of a layer enter its statistics.
+
+    Args:
+        live: which rows count, (rows,) of booleans.
+        weights: the same as numbers (rows, 1); None if the inputs of all other rows are zero.
+        shape: shape of the positions, (..., length), if every position is a row; else None, and nothing is folded.
+        sketch: number of tokens of a sequence that are folded into one; None for as many as the factor allows.
+        seen: number of rows of the whole last step; 0 if there was none.
+        step: number of the step. Every step folds and samples in another way.
+    """
+
+    live: Tensor
+    weights: Tensor | None = None
+    shape: torch.Size | None = None
+    sketch: int | None = 1
+    seen: int = 0
+    step: int = 0
+
+    def fold(self, dimension: int) -> Fold | None:
+        """The function that folds rows for a factor of this dimension, see `hf_so2.layers.sketch`; None for all."""
+        size = thinning(self.seen, dimension) if self.sketch is None else self.sketch
+        if self.shape is None or size < 2:
+            return None
+        return fold_of_sequences(self.shape, size, self.step, self.live.device)
+
+    def sample(self) -> tuple[Tensor, Tensor] | None:
+        """Some of the rows that count, evenly spread among them; None for all.
+
+        Returns:
+            Their indices (picked,), and the number of rows that each stands for, 0-dim.
+        """
+        stride = thinning(self.seen)
+        if stride < 2:
+            return None
+        picked, before = max(1, len(self.live) // stride), self.live.cumsum(dim=0)
+        # One in every stretch of equal length, at another place each time: sequences are periodic.
+        stretch = torch.arange(picked, device=self.live.device, dtype=torch.float64)
+        places = (stretch + (stretch + self.step) * TURN % 1) * before[-1] / picked
+        # The first row with so many rows before it. No wait for the device.
+        indices = torch.searchsorted(before, places.long(), right=True).clamp(max=len(self.live) - 1)
+        return indices, before[-1] / picked
+
+
+def thinning(rows: int, dimension: int = 0) -> int:
+    """By how much so many rows can be divided for a factor of this dimension: a power of two."""
+    ratio = rows / max(LEAST_ROWS, ROWS_PER_DIMENSION * dimension)
+    return 2 ** int(math.log2(ratio)) if ratio >= 2 else 1
