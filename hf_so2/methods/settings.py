@@ -146,7 +146,7 @@ class Settings:
     factor_token_sketch: int | None = setting(
         None, optional(COUNT), "Factors from sums over so many tokens of a sequence with random signs (a count sketch):"
         " the same mean at a fraction of the products; 1 takes every token by itself. Where it is none: as many as"
-        " leave a quarter as many rows as the factor has dimensions, and at least 128 (docs/speed.md).", "expanded tokens"
+        " leave a quarter as many rows as the factor has dimensions, and 128 (docs/speed.md).", "expanded tokens"
     )  # fmt: skip
     moment_token_stride: int | None = setting(
         None, optional(COUNT), "The second moments in the eigenbasis from one of so many tokens; 1 takes every token."
