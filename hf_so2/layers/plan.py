@@ -17,7 +17,7 @@ from torch import Tensor
 from hf_so2.layers.sketch import Fold, fold_of_sequences
 
 # Rows of a step that are kept at least: this multiple of the dimension, and this number.
-ROWS_PER_DIMENSION, LEAST_ROWS = 0.25, 128
+ROWS_PER_DIMENSION, LEAST_ROWS = 0.25, 256
 
 # The fractional part of the golden ratio: its multiples fill the unit interval evenly.
 TURN = (math.sqrt(5) - 1) / 2

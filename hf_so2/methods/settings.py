@@ -146,11 +146,11 @@ class Settings:
     factor_token_sketch: int | None = setting(
         None, optional(COUNT), "Factors from sums over so many tokens of a sequence with random signs (a count sketch):"
         " the same mean at a fraction of the products; 1 takes every token by itself. Where it is none: as many as"
-        " leave a quarter as many rows as the factor has dimensions, and 128 (docs/speed.md).", "expanded tokens"
+        " leave a quarter as many rows as the factor has dimensions, and 256 (docs/speed.md).", "expanded tokens"
     )  # fmt: skip
     moment_token_stride: int | None = setting(
         None, optional(COUNT), "The second moments in the eigenbasis from one of so many tokens; 1 takes every token."
-        " Where it is none: as many as leave at least 128 tokens (docs/speed.md).", "token moments"
+        " Where it is none: as many as leave at least 256 tokens (docs/speed.md).", "token moments"
     )  # fmt: skip
     precondition_embeddings: bool = setting(
         False, FLAG, "Precondition the token embedding. The K-FAC family's input factor is a diagonal there: the"
