@@ -32,6 +32,7 @@ class Treatment:
         is_head: whether it is the output head, with one output per entry of a vocabulary.
         is_hidden: whether it is a matrix (or several) of a hidden layer, whichever algorithm updates it.
         partner: for a weight, the name of the bias that is preconditioned with it; for this bias, the weight's name.
+        is_tied: whether it is both an embedding and the output head, whichever algorithm updates it.
         count: number of matrices in a stack along the first dimension, such as a layer's experts; 0 for one matrix.
     """
 
@@ -43,6 +44,7 @@ class Treatment:
     is_hidden: bool = False
     partner: str | None = None
     head: tuple[nn.Module, ...] = ()
+    is_tied: bool = False
     count: int = 0
 
 
@@ -127,7 +129,7 @@ def select(
         is_embedding = any(isinstance(module, nn.Embedding) for module in modules)
         is_head = any(module in heads for module in modules)
         if is_embedding and (reason := _why_not(modules, tokens, heads, extent)):
-            return Treatment(False, reason)
+            return Treatment(False, reason, is_tied=is_head)
         # From here on, a weight of an embedding that other modules use too is also the head.
         embeddings = tuple(module for module in modules if isinstance(module, nn.Embedding))
         owners = embeddings or modules
@@ -159,6 +161,7 @@ def select(
             is_head and not is_embedding,
             is_hidden,
             head=tied_head,
+            is_tied=is_embedding and is_head,
         )
 
     # The table gives a reason for a part that cannot be preconditioned. It cannot for a part that the model lacks.

@@ -75,6 +75,10 @@ class Settings:
         None, optional(POSITIVE), "AdamW learning rate of everything that is not preconditioned: embeddings, head,"
         " norms and biases; lr where it is none."
     )  # fmt: skip
+    tied_learning_rate: float | None = setting(
+        None, optional(POSITIVE), "AdamW learning rate of a token embedding that is also the output head;"
+        " fallback_learning_rate where that is given or this is none."
+    )  # fmt: skip
     hidden_fallback_learning_rate: float | None = setting(
         None, optional(POSITIVE), "AdamW learning rate of hidden matrices that are not preconditioned: skipped"
         " modules, dimensions that are too large, experts under expert_method adamw; fallback_learning_rate where it is"
