@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from shared.helpers import BOTH_ENDS, VOCABULARY, assert_same_parameters, llama, relative_error
+from shared.helpers import BOTH_ENDS, VOCABULARY, assert_same_parameters, gpt2, llama, relative_error
 from torch import Tensor, nn
 
 import hf_so2
@@ -17,6 +17,7 @@ from hf_so2.methods.settings import Settings
 from hf_so2.methods.table import METHODS
 
 NAMES = tuple(METHODS)
+DEFAULT = METHODS["kfac"].settings({})
 SECOND_ORDER = tuple(name for name, method in METHODS.items() if method.block is not None)
 NORM_CONTROLS = ("none", "kl_clip", "graft_adam", "graft_sgd", "spectral")
 # Far below the rates tuned under spectral norm control: without it they are in another unit.
@@ -206,6 +207,30 @@ def test_hidden_matrices_in_the_fallback_have_a_rate_of_their_own() -> None:
     rates = {name: g["lr"] for g in optimizer.param_groups for name in g["param_names"] if g["algorithm"] == "adamw"}
     assert rates.pop("model.layers.0.mlp.down_proj.weight") == rates.pop("model.layers.1.mlp.down_proj.weight") == 0.003
     assert set(rates.values()) == {0.08}
+
+
+@pytest.mark.parametrize("flags", [{}, {"precondition_embeddings": True, "precondition_head": True}])
+@pytest.mark.parametrize(
+    ("given", "tied", "rest"),
+    [
+        ({}, DEFAULT.tied_learning_rate, DEFAULT.fallback_learning_rate),
+        ({"tied_learning_rate": 0.02}, 0.02, DEFAULT.fallback_learning_rate),
+        ({"fallback_learning_rate": 0.03}, 0.03, 0.03),
+        ({"fallback_learning_rate": 0.03, "tied_learning_rate": 0.02}, 0.02, 0.03),
+    ],
+)
+def test_a_tied_embedding_has_a_rate_of_its_own(
+    given: dict[str, Any], tied: float, rest: float, flags: dict[str, Any]
+) -> None:
+    """It also updates the weight until that has a preconditioner. A fallback rate that is given is meant for all."""
+    assert DEFAULT.tied_learning_rate != DEFAULT.fallback_learning_rate
+    optimizer = hf_so2.build_optimizer("kfac", gpt2(), **given, **flags)
+    rates = {name: g["lr"] * g["fallback_lr_ratio"] for g in optimizer.param_groups for name in g["param_names"]}
+    assert rates["transformer.wte.weight"] == pytest.approx(tied)
+    assert rates["transformer.wpe.weight"] == rates["transformer.ln_f.weight"] == pytest.approx(rest)
+    untied = hf_so2.build_optimizer("kfac", llama(), **given)
+    rates = {name: g["lr"] for g in untied.param_groups for name in g["param_names"] if g["algorithm"] == "adamw"}
+    assert set(rates.values()) == {rest}
 
 
 @pytest.mark.parametrize("flag", ["precondition_embeddings", "precondition_head"])
