@@ -10,7 +10,7 @@ from hf_so2.errors import ConfigurationError
 from hf_so2.methods.settings import SETTING_NAMES, Settings
 from hf_so2.spelling import did_you_mean
 
-# If the user gives the second of a pair and not the first, the method's default of the first is left out: the first then
+# If the user gives the second of a pair and not the first, the method's default of the first is left out. The first then
 # follows the second.
 FOLLOWERS = {"tied_learning_rate": "fallback_learning_rate"}
 
