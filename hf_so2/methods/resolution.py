@@ -10,9 +10,8 @@ from hf_so2.errors import ConfigurationError
 from hf_so2.methods.settings import SETTING_NAMES, Settings
 from hf_so2.spelling import did_you_mean
 
-# If the user gives the second of a pair and not the first, the method's default of the first is left out. The first then
-# follows the second.
-FOLLOWERS = {"tied_learning_rate": "fallback_learning_rate"}
+# A method's default of the first is left out if the user gives the second and not the first.
+FOLLOWERS = {"tied_fallback_learning_rate": "fallback_learning_rate"}
 
 # The messages for a setting that needs a part that the chosen method lacks.
 INSTEAD = {

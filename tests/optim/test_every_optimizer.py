@@ -211,26 +211,25 @@ def test_hidden_matrices_in_the_fallback_have_a_rate_of_their_own() -> None:
 
 @pytest.mark.parametrize("flags", [{}, {"precondition_embeddings": True, "precondition_head": True}])
 @pytest.mark.parametrize(
-    ("given", "tied", "rest"),
+    ("given", "tied", "untied"),
     [
-        ({}, DEFAULT.tied_learning_rate, DEFAULT.fallback_learning_rate),
-        ({"tied_learning_rate": 0.02}, 0.02, DEFAULT.fallback_learning_rate),
+        ({}, DEFAULT.tied_fallback_learning_rate, DEFAULT.fallback_learning_rate),
+        ({"tied_fallback_learning_rate": 0.02}, 0.02, DEFAULT.fallback_learning_rate),
         ({"fallback_learning_rate": 0.03}, 0.03, 0.03),
-        ({"fallback_learning_rate": 0.03, "tied_learning_rate": 0.02}, 0.02, 0.03),
+        ({"fallback_learning_rate": 0.03, "tied_fallback_learning_rate": 0.02}, 0.02, 0.03),
     ],
 )
-def test_a_tied_embedding_has_a_rate_of_its_own(
-    given: dict[str, Any], tied: float, rest: float, flags: dict[str, Any]
+def test_a_model_with_a_tied_embedding_has_another_rate(
+    given: dict[str, Any], tied: float, untied: float, flags: dict[str, Any]
 ) -> None:
-    """It also updates the weight until that has a preconditioner. A fallback rate that is given is meant for all."""
-    assert DEFAULT.tied_learning_rate != DEFAULT.fallback_learning_rate
+    """It also updates a weight until that has a preconditioner. A fallback rate that is given is meant for all models."""
+    assert DEFAULT.tied_fallback_learning_rate != DEFAULT.fallback_learning_rate
     optimizer = hf_so2.build_optimizer("kfac", gpt2(), **given, **flags)
     rates = {name: g["lr"] * g["fallback_lr_ratio"] for g in optimizer.param_groups for name in g["param_names"]}
-    assert rates["transformer.wte.weight"] == pytest.approx(tied)
-    assert rates["transformer.wpe.weight"] == rates["transformer.ln_f.weight"] == pytest.approx(rest)
-    untied = hf_so2.build_optimizer("kfac", llama(), **given)
-    rates = {name: g["lr"] for g in untied.param_groups for name in g["param_names"] if g["algorithm"] == "adamw"}
-    assert set(rates.values()) == {rest}
+    for name in ("wte.weight", "wpe.weight", "ln_f.weight"):
+        assert rates[f"transformer.{name}"] == pytest.approx(tied)
+    optimizer = hf_so2.build_optimizer("kfac", llama(), **given)
+    assert {g["lr"] for g in optimizer.param_groups if g["algorithm"] == "adamw"} == {untied}
 
 
 @pytest.mark.parametrize("flag", ["precondition_embeddings", "precondition_head"])
