@@ -6,7 +6,8 @@
 takes every flag of transformers' TrainingArguments and those of hf_so2; a first argument that ends in .yaml
 or .json, or is a name that `hf-so2 config` lists, gives defaults, and so does --recipe with the file that
 `hf-so2 sweep` leaves. Leaves in --output_dir the model and its tokenizer, all_results.json, trainer_state.json,
-mup_report.txt and loss_curve.png. Exit code 2 and one line for a user's mistake.
+mup_report.txt, loss_curve.png, curvature.png and README.md (the model card). Exit code 2 and one line for a
+user's mistake.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from hf_so2.mup.widths import text_width
 from hf_so2.training import checkpoints
 from hf_so2.training.arguments import SecondOrderTrainingArguments
 from hf_so2.training.trainer import SecondOrderTrainer
+from hf_so2.transfer.reporting.curvature_plot import plot_curvature
 from hf_so2.transfer.reporting.plots import plot_loss_curve
 from hf_so2.transfer.wide_run import comparison, read_flags_and_recipe, share_batch
 
@@ -78,9 +80,16 @@ def main() -> None:
         (output / "mup_report.txt").write_text(report + "\n", encoding="utf-8")
         title = f"{config.model_type}, {model.num_parameters() / 1e6:.1f} M parameters, {args.optim.value}"
         plot_loss_curve(trainer.state.log_history, output / "loss_curve.png", title)
+        plot_curvature(trainer.state.log_history, output / "curvature.png", title)
         if recipe is not None and "eval_loss" in metrics:
             print(comparison(recipe, text_width(config), metrics["eval_loss"]))
         print(f"Saved the model and its reports in {output}")
+    if recipe is not None:
+        trainer.card_notes["recipe"] = "; ".join(messages)
+    if args.push_to_hub:
+        trainer.push_to_hub()  # with a model card
+    else:
+        trainer.create_model_card(model_name=Path(args.output_dir).name)
 
 
 def build_trainer(
