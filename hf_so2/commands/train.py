@@ -22,7 +22,7 @@ from transformers.utils import logging
 from hf_so2 import cli
 from hf_so2.data import Corpus, DataArguments, collate_blocks, load_corpus
 from hf_so2.errors import ConfigurationError
-from hf_so2.folders import require_folder
+from hf_so2.folders import new_folders, remove_empty, require_folder
 from hf_so2.metrics import causal_lm_metrics, summarize_logits
 from hf_so2.models import ModelArguments, build_model_and_config, require_positions
 from hf_so2.mup import read_mup
@@ -55,6 +55,7 @@ def main() -> None:
     model, config = build_model_and_config(model_args, corpus.tokenizer, seed=args.seed, cache_dir=data_args.cache_dir)
     require_positions(config, data_args.max_seq_length)
 
+    made = new_folders(Path(args.output_dir))
     trainer, report = build_trainer(args, model, corpus)
     if trainer.is_world_process_zero():
         print("\n".join([*messages, report]), flush=True)
@@ -62,8 +63,8 @@ def main() -> None:
     try:
         result = trainer.train(resume_from_checkpoint=checkpoint)
     except ConfigurationError:  # a checkpoint that does not fit
-        if args.should_save and not any(Path(args.output_dir).iterdir()):
-            Path(args.output_dir).rmdir()
+        if args.should_save:
+            remove_empty(made)
         raise
     trainer.save_model()
     trainer.log_metrics("train", result.metrics)
@@ -96,8 +97,7 @@ def build_trainer(
     args: SecondOrderTrainingArguments, model: PreTrainedModel, corpus: Corpus
 ) -> tuple[SecondOrderTrainer, str]:
     """The Trainer with its optimizer made, and the report of what that does with every weight."""
-    output = Path(args.output_dir)
-    is_new = not output.exists()
+    new = new_folders(Path(args.output_dir))
     try:
         trainer = SecondOrderTrainer(
             model=model,
@@ -112,8 +112,8 @@ def build_trainer(
         return trainer, coverage_report(trainer)
     except ConfigurationError:
         # transformers makes the folder before μP and the optimizer have looked at their settings.
-        if is_new and args.should_save and output.is_dir():
-            output.rmdir()
+        if args.should_save:
+            remove_empty(new)
         raise
 
 
