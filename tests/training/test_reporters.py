@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sqlite3
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,7 @@ from shared.helpers import arguments, llama, token_rows
 
 import hf_so2
 
+ROOT = Path(__file__).parents[2]
 STEPS = 3
 
 
@@ -70,18 +75,30 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
         assert summary[name] == pytest.approx(value), name
     assert (config["optim"], config["curvature_log"]) == ("kfac", "role")
     (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    for _ in range(100):  # a process of its own writes it
+        if b"train/curvature/mlp/damping_A" in file.read_bytes():
+            break
+        time.sleep(0.2)
     assert b"train/curvature/mlp/damping_A" in file.read_bytes()
 
 
-def test_trackio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_trackio(tmp_path: Path) -> None:
+    """In a process of its own: trackio reads where its folder is when it is imported."""
     installed("trackio")
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "tracked"))
-
-    from trackio import utils
-
-    logs, _ = train(tmp_path, "trackio")
-    assert_readable("".join(capsys.readouterr()))
-    (file,) = Path(utils.TRACKIO_DIR).glob("*.db")
+    code = f"""
+import json
+from pathlib import Path
+from training.test_reporters import train
+logs, _ = train(Path({str(tmp_path)!r}), "trackio")
+Path({str(tmp_path)!r}, "logs.json").write_text(json.dumps(logs))
+"""
+    path = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
+    environment = os.environ | {"TRACKIO_DIR": str(tmp_path / "tracked"), "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert_readable(done.stdout + done.stderr)
+    logs = json.loads((tmp_path / "logs.json").read_text("utf-8"))
+    (file,) = (tmp_path / "tracked").glob("*.db")
     with sqlite3.connect(file) as database:
         rows = database.execute("SELECT metrics FROM metrics WHERE run_name = 'run' ORDER BY step").fetchall()
     shown: list[dict[str, Any]] = [json.loads(text) for (text,) in rows]
