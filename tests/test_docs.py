@@ -186,7 +186,13 @@ def names(folder: Path) -> dict[str, Any]:
 PYTHON = [snippet for snippet in SNIPPETS if snippet.language == "python"]
 
 
-@pytest.mark.parametrize("snippet", PYTHON, ids=[snippet.name for snippet in PYTHON])
+@pytest.mark.parametrize(
+    "snippet",
+    [
+        pytest.param(snippet, id=snippet.name, marks=[pytest.mark.slow] if "coordinate_check" in snippet.text else [])
+        for snippet in PYTHON
+    ],
+)
 def test_a_snippet_runs(snippet: Snippet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CI", "1")
