@@ -59,8 +59,13 @@ def run_coordinate_check(
             have.
     """
     require_config("base_config", base_config)
+    try:
+        widths = list(widths)
+    except TypeError:
+        allowed = "must be a list of at least two different hidden sizes"
+        raise ConfigurationError("widths", widths, allowed) from None
     if len(set(widths)) < 2:
-        raise ConfigurationError("widths", list(widths), "must be at least two different hidden sizes")
+        raise ConfigurationError("widths", widths, "must be at least two different hidden sizes")
     for name, count in (("seeds", seeds), ("batch_size", batch_size), ("sequence_length", sequence_length)):
         if count < 1:
             raise ConfigurationError(name, count, "must be at least 1")

@@ -65,6 +65,12 @@ def build_optimizer(
     if not isinstance(model, nn.Module):
         raise ConfigurationError("model", type(model).__name__, "must be a torch.nn.Module, whose layers are looked at")
     resolved = method.settings(settings, learning_rate="lr")
+    if decay_parameters is not None:
+        known = {known_name for known_name, _ in model.named_parameters(remove_duplicate=False)}
+        for given in [decay_parameters] if isinstance(decay_parameters, str) else decay_parameters:
+            if isinstance(decay_parameters, str) or given not in known:
+                allowed = "must be a list of names of the model's parameters, as named_parameters() gives them"
+                raise ConfigurationError("decay_parameters", given, allowed)
     return build_from_settings(name, model, resolved, base_config, decay_parameters)
 
 
