@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from hf_so2.distributed import is_sharded, local, sum_over_ranks
 from hf_so2.engine.controlled import control, control_alike, may_part
 from hf_so2.engine.norm_control import NORM_CONTROLS
 from hf_so2.engine.preconditioned import Entry, LayerUpdate, Member, layer_updates
@@ -38,10 +40,18 @@ def with_gradients(groups: Iterable[dict[str, Any]], curvature: Curvature) -> di
 
 
 def _tell_idle(layers: Sequence[Layer], gradient: Tensor) -> None:
-    """Set `is_idle` of each matrix of a stack: whether no token has reached it."""
-    if layers[0].adapter.index is not None:
-        for layer, is_reached in zip(layers, gradient.flatten(1).any(dim=1).tolist(), strict=True):
-            layer.is_idle = not is_reached
+    """Set `is_idle` of each matrix of a stack: whether no token has reached it. A collective if it is sharded."""
+    if layers[0].adapter.index is None:
+        return
+    if is_sharded(gradient):
+        reached = torch.zeros(len(layers), dtype=torch.int64, device=layers[0].device)
+        for index, layer in enumerate(layers):
+            reached[index] = local(gradient, layer.adapter.window).any()
+        sum_over_ranks([reached])
+    else:
+        reached = gradient.flatten(1).any(dim=1)
+    for layer, is_reached in zip(layers, reached.tolist(), strict=True):
+        layer.is_idle = not is_reached
 
 
 def second_order_updates(

@@ -159,13 +159,14 @@ class Sharing:
             weight = weights[layer.name]
             assert weight.grad is not None
             if is_sharded(weight):
-                parts[layer.name] = Part(local(weight.grad).to(layer.dtype), weight, layer.owner)
+                own = local(weight.grad, layer.adapter.window).to(layer.dtype)
+                parts[layer.name] = Part(own, weight, layer.owner, layer.adapter.window)
             else:
                 yield layer, layer.adapter.matrix(weight.grad).to(layer.dtype) if layer.held else None
         for together in self.rounds(layer for layer in layers if layer.name in parts):
             gathered = self.gather_to_holders([parts[layer.name] for layer in together])
             for layer, whole in zip(together, gathered, strict=True):
-                yield layer, layer.adapter.matrix(whole) if whole is not None else None
+                yield layer, layer.adapter.as_matrix(whole) if whole is not None else None
 
     def gather_to_holders(self, parts: Sequence[Part]) -> list[Tensor | None]:
         """The whole tensors, on ranks that hold their layer; None on others. All parts have one dtype."""

@@ -24,7 +24,8 @@ class Layer:
     """A preconditioned weight.
 
     Args:
-        name: qualified name of the parameter. A matrix of a stack has its index too: `experts.down_proj[3]`.
+        name: qualified name of the parameter. One of several matrices in it has a name of its own:
+            `experts.down_proj[3]`, `q_proj.weight[head 3]`.
         shape: (fan_out, fan_in), the column of the bias included.
         block: the curvature method.
         modules: the modules whose calls use the weight.
@@ -82,8 +83,8 @@ class Layer:
 
     @property
     def parameter(self) -> str:
-        """The name of the parameter: the weight itself, or the stack that the weight is a matrix of."""
-        return self.name if self.adapter.index is None else self.name.rpartition("[")[0]
+        """The name of the parameter: the weight itself, or the one that it is one of several matrices of."""
+        return self.name if self.adapter.window is None else self.name.rpartition("[")[0]
 
     @cached_property
     def rotating(self) -> RotatingBlock | None:
