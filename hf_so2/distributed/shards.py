@@ -97,6 +97,12 @@ class Split:
         total = self.shape[dim] if self.total is None else self.total
         return replace(self, shape=shape, start=self.start + start, total=total)
 
+    def home(self, replica: int) -> int | None:
+        """The rank that has all of the tensor, in one of the copies; None if no rank has. Replicas count modulo."""
+        everything = (0, self.shape[self.dim])
+        copy = self.copies[replica % len(self.copies)]
+        return next((rank for rank in copy if self.bounds(rank) == everything), None)
+
     def part_shape(self, rank: int) -> torch.Size:
         return self.part(torch.empty(self.shape, device="meta"), rank).shape
 

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from hf_so2.damping import Damping
+from hf_so2.distributed import is_sharded, split_of
 from hf_so2.engine.norm_control import NORM_CONTROLS
 from hf_so2.errors import ConfigurationError
-from hf_so2.layers import Treatment
+from hf_so2.layers import Adapter, Treatment
 from hf_so2.methods.damping_overrides import DampingOverrides
 from hf_so2.methods.settings import Settings
 from hf_so2.methods.site import Site
@@ -117,6 +118,11 @@ def layers_of(
     block = method.block_for(settings, site)
     assert block is not None
     dtype = statistics_dtype(parameter.dtype)
+    split = split_of(parameter) if is_sharded(parameter) else None
+
+    def home(own: Adapter, position: int) -> int | None:
+        return split.narrowed(*own.window).home(position) if split and own.window else None
+
     return [
         Layer(
             own_name,
@@ -130,8 +136,9 @@ def layers_of(
             treatment.partner,
             treatment.head,
             treatment.is_head,
+            home(own_adapter, position),
         )
-        for own_name, own_adapter in adapters.items()
+        for position, (own_name, own_adapter) in enumerate(adapters.items())
     ]
 
 

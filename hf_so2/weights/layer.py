@@ -36,6 +36,7 @@ class Layer:
         bias: the parameter that is the last column of the matrix.
         head: for a tied weight, the modules that use it as an output head; `modules` are then its embeddings.
         is_head: whether the weight is the output head, and nothing else.
+        home: the rank that has all of the weight, if it is one of several matrices of a sharded parameter and one has.
         owner: the rank that refreshes the preconditioner.
         owned: whether this rank is the owner.
         held: whether this rank holds the layer: it has the statistics and the preconditioner, and it preconditions the
@@ -68,6 +69,7 @@ class Layer:
     bias: str | None = None
     head: Sequence[nn.Module] = ()
     is_head: bool = False
+    home: int | None = None
     owner: int = 0
     owned: bool = True
     held: bool = True

@@ -126,6 +126,50 @@ def check_what_ranks_hold(ranks: int) -> None:
     assert all(local(tensor.detach()).numel() == 144 // parts for tensor in state)
 
 
+class Experts(nn.Module):
+    """Four of them; `forward` makes the gradient of each a random matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up_proj = nn.Parameter(torch.randn(4, 6, 5, dtype=torch.float64))
+
+    def forward(self, seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return (self.up_proj * torch.randn(4, 6, 5, generator=generator, dtype=torch.float64)).sum()
+
+
+def check_that_experts_stay_at_home(ranks: int) -> None:
+    """With one holder for each, the rank that has an expert preconditions it, and sends nothing."""
+    sent: list[int] = []
+    exchange = dist.all_to_all_single
+
+    def counted(incoming: Tensor, outgoing: Tensor, arriving: list[int], leaving: list[int]) -> None:
+        sent.append(sum(size for receiver, size in enumerate(leaving) if receiver != dist.get_rank()))
+        exchange(incoming, outgoing, arriving, leaving)
+
+    model, alone = (nn.Sequential(Experts()) for _ in range(2))
+    shard(model)
+    optimizers = [
+        hf_so2.build_optimizer("shampoo", each, preconditioner_update_steps=2, gradient_worker_fraction=0.0)
+        for each in (model, alone)
+    ]
+    with mock.patch.object(dist, "all_to_all_single", counted):
+        for seed in range(3):
+            model(seed).backward()
+            optimizers[0].step()
+            optimizers[0].zero_grad()
+    for seed in range(3):
+        alone(seed).backward()
+        optimizers[1].step()
+        optimizers[1].zero_grad()
+    assert relative_error(parameters(model), parameters(alone)) < 1e-10
+    assert sent
+    assert ranks > 2 or not any(sent)
+    held = [layer.name for layer in optimizers[0].curvature.layers.values() if layer.held]
+    assert len(held) == 4 // ranks
+
+
 def main(output: Path, fractions: list[float]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -134,6 +178,7 @@ def main(output: Path, fractions: list[float]) -> None:
     check_empty_shards(rank)
     check_that_all_skip_what_one_finds_not_finite(rank)
     check_what_ranks_hold(ranks)
+    check_that_experts_stay_at_home(ranks)
     runs = {}
     for name, changes in list(sharded_trainer.SCENARIOS.items())[: None if fractions else 1]:
         trainer = sharded_trainer.train(output / name, ranks, **changes)
