@@ -182,6 +182,7 @@ def train(
     shard: Callable[[nn.Module], None] | None = None,
     steps: range = range(STEPS),
     resume: Mapping[str, Any] | None = None,
+    load: Callable[[nn.Module, hf_so2.SecondOrderOptimizer], None] = lambda model, optimizer: None,
     order: Callable[[list[T]], list[T]] = lambda rows: rows,
 ) -> tuple[nn.Module, hf_so2.SecondOrderOptimizer]:
     """Train on this rank's share of every batch.
@@ -190,6 +191,7 @@ def train(
         wrap: makes the model one that averages gradients over ranks.
         shard: applies `fully_shard` to the model instead, before its optimizer is built.
         resume: `model` and `optimizer` states to go on from.
+        load: restores a saved state by itself.
         order: of the rows of every batch.
     """
     model = model_for(case)
@@ -199,6 +201,7 @@ def train(
     if resume is not None:
         model.load_state_dict(resume["model"])
         optimizer.load_state_dict(resume["optimizer"])
+    load(model, optimizer)
     wrapped = wrap(model)
     for step in steps:
         rows = order(batch(step))
