@@ -20,11 +20,11 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from hf_so2 import cli
-from hf_so2.data import Corpus, DataArguments, collate_blocks, load_corpus
+from hf_so2.data import Corpus, load_corpus
 from hf_so2.errors import ConfigurationError
 from hf_so2.folders import new_folders, remove_empty, require_folder
 from hf_so2.metrics import causal_lm_metrics, summarize_logits
-from hf_so2.models import ModelArguments, build_model_and_config, require_positions
+from hf_so2.models import build_model_and_config, require_positions
 from hf_so2.mup import read_mup
 from hf_so2.mup.widths import text_width
 from hf_so2.training import checkpoints
@@ -32,9 +32,8 @@ from hf_so2.training.arguments import SecondOrderTrainingArguments
 from hf_so2.training.trainer import SecondOrderTrainer
 from hf_so2.transfer.reporting.curvature_plot import plot_curvature
 from hf_so2.transfer.reporting.plots import plot_loss_curve
+from hf_so2.transfer.runner import TYPES
 from hf_so2.transfer.wide_run import comparison, read_flags_and_recipe, share_batch
-
-TYPES = (ModelArguments, DataArguments, SecondOrderTrainingArguments)
 
 
 def main() -> None:
@@ -102,12 +101,10 @@ def build_trainer(
         trainer = SecondOrderTrainer(
             model=model,
             args=args,
-            train_dataset=corpus.train,
-            eval_dataset=corpus.evaluation,
-            data_collator=collate_blocks,
             processing_class=corpus.tokenizer,
             compute_metrics=causal_lm_metrics,
             preprocess_logits_for_metrics=summarize_logits,
+            **corpus.for_trainer(),
         )
         return trainer, coverage_report(trainer)
     except ConfigurationError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -87,6 +88,14 @@ def run_coordinate_check(
             for step, changes in run.train(measured_steps):
                 measurements += [Measurement(width, seed, step, *change) for change in changes]
     return CoordinateCheck(optim, tuple(ordered), seeds, tuple(measured_steps), tolerance, tuple(measurements))
+
+
+# By name, what can be said of a check besides what is checked.
+CHECK_ARGUMENTS = tuple(
+    name
+    for name, parameter in inspect.signature(run_coordinate_check).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY
+)
 
 
 def synthetic_batches(

@@ -20,7 +20,13 @@ from hf_so2.methods.settings import Settings
 from hf_so2.methods.table import MUP_SUFFIX, parse_name
 from hf_so2.mup import ParameterWidth, apply_mup, read_mup, refuse_adapters
 from hf_so2.optim.coverage import Coverage, CoverageReport
-from hf_so2.optim.decisions import damping_of, is_one_sided, layers_of, options_of
+from hf_so2.optim.decisions import (
+    damping_of,
+    is_one_sided,
+    layers_of,
+    options_of,
+    refuse_heads_of_unknown_growth,
+)
 from hf_so2.optim.optimizer import SecondOrderOptimizer
 from hf_so2.weights.layer import Layer
 
@@ -85,6 +91,8 @@ def build_from_settings(
     method, is_mup = parse_name(name)
     refuse_other_sharding(model)
     _refuse_gradients_of_other_kinds(model)
+    if is_mup:
+        refuse_heads_of_unknown_growth(name, method, resolved)
     of_experts, expert_settings = method.for_experts(resolved)
     extent = Extent(
         resolved.precondition_embeddings,
@@ -93,6 +101,7 @@ def build_from_settings(
         method.why_not_tied(resolved),
         "" if of_experts.block else f"expert_method {of_experts.name}",
         one_sided_stacks="gradients" in of_experts.uses,
+        split_heads=resolved.split_heads,
     )
     limit = math.inf if resolved.block_size else resolved.max_preconditioner_dim
     treatments = select(model, resolved.skip_modules, limit, extent, one_sided="gradients" in method.uses)
