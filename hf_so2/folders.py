@@ -29,3 +29,16 @@ def require_folder(field: str, value: str | os.PathLike[str]) -> None:
             pass
     except OSError as error:
         raise ConfigurationError(field, str(value), f"cannot be written to: {error.strerror}") from None
+
+
+def new_folders(path: Path) -> list[Path]:
+    """The folder and those above it that are not there yet, the innermost first."""
+    return [folder for folder in (path, *path.parents) if not folder.exists()]
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Remove what was made of :func:`new_folders` and has stayed empty."""
+    for folder in folders:
+        if not folder.is_dir() or any(folder.iterdir()):
+            return
+        folder.rmdir()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hf_so2.errors import ConfigurationError
-from hf_so2.folders import require_folder
+from hf_so2.folders import new_folders, remove_empty, require_folder
 
 
 @pytest.mark.parametrize("name", ["", "new", "new/deeper"])
@@ -33,3 +33,17 @@ def test_a_link_to_nowhere_is_refused(tmp_path: Path) -> None:
 def test_what_nobody_can_write_to_is_refused() -> None:
     with pytest.raises(ConfigurationError, match=r"^output_dir='/proc/out/run': cannot be written to: "):
         require_folder("output_dir", "/proc/out/run")
+
+
+def test_only_what_was_made_and_stayed_empty_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    new = new_folders(tmp_path / "old" / "a" / "b")
+    assert new == [tmp_path / "old" / "a" / "b", tmp_path / "old" / "a"]
+    new[0].mkdir(parents=True)
+    (tmp_path / "old" / "a" / "other").touch()
+    remove_empty(new)
+    assert not new[0].exists()
+    assert (tmp_path / "old" / "a" / "other").exists()
+    (tmp_path / "old" / "a" / "other").unlink()
+    remove_empty(new[1:])
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]

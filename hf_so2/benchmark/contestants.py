@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from hf_so2.benchmark.memory import tensor_bytes
 from hf_so2.benchmark.peers import Gradients, Peer
@@ -25,6 +26,17 @@ from hf_so2.optim import SecondOrderOptimizer, build_optimizer
 LEARNING_RATE = 1e-4
 
 BASELINE = "torch.AdamW"
+
+
+def seeded_llama(seed: int, **sizes: int) -> LlamaForCausalLM:
+    """A Llama with an untied head and as many key heads as query heads; equal seeds give equal weights.
+
+    Args:
+        seed: of the weights.
+        sizes: fields of `LlamaConfig`.
+    """
+    set_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=False))
 
 
 def plain_gradients(model: nn.Module, tokens: Tensor) -> Tensor:

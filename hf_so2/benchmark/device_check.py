@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
-from hf_so2.benchmark.contestants import autocast, with_rates
+from hf_so2.benchmark.contestants import autocast, seeded_llama, with_rates
 
 STEPS, INTERVAL = 6, 2
 VOCABULARY, SHAPE = 128, (4, 32)
@@ -113,17 +112,14 @@ def waiting(device: torch.device) -> Iterator[Counter[str]]:
 
 
 def _model() -> nn.Module:
-    set_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            vocab_size=VOCABULARY,
-            max_position_embeddings=SHAPE[1],
-            tie_word_embeddings=False,
-        )
+    return seeded_llama(
+        0,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=SHAPE[1],
     )
 
 

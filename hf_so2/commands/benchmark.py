@@ -21,10 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+from torch import Tensor, nn
 
-from hf_so2.benchmark.contestants import BASELINE, Contestant, baseline, ours, parse_variant, theirs
+from hf_so2.benchmark.contestants import BASELINE, Contestant, baseline, ours, parse_variant, seeded_llama, theirs
 from hf_so2.benchmark.flops import product_rate
 from hf_so2.benchmark.peers import PEERS
 from hf_so2.benchmark.phases import PHASES
@@ -162,19 +161,17 @@ def main() -> None:
 def benchmark(arguments: BenchmarkArguments, width: int) -> list[Measurement]:
     """All optimizers on a Llama of hidden size `width`."""
     device = torch.device(arguments.device)
-    config = LlamaConfig(
-        hidden_size=width,
-        intermediate_size=arguments.intermediate_size or 4 * width,
-        num_hidden_layers=arguments.num_hidden_layers,
-        num_attention_heads=arguments.num_attention_heads,
-        num_key_value_heads=arguments.num_attention_heads,
-        vocab_size=arguments.vocab_size,
-        max_position_embeddings=arguments.sequence_length,
-    )
 
-    def model() -> LlamaForCausalLM:
-        set_seed(arguments.seed)
-        return LlamaForCausalLM(config).to(device)
+    def model() -> nn.Module:
+        return seeded_llama(
+            arguments.seed,
+            hidden_size=width,
+            intermediate_size=arguments.intermediate_size or 4 * width,
+            num_hidden_layers=arguments.num_hidden_layers,
+            num_attention_heads=arguments.num_attention_heads,
+            vocab_size=arguments.vocab_size,
+            max_position_embeddings=arguments.sequence_length,
+        ).to(device)
 
     generator = torch.Generator().manual_seed(arguments.seed)
     shape = (arguments.tokens // arguments.sequence_length, arguments.sequence_length)

@@ -23,7 +23,7 @@ from hf_so2.folders import require_folder
 from hf_so2.methods.settings import Settings
 from hf_so2.models import ModelArguments, build_config, require_positions
 from hf_so2.mup.coord_check import CoordinateCheck
-from hf_so2.mup.coord_run import run_coordinate_check
+from hf_so2.mup.coord_run import CHECK_ARGUMENTS, run_coordinate_check
 from hf_so2.mup.widths import HeadGrowth
 from hf_so2.optim import SecondOrderOptimizer
 from hf_so2.optim.build import build_from_settings
@@ -64,19 +64,8 @@ def check(
     def build(fresh: PreTrainedModel, base: PretrainedConfig) -> SecondOrderOptimizer:
         return informed(build_from_settings(name, fresh, settings, base), fresh)
 
-    return run_coordinate_check(
-        config,
-        name,
-        build,
-        widths=arguments.widths,
-        seeds=arguments.seeds,
-        steps=arguments.steps,
-        tolerance=arguments.tolerance,
-        batch_size=arguments.batch_size,
-        sequence_length=arguments.sequence_length,
-        head=head,
-        device=device,
-    )
+    given = {"head": head, "device": device, **vars(arguments)}
+    return run_coordinate_check(config, name, build, **{key: given[key] for key in CHECK_ARGUMENTS})
 
 
 def _model_config(arguments: ModelArguments, data: DataArguments) -> PretrainedConfig:

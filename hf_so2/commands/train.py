@@ -6,7 +6,8 @@
 takes every flag of transformers' TrainingArguments and those of hf_so2; a first argument that ends in .yaml
 or .json, or is a name that `hf-so2 config` lists, gives defaults, and so does --recipe with the file that
 `hf-so2 sweep` leaves. Leaves in --output_dir the model and its tokenizer, all_results.json, trainer_state.json,
-mup_report.txt and loss_curve.png. Exit code 2 and one line for a user's mistake.
+mup_report.txt, loss_curve.png, curvature.png and README.md (the model card). Exit code 2 and one line for a
+user's mistake.
 """
 
 from __future__ import annotations
@@ -19,20 +20,20 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from hf_so2 import cli
-from hf_so2.data import Corpus, DataArguments, collate_blocks, load_corpus
+from hf_so2.data import Corpus, load_corpus
 from hf_so2.errors import ConfigurationError
-from hf_so2.folders import require_folder
+from hf_so2.folders import new_folders, remove_empty, require_folder
 from hf_so2.metrics import causal_lm_metrics, summarize_logits
-from hf_so2.models import ModelArguments, build_model_and_config, require_positions
+from hf_so2.models import build_model_and_config, require_positions
 from hf_so2.mup import read_mup
 from hf_so2.mup.widths import text_width
 from hf_so2.training import checkpoints
 from hf_so2.training.arguments import SecondOrderTrainingArguments
 from hf_so2.training.trainer import SecondOrderTrainer
+from hf_so2.transfer.reporting.curvature_plot import plot_curvature
 from hf_so2.transfer.reporting.plots import plot_loss_curve
+from hf_so2.transfer.runner import TYPES
 from hf_so2.transfer.wide_run import comparison, read_flags_and_recipe, share_batch
-
-TYPES = (ModelArguments, DataArguments, SecondOrderTrainingArguments)
 
 
 def main() -> None:
@@ -53,6 +54,7 @@ def main() -> None:
     model, config = build_model_and_config(model_args, corpus.tokenizer, seed=args.seed, cache_dir=data_args.cache_dir)
     require_positions(config, data_args.max_seq_length)
 
+    made = new_folders(Path(args.output_dir))
     trainer, report = build_trainer(args, model, corpus)
     if trainer.is_world_process_zero():
         print("\n".join([*messages, report]), flush=True)
@@ -60,8 +62,8 @@ def main() -> None:
     try:
         result = trainer.train(resume_from_checkpoint=checkpoint)
     except ConfigurationError:  # a checkpoint that does not fit
-        if args.should_save and not any(Path(args.output_dir).iterdir()):
-            Path(args.output_dir).rmdir()
+        if args.should_save:
+            remove_empty(made)
         raise
     trainer.save_model()
     trainer.log_metrics("train", result.metrics)
@@ -78,33 +80,37 @@ def main() -> None:
         (output / "mup_report.txt").write_text(report + "\n", encoding="utf-8")
         title = f"{config.model_type}, {model.num_parameters() / 1e6:.1f} M parameters, {args.optim.value}"
         plot_loss_curve(trainer.state.log_history, output / "loss_curve.png", title)
+        plot_curvature(trainer.state.log_history, output / "curvature.png", title)
         if recipe is not None and "eval_loss" in metrics:
             print(comparison(recipe, text_width(config), metrics["eval_loss"]))
         print(f"Saved the model and its reports in {output}")
+    if recipe is not None:
+        trainer.card_notes["recipe"] = "; ".join(messages)
+    if args.push_to_hub:
+        trainer.push_to_hub()  # with a model card
+    else:
+        trainer.create_model_card(model_name=Path(args.output_dir).name)
 
 
 def build_trainer(
     args: SecondOrderTrainingArguments, model: PreTrainedModel, corpus: Corpus
 ) -> tuple[SecondOrderTrainer, str]:
     """The Trainer with its optimizer made, and the report of what that does with every weight."""
-    output = Path(args.output_dir)
-    is_new = not output.exists()
+    new = new_folders(Path(args.output_dir))
     try:
         trainer = SecondOrderTrainer(
             model=model,
             args=args,
-            train_dataset=corpus.train,
-            eval_dataset=corpus.evaluation,
-            data_collator=collate_blocks,
             processing_class=corpus.tokenizer,
             compute_metrics=causal_lm_metrics,
             preprocess_logits_for_metrics=summarize_logits,
+            **corpus.for_trainer(),
         )
         return trainer, coverage_report(trainer)
     except ConfigurationError:
         # transformers makes the folder before μP and the optimizer have looked at their settings.
-        if is_new and args.should_save and output.is_dir():
-            output.rmdir()
+        if args.should_save:
+            remove_empty(new)
         raise
 
 

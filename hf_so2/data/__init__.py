@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -24,6 +25,10 @@ class Corpus:
     train: Dataset
     evaluation: Dataset
     tokenizer: PreTrainedTokenizerBase
+
+    def for_trainer(self) -> dict[str, Any]:
+        """The Trainer's arguments for these data, by name."""
+        return {"train_dataset": self.train, "eval_dataset": self.evaluation, "data_collator": collate_blocks}
 
 
 def load_corpus(arguments: DataArguments, model_name_or_path: str | None = None) -> Corpus:

@@ -6,9 +6,10 @@ import heapq
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 
-def assign(costs: Mapping[str, float], ranks: int) -> dict[str, int]:
+def assign(costs: Mapping[str, float], ranks: int, fixed: Mapping[str, int] = MappingProxyType({})) -> dict[str, int]:
     """Spread jobs over ranks by longest processing time first (Graham 1969).
 
     The largest remaining job goes to the least loaded rank. The heaviest load is at most 4/3 - 1/(3·ranks) times the
@@ -17,14 +18,16 @@ def assign(costs: Mapping[str, float], ranks: int) -> dict[str, int]:
     Args:
         costs: cost of each job by name, in any unit.
         ranks: number of ranks, at least 1.
+        fixed: the ranks of jobs that are placed already. The others are spread around them.
 
     Returns:
         The rank of each job, in the order of `costs`. Name and rank break ties. Every rank that calls this with the
         same costs thus gets the same answer.
     """
-    loads = [(0.0, rank) for rank in range(ranks)]  # already a heap
-    owner = {}
-    for name in sorted(costs, key=lambda name: (-costs[name], name)):
+    owner = {name: rank for name, rank in fixed.items() if name in costs}
+    loads = [(sum(costs[name] for name, its in owner.items() if its == rank), rank) for rank in range(ranks)]
+    heapq.heapify(loads)
+    for name in sorted(costs.keys() - owner.keys(), key=lambda name: (-costs[name], name)):
         load, rank = loads[0]
         heapq.heapreplace(loads, (load + costs[name], rank))
         owner[name] = rank
@@ -87,7 +90,7 @@ class Cost:
     held: float
 
 
-def place(costs: Mapping[str, Cost], grid: Grid) -> dict[str, int]:
+def place(costs: Mapping[str, Cost], grid: Grid, homes: Mapping[str, int] = MappingProxyType({})) -> dict[str, int]:
     """The rank that refreshes each layer. The ranks of its column hold the layer.
 
     Longest processing time first is used twice: to spread layers over columns by their cost on each rank of a column,
@@ -96,12 +99,13 @@ def place(costs: Mapping[str, Cost], grid: Grid) -> dict[str, int]:
     Args:
         costs: costs of each layer, by name.
         grid: the grid of ranks.
+        homes: the rank that has all of a layer's weight, for layers of which one rank has. They go to its column.
 
     Returns:
         The owner's rank by name, in the order of `costs`; the same on every rank.
     """
     shares = {name: cost.refresh / grid.workers + cost.held for name, cost in costs.items()}
-    columns = assign(shares, grid.columns)
+    columns = assign(shares, grid.columns, {name: grid.column_of(rank) for name, rank in homes.items()})
     refreshes: dict[int, dict[str, float]] = {}
     for name, column in columns.items():
         refreshes.setdefault(column, {})[name] = costs[name].refresh

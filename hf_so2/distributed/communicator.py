@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hf_so2.distributed.assignment import Grid
 from hf_so2.distributed.packing import Parcel
-from hf_so2.distributed.shards import is_sharded, split_of
+from hf_so2.distributed.shards import Split, Window, is_sharded, split_of
 
 T = TypeVar("T")
 
@@ -93,11 +93,19 @@ class Part:
         tensor: the part, possibly empty.
         like: a tensor that is spread in the same way: the parameter.
         owner: the owner of the layer that the tensor belongs to.
+        window: the sub-tensor of the parameter that the tensor belongs to: one matrix of several; None for all of it.
     """
 
     tensor: Tensor
     like: Tensor
     owner: int
+    window: Window | None = None
+
+    @property
+    def split(self) -> Split:
+        """Which rank has which part."""
+        split = split_of(self.like)
+        return split if self.window is None else split.narrowed(*self.window)
 
 
 class GridCommunicator:
@@ -158,9 +166,9 @@ class GridCommunicator:
         Args:
             parts: this rank's parts, contiguous and of one dtype.
         """
-        if self.grid.columns == 1:
+        if self.grid.columns == 1 and not any(part.window for part in parts):
             return [whole(part.tensor, part.like) for part in parts]
-        splits = [split_of(part.like) for part in parts]
+        splits = [part.split for part in parts]
         sent: list[list[Tensor]] = [[] for _ in range(self.grid.ranks)]
         for part, split in zip(parts, splits, strict=True):
             mine = set(split.copy_of(self.rank))
@@ -186,7 +194,7 @@ class GridCommunicator:
             wholes: the whole tensors, of one dtype, on the ranks of the owner's column; None on other ranks.
             parts: how each tensor is spread, and its owner. The values of the parts do not matter.
         """
-        splits = [split_of(part.like) for part in parts]
+        splits = [part.split for part in parts]
         if self.grid.columns == 1:
             held = [tensor for tensor in wholes if tensor is not None]
             return [split.part(tensor, self.rank).clone() for tensor, split in zip(held, splits, strict=True)]

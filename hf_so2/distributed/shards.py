@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -29,10 +29,26 @@ def _sharded_types() -> tuple[type, ...]:
     return (DTensor,)
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part, possibly empty, as a view that writes through. The tensor itself if it is not sharded."""
+# A sub-tensor, as the arguments of `Tensor.narrow`: dimension, start and length.
+Window = tuple[int, int, int]
+
+
+def local(tensor: Tensor, window: Window | None = None) -> Tensor:
+    """This rank's part, possibly empty, as a view that writes through. The tensor itself if it is not sharded.
+
+    Args:
+        tensor: the tensor.
+        window: of this sub-tensor alone.
+    """
     part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
-    return part
+    if window is None:
+        return part
+    dim, start, length = window
+    if is_sharded(tensor) and dim == (split := split_of(tensor)).dim:
+        first, last = split.bounds(dist.get_rank())
+        start, stop = (min(max(edge, first), last) - first for edge in (start, start + length))
+        length = stop - start
+    return part.narrow(dim, start, length)
 
 
 @dataclass(frozen=True)
@@ -47,11 +63,15 @@ class Split:
         dim: the dimension.
         copies: for each copy of the whole tensor, the ranks of its parts in order. FSDP2 has one copy, HSDP as many as
             replicas.
+        start: where the tensor begins, along the dimension, in a larger one that was cut into the chunks.
+        total: length of this larger one; None if it is the tensor itself.
     """
 
     shape: tuple[int, ...]
     dim: int
     copies: tuple[tuple[int, ...], ...]
+    start: int = 0
+    total: int | None = None
 
     def copy_of(self, rank: int) -> tuple[int, ...]:
         """The ranks that together have the whole tensor, `rank` included."""
@@ -59,10 +79,29 @@ class Split:
 
     def part(self, whole: Tensor, rank: int) -> Tensor:
         """The rank's part of the whole tensor: a view."""
+        start, stop = self.bounds(rank)
+        return whole.narrow(self.dim, start, stop - start)
+
+    def bounds(self, rank: int) -> tuple[int, int]:
+        """Where the rank's part starts and stops along the dimension; equal if it has nothing."""
         copy, length = self.copy_of(rank), self.shape[self.dim]
-        chunk = -(-length // len(copy))
-        start = min(copy.index(rank) * chunk, length)
-        return whole.narrow(self.dim, start, min(chunk, length - start))
+        chunk = -(-(length if self.total is None else self.total) // len(copy))
+        start = copy.index(rank) * chunk - self.start
+        return min(max(start, 0), length), min(max(start + chunk, 0), length)
+
+    def narrowed(self, dim: int, start: int, length: int) -> Split:
+        """How the sub-tensor `narrow(dim, start, length)` is spread: each rank has what it has of it."""
+        shape = (*self.shape[:dim], length, *self.shape[dim + 1 :])
+        if dim != self.dim:
+            return replace(self, shape=shape)
+        total = self.shape[dim] if self.total is None else self.total
+        return replace(self, shape=shape, start=self.start + start, total=total)
+
+    def home(self, replica: int) -> int | None:
+        """The rank that has all of the tensor, in one of the copies; None if no rank has. Replicas count modulo."""
+        everything = (0, self.shape[self.dim])
+        copy = self.copies[replica % len(self.copies)]
+        return next((rank for rank in copy if self.bounds(rank) == everything), None)
 
     def part_shape(self, rank: int) -> torch.Size:
         return self.part(torch.empty(self.shape, device="meta"), rank).shape

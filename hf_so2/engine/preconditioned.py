@@ -107,7 +107,8 @@ def moments(
         settings: momentum, its order and Nesterov's variant.
     """
     layer.steps += 1
-    gradients = [layer.adapter.part(local(p.grad)).to(layer.dtype) for _, p in members if p.grad is not None]
+    window = layer.adapter.window  # a bias has no part in a matrix that is one of several
+    gradients = [local(p.grad, window).to(layer.dtype) for _, p in members if p.grad is not None]
     if settings.momentum_order == "after" or layer.rotating:
         return gradients, gradients
     averages = []
@@ -115,14 +116,14 @@ def moments(
         state = states[parameter]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
-        averages.append(_averaged(gradient, layer.adapter.part(local(state["momentum_buffer"])), layer, settings))
+        averages.append(_averaged(gradient, local(state["momentum_buffer"], window), layer, settings))
     return gradients, averages
 
 
 def matrix_of(layer: Layer, tensors: Sequence[Tensor]) -> Tensor:
     """The matrix (fan_out, fan_in) of the weight's tensor, with the bias's tensor as the last column."""
     weight, *bias = tensors
-    matrix = layer.adapter.matrix(weight)
+    matrix = layer.adapter.as_matrix(weight)
     return torch.cat([matrix, *(vector.unsqueeze(1) for vector in bias)], dim=1) if bias else matrix
 
 

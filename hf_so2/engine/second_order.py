@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from hf_so2.distributed import is_sharded, local, sum_over_ranks
 from hf_so2.engine.controlled import control, control_alike, may_part
 from hf_so2.engine.norm_control import NORM_CONTROLS
 from hf_so2.engine.preconditioned import Entry, LayerUpdate, Member, layer_updates
@@ -24,24 +26,34 @@ def with_gradients(groups: Iterable[dict[str, Any]], curvature: Curvature) -> di
 
     Also moves or casts a layer's state if its weight was moved or cast.
     """
-    weights: dict[str, Tensor] = {}
+    found: list[tuple[Sequence[Layer], Tensor]] = []
     for group in groups:
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
             layers = curvature.layers_of.get(name, ())
             for layer in layers:
                 layer.follow(parameter.device, statistics_dtype(parameter.dtype))
-            if parameter.grad is None or not layers:
-                continue
-            _tell_idle(layers, parameter.grad)
-            weights.update((layer.name, parameter) for layer in layers if not layer.is_idle)
-    return weights
+            if parameter.grad is not None and layers:
+                found.append((layers, parameter))
+    _tell_idle([(layers, weight.grad) for layers, weight in found if weight.grad is not None])
+    return {layer.name: weight for layers, weight in found for layer in layers if not layer.is_idle}
 
 
-def _tell_idle(layers: Sequence[Layer], gradient: Tensor) -> None:
-    """Set `is_idle` of each matrix of a stack: whether no token has reached it."""
-    if layers[0].adapter.index is not None:
-        for layer, is_reached in zip(layers, gradient.flatten(1).any(dim=1).tolist(), strict=True):
+def _tell_idle(found: Iterable[tuple[Sequence[Layer], Tensor]]) -> None:
+    """Set `is_idle` of each matrix of a stack: whether no token has reached it. A collective if stacks are sharded."""
+    stacked = [(layers, gradient) for layers, gradient in found if layers[0].adapter.index is not None]
+    reached = [_reached(layers, gradient) for layers, gradient in stacked]
+    sum_over_ranks([flags for flags, (_, gradient) in zip(reached, stacked, strict=True) if is_sharded(gradient)])
+    for flags, (layers, _) in zip(reached, stacked, strict=True):
+        for layer, is_reached in zip(layers, flags.tolist(), strict=True):
             layer.is_idle = not is_reached
+
+
+def _reached(layers: Sequence[Layer], gradient: Tensor) -> Tensor:
+    """For each matrix of a stack, whether this rank's part of its gradient is not zero, (layers,), int64."""
+    if is_sharded(gradient):
+        parts = [local(gradient, layer.adapter.window) for layer in layers]
+        return torch.stack([part.any() for part in parts]).to(torch.int64)
+    return gradient.flatten(1).any(dim=1).to(torch.int64)
 
 
 def second_order_updates(

@@ -71,14 +71,14 @@ class _Step:
     def parts(self, tensors: Sequence[Tensor]) -> list[Part]:
         """The tensors as parts, sharded as the members are."""
         return [
-            Part(tensor, parameter, self.layer.owner)
+            Part(tensor, parameter, self.layer.owner, self.layer.adapter.window)
             for tensor, (_, parameter) in zip(tensors, self.members, strict=True)
         ]
 
     def by_member(self, update: Tensor) -> list[Tensor]:
         """Split a matrix (fan_out, fan_in) into weight and bias, in the layout of the parameters."""
         biases = len(self.members) - 1
-        weight = self.layer.adapter.matrix(update[:, : update.shape[1] - biases])
+        weight = self.layer.adapter.as_stored(update[:, : update.shape[1] - biases])
         return [weight, *([update[:, -1]] * biases)]
 
     def part_of_update(self, parts: Sequence[Tensor]) -> LayerUpdate:
@@ -86,7 +86,7 @@ class _Step:
         update = _joined(parts)
         pieces = []
         for piece, (group, parameter) in zip(update.split([p.numel() for p in parts]), self.members, strict=True):
-            part = local(parameter)
+            part = local(parameter, self.layer.adapter.window)
             pieces.append((part, piece.view(part.shape), group))
         group, weight = self.members[0]
         copies = len(split_of(weight).copies)

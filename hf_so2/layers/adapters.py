@@ -18,6 +18,8 @@ class Adapter:
         ignored_index: the index whose row of the weight gets no gradient: an embedding's `padding_idx`.
         has_bias: whether the bias belongs to the matrix, as a last column with an input of 1.
         index: index of this matrix in a stack (of experts), along the first dimension of a 3-D weight.
+        rows: (start, stop) of the outputs that this matrix computes, where it is one of several in a 2-D weight: of an
+            attention head.
     """
 
     transposed: bool = False
@@ -25,14 +27,32 @@ class Adapter:
     ignored_index: int | None = None
     has_bias: bool = False
     index: int | None = None
+    rows: tuple[int, int] | None = None
 
-    def part(self, tensor: Tensor) -> Tensor:
-        """This matrix of a stack, in its stored layout. If there is no stack, the whole tensor."""
-        return tensor if self.index is None or tensor.ndim < 3 else tensor[self.index]
+    @property
+    def window(self) -> tuple[int, int, int] | None:
+        """What `Tensor.narrow` takes, (dimension, start, length), to find this matrix in its parameter; None for all of
+        it."""
+        if self.index is not None:
+            return 0, self.index, 1
+        if self.rows is not None:
+            start, stop = self.rows
+            return int(self.transposed), start, stop - start
+        return None
 
     def matrix(self, tensor: Tensor) -> Tensor:
         """The weight (or its gradient, or its momentum) as a (fan_out, fan_in) view that writes through."""
-        return self.part(tensor).mT if self.transposed else self.part(tensor)
+        return self.as_matrix(tensor if self.window is None else tensor.narrow(*self.window))
+
+    def as_matrix(self, stored: Tensor) -> Tensor:
+        """What `window` leaves of a tensor as a (fan_out, fan_in) view."""
+        matrix = stored if self.index is None else stored.squeeze(0)
+        return matrix.mT if self.transposed else matrix
+
+    def as_stored(self, matrix: Tensor) -> Tensor:
+        """The inverse of `as_matrix`, also a view."""
+        stored = matrix.mT if self.transposed else matrix
+        return stored if self.index is None else stored.unsqueeze(0)
 
 
 LINEAR = Adapter()

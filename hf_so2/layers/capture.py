@@ -61,7 +61,7 @@ class Capture:
         model: the model that is called to make predictions.
         sources: how the statistics of each weight are taken, by qualified name.
         weight_sharing: a key of `hf_so2.layers.rows.WEIGHT_SHARING`.
-        sketch: number of tokens of a sequence that are folded into one, see `hf_so2.layers.sketch`; 1 keeps all, None
+        sketch: number of tokens of a sequence that are folded into one, see `hf_so2.layers.plan`; 1 keeps all, None
             as many as the dimension of the factor needs.
 
     Attributes:

@@ -12,10 +12,8 @@ from torch import nn
 from hf_so2.errors import ConfigurationError
 from hf_so2.layers.adapters import LINEAR, Adapter, adapter_for
 from hf_so2.layers.backward import heads_of, with_trained_copies
+from hf_so2.layers.parts import Head, is_stack, projections
 from hf_so2.orientation import Orientation, orientations
-
-# Mixtral's `experts.down_proj`, Granite's `GraniteMoeParallelExperts.weight` and their like.
-EXPERT = re.compile(r"[Ee]xpert")
 
 
 @dataclass(frozen=True)
@@ -34,6 +32,7 @@ class Treatment:
         partner: for a weight, the name of the bias that is preconditioned with it; for this bias, the weight's name.
         is_tied: whether it is both an embedding and the output head, whichever algorithm updates it.
         count: number of matrices in a stack along the first dimension, such as a layer's experts; 0 for one matrix.
+        heads: the attention heads of which each is a matrix of its own; empty if the weight is one matrix.
     """
 
     preconditioned: bool
@@ -46,6 +45,7 @@ class Treatment:
     head: tuple[nn.Module, ...] = ()
     is_tied: bool = False
     count: int = 0
+    heads: tuple[Head, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ class Extent:
             if it is.
         not_stacked: why a stack of matrices, such as a layer's experts, is not preconditioned; empty if it is.
         one_sided_stacks: as `one_sided` of `select`, for stacks.
+        split_heads: whether each head of a query, key or value projection is a matrix of its own.
     """
 
     embeddings: bool = False
@@ -68,6 +69,7 @@ class Extent:
     not_tied: str = ""
     not_stacked: str = ""
     one_sided_stacks: bool = False
+    split_heads: bool = False
 
 
 def select(
@@ -100,6 +102,7 @@ def select(
     layouts = orientations(model)
     heads = set(heads_of(model))
     tokens = _token_embeddings(model)
+    split = projections(model) if extent.split_heads else {}
     patterns = [_compiled(pattern) for pattern in skip_modules]
     candidates = [
         name
@@ -110,7 +113,7 @@ def select(
     stacks = {
         own: users[id(p)]
         for own, p in model.named_parameters()
-        if _is_stack(own, layouts[own], [module for _, module in users[id(p)]])
+        if is_stack(own, layouts[own], [module for _, module in users[id(p)]])
     }
     candidates += [name for uses in stacks.values() for name, _ in uses]
     for pattern in patterns:
@@ -147,7 +150,11 @@ def select(
         if matched:
             return Treatment(False, f"skip_modules {matched[0]!r}", is_hidden=is_hidden)
         # The first dimension of an embedding and of a head is the vocabulary. No full factor has this size.
-        full = parameter.shape[1:] if is_embedding or is_head else parameter.shape
+        full: tuple[int, ...] = parameter.shape[1:] if is_embedding or is_head else parameter.shape
+        projection = split.get(modules[0]) if len(modules) == 1 else None
+        parts = projection.heads if projection else ()
+        if parts:
+            full = (parts[0].stop - parts[0].start, parameter.shape[0 if adapter.transposed else 1])
         size = min(full) if one_sided else max(full)
         if size > max_dim:
             reason = f"a dimension of {size} is above max_preconditioner_dim {max_dim}"
@@ -155,13 +162,14 @@ def select(
         tied_head = tuple(module for module in modules if module not in owners)
         return Treatment(
             True,
-            f"weight of {_kind(modules)}",
+            f"weight of {_kind(modules)}" + (f", {projection.reason}" if projection else ""),
             owners,
             adapter,
             is_head and not is_embedding,
             is_hidden,
             head=tied_head,
             is_tied=is_embedding and is_head,
+            heads=parts,
         )
 
     # The table gives a reason for a part that cannot be preconditioned. It cannot for a part that the model lacks.
@@ -171,17 +179,9 @@ def select(
     if extent.head and not heads & trained:
         raise _missing("precondition_head", "an output head that get_output_embeddings() names and that is trained")
     treatments = {name: decide(name, p) for name, p in model.named_parameters() if p.requires_grad}
+    if extent.split_heads and not any(treatment.heads for treatment in treatments.values()):
+        raise _missing("split_heads", "trained query, key or value projections with a known number of heads")
     return _with_biases(model, treatments) if extent.biases else treatments
-
-
-def _is_stack(name: str, layout: Orientation, modules: Sequence[nn.Module]) -> bool:
-    """Whether a parameter holds the matrices of several experts, one after the other along its first dimension.
-
-    Other weights have three dimensions, too (convolutions, tables of positions). The shape does not tell them apart, so
-    the name of the parameter or of its module's class has to.
-    """
-    is_named = any(EXPERT.search(text) for text in (name, *(type(module).__name__ for module in modules)))
-    return is_named and layout.batch == (0,) and len(layout.fan_out) == len(layout.fan_in) == 1
 
 
 def _of_stack(

@@ -30,6 +30,7 @@ INSTEAD = {
     "average": "a method with curvature statistics that are averaged, not summed up",
     "moving momentum": "a method with curvature and momentum above 0",
     "whole weights": "a method with curvature, and no block_size",
+    "gradient alone": "a method that uses the gradient alone: shampoo, soap, kl_shampoo or muon",
     "kl_clip": "norm_control='kl_clip'",
     "embedding_damping": "precondition_embeddings=True and a method of the K-FAC family",
     "head_output_factor": "precondition_head=True and a method with output factors",
@@ -44,6 +45,7 @@ def parts_in_use(uses: frozenset[str], settings: Settings) -> frozenset[str]:
         "moving momentum": "curvature" in uses and settings.momentum > 0,
         "expanded tokens": "tokens" in uses and settings.weight_sharing == "expand",
         "whole weights": "curvature" in uses and settings.block_size is None,
+        "gradient alone": "curvature" in uses and "tokens" not in uses,
         "embedding_damping": settings.precondition_embeddings and "tokens" in uses,
         "head_output_factor": settings.precondition_head and "output factors" in uses,
     }

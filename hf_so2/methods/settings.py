@@ -214,6 +214,11 @@ class Settings:
         " one 3-D weight, whose tokens no module hands over: each by its own gradient, or adamw to leave them to the"
         " fallback. Methods that see gradients (shampoo, soap, kl_shampoo, muon) are their own.", "tokens"
     )  # fmt: skip
+    split_heads: bool = setting(
+        False, FLAG, "Precondition query, key and value projections by attention head, each as a matrix of its own; a"
+        " fused projection, whose layout has to be known, also by kind. The coverage table says what is left whole.",
+        "gradient alone"
+    )  # fmt: skip
     max_preconditioner_dim: int = setting(
         8192, COUNT, "Larger dimensions are not preconditioned: weights with one fall back to AdamW, in the Shampoo"
         " family those with two; with one they are preconditioned on the other side.", "whole weights"

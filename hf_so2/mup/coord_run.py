@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -59,8 +60,13 @@ def run_coordinate_check(
             have.
     """
     require_config("base_config", base_config)
+    try:
+        widths = list(widths)
+    except TypeError:
+        allowed = "must be a list of at least two different hidden sizes"
+        raise ConfigurationError("widths", widths, allowed) from None
     if len(set(widths)) < 2:
-        raise ConfigurationError("widths", list(widths), "must be at least two different hidden sizes")
+        raise ConfigurationError("widths", widths, "must be at least two different hidden sizes")
     for name, count in (("seeds", seeds), ("batch_size", batch_size), ("sequence_length", sequence_length)):
         if count < 1:
             raise ConfigurationError(name, count, "must be at least 1")
@@ -82,6 +88,14 @@ def run_coordinate_check(
             for step, changes in run.train(measured_steps):
                 measurements += [Measurement(width, seed, step, *change) for change in changes]
     return CoordinateCheck(optim, tuple(ordered), seeds, tuple(measured_steps), tolerance, tuple(measurements))
+
+
+# By name, what can be said of a check besides what is checked.
+CHECK_ARGUMENTS = tuple(
+    name
+    for name, parameter in inspect.signature(run_coordinate_check).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY
+)
 
 
 def synthetic_batches(

@@ -72,6 +72,8 @@ def apply_mup(
     Raises:
         ConfigurationError: the model cannot be put into muP relative to this base; it is left untouched.
     """
+    if not isinstance(model, nn.Module):
+        raise ConfigurationError("model", type(model).__name__, "must be a model, a torch.nn.Module")
     _check_patchable(model)
     pretrained = is_pretrained(model) if pretrained is None else pretrained
     widths = infer_widths(model, base_config)

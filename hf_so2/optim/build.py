@@ -21,7 +21,13 @@ from hf_so2.methods.settings import Settings
 from hf_so2.methods.table import MUP_SUFFIX, parse_name
 from hf_so2.mup import ParameterWidth, apply_mup, read_mup, refuse_adapters
 from hf_so2.optim.coverage import Coverage, CoverageReport
-from hf_so2.optim.decisions import damping_of, is_one_sided, layers_of, options_of
+from hf_so2.optim.decisions import (
+    damping_of,
+    is_one_sided,
+    layers_of,
+    options_of,
+    refuse_heads_of_unknown_growth,
+)
 from hf_so2.optim.optimizer import SecondOrderOptimizer
 from hf_so2.weights.layer import Layer
 
@@ -66,6 +72,12 @@ def build_optimizer(
     if not isinstance(model, nn.Module):
         raise ConfigurationError("model", type(model).__name__, "must be a torch.nn.Module, whose layers are looked at")
     resolved = method.settings(settings, learning_rate="lr")
+    if decay_parameters is not None:
+        known = {known_name for known_name, _ in model.named_parameters(remove_duplicate=False)}
+        for given in [decay_parameters] if isinstance(decay_parameters, str) else decay_parameters:
+            if isinstance(decay_parameters, str) or given not in known:
+                allowed = "must be a list of names of the model's parameters, as named_parameters() gives them"
+                raise ConfigurationError("decay_parameters", given, allowed)
     return build_from_settings(name, model, resolved, base_config, decay_parameters)
 
 
@@ -80,6 +92,8 @@ def build_from_settings(
     method, is_mup = parse_name(name)
     refuse_other_sharding(model)
     _refuse_gradients_of_other_kinds(model)
+    if is_mup:
+        refuse_heads_of_unknown_growth(name, method, resolved)
     of_experts, expert_settings = method.for_experts(resolved)
     extent = Extent(
         resolved.precondition_embeddings,
@@ -88,6 +102,7 @@ def build_from_settings(
         method.why_not_tied(resolved),
         "" if of_experts.block else f"expert_method {of_experts.name}",
         one_sided_stacks="gradients" in of_experts.uses,
+        split_heads=resolved.split_heads,
     )
     limit = math.inf if resolved.block_size else resolved.max_preconditioner_dim
     treatments = select(model, resolved.skip_modules, limit, extent, one_sided="gradients" in method.uses)

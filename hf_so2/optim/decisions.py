@@ -6,17 +6,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from hf_so2.damping import Damping
-from hf_so2.distributed import is_sharded
+from hf_so2.distributed import is_sharded, split_of
+from hf_so2.engine.norm_control import NORM_CONTROLS
 from hf_so2.errors import ConfigurationError
-from hf_so2.layers import Treatment
+from hf_so2.layers import Adapter, Treatment
 from hf_so2.methods.damping_overrides import DampingOverrides
 from hf_so2.methods.settings import Settings
 from hf_so2.methods.site import Site
 from hf_so2.methods.table import Method
-from hf_so2.methods.width_damping import Multipliers, factored_damping
+from hf_so2.methods.width_damping import Multipliers, factored_damping, gradient_damping
 from hf_so2.mup import ParameterWidth, rules
 from hf_so2.weights.layer import Layer, statistics_dtype
 
@@ -99,25 +101,28 @@ def layers_of(
     damping: Damping,
     one_sided: bool,
 ) -> list[Layer]:
-    """The layer of a weight, or the layers of the matrices of a stack.
-
-    Raises:
-        ConfigurationError: a stack is sharded.
-    """
-    if treatment.count and is_sharded(parameter):
-        allowed = "is a stack of experts under FSDP2, which is not supported; use DDP, or skip_modules for AdamW"
-        raise ConfigurationError("model", name, allowed)
+    """The layer of a weight, or the layers of the matrices that it holds: of a stack, or of attention heads."""
     adapters = {name: treatment.adapter}
     if treatment.count:
         adapters = {f"{name}[{index}]": replace(treatment.adapter, index=index) for index in range(treatment.count)}
-    fan_out, fan_in = next(iter(adapters.values())).matrix(parameter).shape
+    elif treatment.heads:
+        adapters = {
+            f"{name}[{head.label}]": replace(treatment.adapter, rows=(head.start, head.stop))
+            for head in treatment.heads
+        }
     adapter = treatment.adapter
     diagonal = "A" * adapter.one_hot + "B" * treatment.is_head
+    fan_out, fan_in = next(iter(adapters.values())).matrix(torch.empty(parameter.shape, device="meta")).shape
     shape = (fan_out, fan_in + adapter.has_bias)
     site = Site(shape, width, diagonal, one_sided, tied=bool(treatment.head) and "tokens" in method.uses)
     block = method.block_for(settings, site)
     assert block is not None
     dtype = statistics_dtype(parameter.dtype)
+    split = split_of(parameter) if is_sharded(parameter) else None
+
+    def home(own: Adapter, position: int) -> int | None:
+        return split.narrowed(*own.window).home(position) if split and own.window else None
+
     return [
         Layer(
             own_name,
@@ -131,9 +136,24 @@ def layers_of(
             treatment.partner,
             treatment.head,
             treatment.is_head,
+            home(own_adapter, position),
         )
-        for own_name, own_adapter in adapters.items()
+        for position, (own_name, own_adapter) in enumerate(adapters.items())
     ]
+
+
+def refuse_heads_of_unknown_growth(name: str, method: Method, settings: Settings) -> None:
+    """Raise if μP would need to know how a head's size grows, which a model's record does not tell from their number.
+
+    Raises:
+        ConfigurationError: `split_heads` with a learning rate or a damping that scales with a matrix's own fan_out.
+    """
+    is_own = NORM_CONTROLS[settings.norm_control].width_rule is None
+    if settings.split_heads and is_own and method.lr_rule(settings).exponents["hidden"][1]:
+        fit = ", ".join(control for control, kind in NORM_CONTROLS.items() if kind.width_rule)
+        raise ConfigurationError("split_heads", True, f"needs norm_control {fit} with {name}")
+    if settings.split_heads and method.damping is gradient_damping and settings.damping_rule == "constant":
+        raise ConfigurationError("split_heads", True, f"needs another damping_rule than constant with {name}")
 
 
 def is_one_sided(treatment: Treatment, method: Method, settings: Settings) -> bool:

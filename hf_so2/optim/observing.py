@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from hf_so2.distributed import is_sharded, world
 from hf_so2.engine.adaptive import AdaptiveDamping, Loss
+from hf_so2.errors import ConfigurationError
 from hf_so2.layers import SampledCapture
 from hf_so2.layers.sampled_labels import generator_for, sampled_loss
 from hf_so2.methods.settings import Settings
@@ -52,7 +55,14 @@ class ObservingOptimizer(OptimizerWithCurvature):
                 the scale of a loss scaler.
             row_mask: no longer used: the gradients show which rows count.
             is_mean: whether the loss is also divided by the number of rows of this micro-batch.
+
+        Raises:
+            ConfigurationError: a count that is none, or a factor of zero or infinity.
         """
+        if not (tokens is None or isinstance(tokens, int | Tensor)):
+            raise ConfigurationError("tokens", tokens, "must be a whole number or None")
+        if not isinstance(gradient_scale, Tensor) and not (_is_finite(gradient_scale) and gradient_scale):
+            raise ConfigurationError("gradient_scale", gradient_scale, "must be a finite number other than 0")
         if self.curvature is not None:
             self.curvature.capture.announce(tokens, gradient_scale, is_mean=is_mean)
 
@@ -136,7 +146,16 @@ class ObservingOptimizer(OptimizerWithCurvature):
                 time of the call. It must have no randomness, which would look like a change of the loss. A model with
                 dropout must be in evaluation mode. Several losses add up and are averaged over ranks, as their
                 gradients are.
+
+        Raises:
+            ConfigurationError: `loss` cannot be called.
         """
+        if not callable(loss):
+            raise ConfigurationError("loss", type(loss).__name__, "must be a function that returns the loss")
         if self.wants_loss:
             assert self._adaptive is not None
             self._adaptive.losses.append(loss)
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

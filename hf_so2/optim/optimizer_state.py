@@ -121,8 +121,12 @@ class OptimizerWithCurvature(torch.optim.Optimizer):
         """Restore what `curvature_state_dict` returned.
 
         Raises:
-            ValueError: the saved layers are not those of this model.
+            ValueError: the saved layers are not those of this model, or it is another kind of state.
         """
+        expected = {"steps", "skipped_steps", "in_a_row", *(["curvature"] if self.curvature is not None else [])}
+        if not expected <= set(state):
+            missing = ", ".join(sorted(expected - set(state)))
+            raise ValueError(f"state has no {missing}: it is not what curvature_state_dict() returns")
         if self.curvature is not None:
             self.curvature.load_state_dict(state["curvature"])
         self.steps = int(state["steps"])

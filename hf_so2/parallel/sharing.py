@@ -10,7 +10,8 @@ ranks are in one column, every rank holds every layer.
 | the bases in which EKFAC sees the tokens, momentum of gradients, counters | every rank |
 
 For a sharded weight, the momentum of gradients is sharded too. Only the ranks of its column ever see the whole
-gradient, a few layers at a time.
+gradient, a few layers at a time. An expert or an attention head of which one rank has all goes to this rank's column:
+if each layer has one holder, nothing has to be sent for it.
 """
 
 from __future__ import annotations
@@ -91,7 +92,8 @@ class Sharing:
         rank, ranks = world()
         self._grid = Grid.of_fraction(self._fraction, ranks)
         self._communicator = GridCommunicator(self._grid)
-        owners = place({layer.name: self._cost(layer) for layer in self._layers}, self._grid)
+        homes = {layer.name: layer.home for layer in self._layers if layer.home is not None}
+        owners = place({layer.name: self._cost(layer) for layer in self._layers}, self._grid, homes)
         for layer in self._layers:
             layer.owner = owners[layer.name]
             layer.owned, layer.held = layer.owner == rank, self._communicator.holds(layer.owner)
@@ -159,13 +161,14 @@ class Sharing:
             weight = weights[layer.name]
             assert weight.grad is not None
             if is_sharded(weight):
-                parts[layer.name] = Part(local(weight.grad).to(layer.dtype), weight, layer.owner)
+                own = local(weight.grad, layer.adapter.window).to(layer.dtype)
+                parts[layer.name] = Part(own, weight, layer.owner, layer.adapter.window)
             else:
                 yield layer, layer.adapter.matrix(weight.grad).to(layer.dtype) if layer.held else None
         for together in self.rounds(layer for layer in layers if layer.name in parts):
             gathered = self.gather_to_holders([parts[layer.name] for layer in together])
             for layer, whole in zip(together, gathered, strict=True):
-                yield layer, layer.adapter.matrix(whole) if whole is not None else None
+                yield layer, layer.adapter.as_matrix(whole) if whole is not None else None
 
     def gather_to_holders(self, parts: Sequence[Part]) -> list[Tensor | None]:
         """The whole tensors, on ranks that hold their layer; None on others. All parts have one dtype."""

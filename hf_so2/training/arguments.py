@@ -22,9 +22,12 @@ from hf_so2.mup import scale_width
 from hf_so2.mup.widths import REFUSALS
 from hf_so2.optim.telemetry import LEVELS
 from hf_so2.spelling import did_you_mean
+from hf_so2.training.argument_checks import check_own_fields
 from hf_so2.training.argument_fields import TRAINER_FIELDS, OptimizerName, with_own_fields
 
 logger = logging.get_logger(__name__)
+
+_LONGEST_REASON = 300  # characters; transformers lists all its families
 
 # The type checker does not read transformers, so any base will do for it. At run time the base differs by class.
 _Arguments: Any = TrainingArguments if TYPE_CHECKING else object
@@ -52,9 +55,7 @@ class SecondOrderArgumentsMixin(_Arguments):
         for given in _written_mappings(self):
             _parsed(given, getattr(self, given))  # transformers' own error names neither the field nor the value
         name = _known_optimizer(self.optim)
-        for count in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-            if getattr(self, count) < 1:
-                raise ConfigurationError(count, getattr(self, count), "must be at least 1")
+        check_own_fields(self)
         self._fill_trainer_fields(name)
         if self.is_ours(name):
             _refuse_unsupported_launchers(name, self)
@@ -107,7 +108,7 @@ class SecondOrderArgumentsMixin(_Arguments):
         try:
             return AutoConfig.for_model(**given) if isinstance(given, dict) else AutoConfig.from_pretrained(given)
         except (OSError, *REFUSALS) as error:
-            reason = " ".join(str(error).splitlines()[:2])
+            reason = " ".join(str(error).splitlines()[:2])[:_LONGEST_REASON]
             raise ConfigurationError("mup_base_config", given, f"must be a readable model config ({reason})") from None
 
     def set_optimizer(self, name: str = "kfac_mup", *args: Any, **kwargs: Any) -> SecondOrderArgumentsMixin:
@@ -230,6 +231,8 @@ def _check_integrations(names: Sequence[str]) -> None:
 
 def _parsed_optim_args(text: str | None) -> dict[str, Any]:
     """`"damping=0.01,momentum=0.95"` as settings of the right types."""
+    if not isinstance(text, str | None):
+        raise ConfigurationError("optim_args", text, "must be a text of name=value pairs with commas between them")
     hints = get_type_hints(Settings)
     parsed: dict[str, Any] = {}
     for item in (text or "").split(","):

@@ -6,6 +6,7 @@ import inspect
 import os
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any, get_args
 
 import torch
@@ -21,6 +22,7 @@ from hf_so2.optim import CoverageReport, SecondOrderOptimizer
 from hf_so2.optim.build import build_from_settings, with_way_out
 from hf_so2.training.arguments import SecondOrderArgumentsMixin, SecondOrderTrainingArguments
 from hf_so2.training.callbacks import DiscardStaleCaptures, ObserveLoggedSteps, keep_curvature_off_the_console
+from hf_so2.training.model_card import write_section
 from hf_so2.training.resumable import ResumableMixin
 
 
@@ -49,6 +51,8 @@ class SecondOrderMixin(ResumableMixin):
         if isinstance(model, nn.Module):
             _apply_mup(model, args)
         self._loss_divides: bool | None = None
+        self.card_notes: dict[str, str] = {}
+        """Rows for the table of the model card: `recipe` says where the settings come from."""
         super().__init__(*positional, **kwargs)
         if isinstance(model, str):  # the name of a checkpoint: TRL's trainers load it
             _apply_mup(self.model, args)
@@ -103,6 +107,13 @@ class SecondOrderMixin(ResumableMixin):
         if optimizer is not None and optimizer.wants_loss:
             optimizer.reevaluate_with(partial(self._loss_again, dict(inputs), num_items_in_batch))
         return super().training_step(model, inputs, num_items_in_batch)
+
+    def create_model_card(self, *positional: Any, **kwargs: Any) -> None:
+        """As in the Trainer behind, with a section on the optimizer: its settings, μP base, recipe and versions."""
+        super().create_model_card(*positional, **kwargs)
+        if self.is_world_process_zero() and self.args.is_ours(self.args.optim):
+            path, model = Path(self.args.output_dir, "README.md"), self.accelerator.unwrap_model(self.model)
+            write_section(path, self.args, read_mup(model), self._second_order_optimizer(), self.card_notes)
 
     def _loss_again(
         self, inputs: dict[str, Any], num_items: Tensor | int | None, compute_loss: Callable[..., Any] | None = None

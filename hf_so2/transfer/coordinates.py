@@ -11,11 +11,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from hf_so2.methods.table import MUP_SUFFIX
 from hf_so2.mup.coord_check import CoordinateCheck
-from hf_so2.mup.coord_run import run_coordinate_check
+from hf_so2.mup.coord_run import CHECK_ARGUMENTS, run_coordinate_check
 from hf_so2.optim import SecondOrderOptimizer, build_optimizer
-
-# Arguments that go to the check; all others are the optimizer's settings.
-_CHECK = ("seeds", "steps", "tolerance", "batch_size", "sequence_length", "head", "device")
 
 
 def coordinate_check(
@@ -40,7 +37,7 @@ def coordinate_check(
     Raises:
         ConfigurationError: an unknown optimizer or setting, or widths that the family cannot have.
     """
-    check = {name: arguments.pop(name) for name in _CHECK if name in arguments}
+    check = {name: arguments.pop(name) for name in CHECK_ARGUMENTS if name in arguments}
 
     def build(model: PreTrainedModel, base: PretrainedConfig) -> SecondOrderOptimizer:
         is_mup = optim.endswith(MUP_SUFFIX)

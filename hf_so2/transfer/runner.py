@@ -24,7 +24,7 @@ from transformers import (
 from transformers.utils import logging
 
 from hf_so2 import cli
-from hf_so2.data import Corpus, DataArguments, collate_blocks, load_corpus
+from hf_so2.data import Corpus, DataArguments, load_corpus
 from hf_so2.errors import TrainingDivergedError
 from hf_so2.models import ModelArguments, build_model_and_config
 from hf_so2.training.arguments import SecondOrderTrainingArguments
@@ -87,10 +87,8 @@ def run_trial(task: TrialTask) -> None:
     trainer = _TrialTrainer(
         args=args,
         model_init=fresh_model,
-        train_dataset=corpus.train,
-        eval_dataset=corpus.evaluation,
-        data_collator=collate_blocks,
         callbacks=[_StopOnNaN()],
+        **corpus.for_trainer(),
     )
     trainer.remove_callback(PrinterCallback)
     storage = _storage(task.url)

@@ -24,7 +24,8 @@ class Layer:
     """A preconditioned weight.
 
     Args:
-        name: qualified name of the parameter. A matrix of a stack has its index too: `experts.down_proj[3]`.
+        name: qualified name of the parameter. One of several matrices in it has a name of its own:
+            `experts.down_proj[3]`, `q_proj.weight[head 3]`.
         shape: (fan_out, fan_in), the column of the bias included.
         block: the curvature method.
         modules: the modules whose calls use the weight.
@@ -35,6 +36,7 @@ class Layer:
         bias: the parameter that is the last column of the matrix.
         head: for a tied weight, the modules that use it as an output head; `modules` are then its embeddings.
         is_head: whether the weight is the output head, and nothing else.
+        home: the rank that has all of the weight, if it is one of several matrices of a sharded parameter and one has.
         owner: the rank that refreshes the preconditioner.
         owned: whether this rank is the owner.
         held: whether this rank holds the layer: it has the statistics and the preconditioner, and it preconditions the
@@ -68,6 +70,7 @@ class Layer:
     bias: str | None = None
     head: Sequence[nn.Module] = ()
     is_head: bool = False
+    home: int | None = None
     owner: int = 0
     owned: bool = True
     held: bool = True
@@ -84,8 +87,8 @@ class Layer:
 
     @property
     def parameter(self) -> str:
-        """The name of the parameter: the weight itself, or the stack that the weight is a matrix of."""
-        return self.name if self.adapter.index is None else self.name.rpartition("[")[0]
+        """The name of the parameter: the weight itself, or the one that it is one of several matrices of."""
+        return self.name if self.adapter.window is None else self.name.rpartition("[")[0]
 
     @cached_property
     def rotating(self) -> RotatingBlock | None:

@@ -97,7 +97,11 @@ def test_the_launched_command_trains_and_leaves_every_report(
     assert {"train_loss", "train_runtime", "eval_runtime"} <= set(results)
     history = json.loads((output / "trainer_state.json").read_text())["log_history"]
     assert [entry["step"] for entry in history if "loss" in entry] == list(range(1, STEPS + 1))
-    assert (output / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("loss_curve.png", "curvature.png"):
+        assert (output / name).read_bytes().startswith(b"\x89PNG")
+    card = (output / "README.md").read_text(encoding="utf-8")
+    assert "| optimizer | `kfac_mup` |" in card
+    assert "| muP base | width 32; this model has width 32, trained from scratch |" in card
     report = (output / "mup_report.txt").read_text(encoding="utf-8")
     assert report in trained.stdout
     for pattern in ("model.embed_tokens.weight", "model.layers.*.self_attn.q_proj.weight", "lm_head.weight"):

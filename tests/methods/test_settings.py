@@ -29,6 +29,7 @@ ILLEGAL: dict[str, list[Any]] = {
     "momentum": FRACTION,
     "momentum_order": ["", "Before", "then", 1, None],
     "nesterov": [0, 1, "yes", None],
+    "split_heads": [0, 1, "yes", None],
     "beta2": FRACTION,
     "exponent_a": POSITIVE,
     "exponent_b": POSITIVE,

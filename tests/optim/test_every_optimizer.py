@@ -222,7 +222,7 @@ def test_hidden_matrices_in_the_fallback_have_a_rate_of_their_own() -> None:
 def test_a_model_with_a_tied_embedding_has_another_rate(
     given: dict[str, Any], tied: float, untied: float, flags: dict[str, Any]
 ) -> None:
-    """It also updates a weight until that has a preconditioner. A fallback rate that is given is meant for all models."""
+    """It also updates weights without a preconditioner yet. A fallback rate that is given is meant for all models."""
     assert DEFAULT.tied_fallback_learning_rate != DEFAULT.fallback_learning_rate
     optimizer = hf_so2.build_optimizer("kfac", gpt2(), **given, **flags)
     rates = {name: g["lr"] * g["fallback_lr_ratio"] for g in optimizer.param_groups for name in g["param_names"]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -15,11 +16,12 @@ from torch.distributed.fsdp import fully_shard
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from shared import sharded_trainer
 from shared.helpers import relative_error
-from shared.ranks import parameters, sharded_cases, train
+from shared.ranks import Case, parameters, sharded_cases, train
 
 import hf_so2
-from hf_so2.distributed import GridCommunicator, local
+from hf_so2.distributed import GridCommunicator, gather_objects, local, split_of
 from hf_so2.parallel import sharing
+from hf_so2.parallel.sharded_state import load_state, share_of_state
 
 
 def shard(model: nn.Module) -> None:
@@ -126,6 +128,76 @@ def check_what_ranks_hold(ranks: int) -> None:
     assert all(local(tensor.detach()).numel() == 144 // parts for tensor in state)
 
 
+class Experts(nn.Module):
+    """Four of them; `forward` makes the gradient of each a random matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up_proj = nn.Parameter(torch.randn(4, 6, 5, dtype=torch.float64))
+
+    def forward(self, seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return (self.up_proj * torch.randn(4, 6, 5, generator=generator, dtype=torch.float64)).sum()
+
+
+def check_that_experts_stay_at_home(ranks: int) -> None:
+    """With one holder for each, the rank that has an expert preconditions it, and sends nothing."""
+    sent: list[int] = []
+    exchange = dist.all_to_all_single
+
+    def counted(incoming: Tensor, outgoing: Tensor, arriving: list[int], leaving: list[int]) -> None:
+        sent.append(sum(size for receiver, size in enumerate(leaving) if receiver != dist.get_rank()))
+        exchange(incoming, outgoing, arriving, leaving)
+
+    model, alone = (nn.Sequential(Experts()) for _ in range(2))
+    shard(model)
+    optimizers = [
+        hf_so2.build_optimizer("shampoo", each, preconditioner_update_steps=2, gradient_worker_fraction=0.0)
+        for each in (model, alone)
+    ]
+    with mock.patch.object(dist, "all_to_all_single", counted):
+        for seed in range(3):
+            model(seed).backward()
+            optimizers[0].step()
+            optimizers[0].zero_grad()
+    for seed in range(3):
+        alone(seed).backward()
+        optimizers[1].step()
+        optimizers[1].zero_grad()
+    assert relative_error(parameters(model), parameters(alone)) < 1e-10
+    assert sent
+    assert ranks > 2 or not any(sent)
+    held = [layer.name for layer in optimizers[0].curvature.layers.values() if layer.held]
+    assert len(held) == 4 // ranks
+
+
+@torch.no_grad()
+def load(
+    weights: dict[str, Tensor], saved: dict, curvature: dict, model: nn.Module, optimizer: hf_so2.SecondOrderOptimizer
+) -> None:
+    for name, parameter in model.named_parameters():
+        local(parameter).copy_(split_of(parameter).part(weights[name], dist.get_rank()))
+    load_state(optimizer, saved)
+    optimizer.load_curvature_state_dict(curvature)
+
+
+def check_that_a_resumed_run_goes_on(rank: int, ranks: int) -> None:
+    """Bit for bit, from whole tensors: experts, and heads of which every rank has a part."""
+    heads = (("split_heads", True),)
+    for case in (Case("soap", 0.0, family="mixtral"), Case("shampoo", 1.0, settings=heads, family="gpt2")):
+        straight, _ = train(case, rank, ranks, shard=shard, steps=range(5))
+        stopped, optimizer = train(case, rank, ranks, shard=shard, steps=range(3))
+        saved = share_of_state(optimizer, 0, 1) if rank == 0 else share_of_state(optimizer, 1, 1)
+        saved, curvature = gather_objects(saved)[0], optimizer.curvature_state_dict()
+        weights = {name: parameter.full_tensor() for name, parameter in stopped.named_parameters()}
+
+        resumed, _ = train(
+            case, rank, ranks, shard=shard, steps=range(3, 5), load=partial(load, weights, saved, curvature)
+        )
+        assert torch.equal(parameters(resumed), parameters(straight)), case
+
+
 def main(output: Path, fractions: list[float]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -134,6 +206,8 @@ def main(output: Path, fractions: list[float]) -> None:
     check_empty_shards(rank)
     check_that_all_skip_what_one_finds_not_finite(rank)
     check_what_ranks_hold(ranks)
+    check_that_experts_stay_at_home(ranks)
+    check_that_a_resumed_run_goes_on(rank, ranks)
     runs = {}
     for name, changes in list(sharded_trainer.SCENARIOS.items())[: None if fractions else 1]:
         trainer = sharded_trainer.train(output / name, ranks, **changes)

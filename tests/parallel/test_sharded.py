@@ -78,6 +78,28 @@ def test_parts_are_those_of_torch(rows: int, parts: int, dim: int) -> None:
         assert split.part_shape(rank) == part.shape
 
 
+@given(
+    sizes=st.tuples(st.integers(1, 20), st.integers(1, 5)),
+    parts=st.integers(1, 5),
+    dim=st.integers(0, 1),
+    dims=st.lists(st.integers(0, 1), min_size=1, max_size=2),
+    data=st.data(),
+)
+def test_a_rank_has_of_a_sub_tensor_what_it_has_of_the_whole(
+    sizes: tuple[int, int], parts: int, dim: int, dims: list[int], data: st.DataObject
+) -> None:
+    whole = torch.arange(sizes[0] * sizes[1]).view(sizes)
+    split, inner, window = Split(sizes, dim, (tuple(range(parts)),)), whole, []
+    own = [set(split.part(whole, rank).flatten().tolist()) for rank in range(parts)]
+    for along in dims:
+        start = data.draw(st.integers(0, inner.shape[along] - 1))
+        window = [along, start, data.draw(st.integers(1, inner.shape[along] - start))]
+        split, inner = split.narrowed(*window), inner.narrow(*window)
+    expected = [sorted(set(inner.flatten().tolist()) & ids) for ids in own]
+    assert [sorted(split.part(inner, rank).flatten().tolist()) for rank in range(parts)] == expected
+    assert split.home(3) == next((rank for rank in range(parts) if len(expected[rank]) == inner.numel()), None)
+
+
 @pytest.fixture
 def _eight_ranks() -> Iterator[None]:
     """Ranks that do not exist, of which this is the first."""

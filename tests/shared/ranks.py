@@ -70,6 +70,7 @@ class Case:
 
 
 # Where momentum, norm control, damping or the form of the factors meet the sharing of work.
+SPLIT = {"split_heads": True}
 SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("kfac", {"momentum_order": "after", "norm_control": "graft_adam", "nesterov": True}),
     ("kfac", {"norm_control": "kl_clip", "adaptive_damping": True}),
@@ -80,6 +81,7 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("soap", {"max_preconditioner_dim": 16, "precondition_head": True}),
     ("soap", {"skip_modules": ("o_proj",)}),
     ("soap_mup", {"skip_modules": ("o_proj",)}),
+    ("kl_shampoo", SPLIT),
 ]
 
 BIASES_AND_CLIP = (("precondition_biases", True), ("norm_control", "kl_clip"))
@@ -97,6 +99,10 @@ def sharded_cases(fractions: Sequence[float] = ()) -> list[Case]:
         Case("kfac", 1.0, settings=BIASES_AND_CLIP, family="gpt2"),
         Case("shampoo", 1.0, family="odd"),
         Case("muon", 0.0, family="odd"),
+        Case("muon", 1.0, settings=tuple(SPLIT.items())),
+        Case("shampoo", 0.0, settings=tuple(SPLIT.items()), family="gpt2"),
+        Case("kl_shampoo", 1.0, family="mixtral"),
+        Case("kfac", 0.0, settings=(("expert_method", "shampoo"),), family="mixtral"),
         Case("adamw", family="odd"),
         Case("sgd", family="odd"),
     ]
@@ -109,6 +115,10 @@ def sharded_cases(fractions: Sequence[float] = ()) -> list[Case]:
         if not settings.get("adaptive_damping")
     ]
     others += [Case("kfac", fractions[0], settings=BIASES_AND_CLIP, family="gpt2")]
+    others += [Case("shampoo", fraction, settings=tuple(SPLIT.items()), family="gpt2") for fraction in fractions]
+    others += [
+        Case("muon", fraction, settings=(("norm_control", "kl_clip"),), family="mixtral") for fraction in fractions
+    ]
     others += [Case("kfac", fractions[0], torch.float32, family="odd")]
     once = [case for case in several if case.fraction == fractions[0] or not case.is_first_order()]
     return list(dict.fromkeys([*few, *once, *others]))
@@ -172,6 +182,7 @@ def train(
     shard: Callable[[nn.Module], None] | None = None,
     steps: range = range(STEPS),
     resume: Mapping[str, Any] | None = None,
+    load: Callable[[nn.Module, hf_so2.SecondOrderOptimizer], None] = lambda model, optimizer: None,
     order: Callable[[list[T]], list[T]] = lambda rows: rows,
 ) -> tuple[nn.Module, hf_so2.SecondOrderOptimizer]:
     """Train on this rank's share of every batch.
@@ -180,6 +191,7 @@ def train(
         wrap: makes the model one that averages gradients over ranks.
         shard: applies `fully_shard` to the model instead, before its optimizer is built.
         resume: `model` and `optimizer` states to go on from.
+        load: restores a saved state by itself.
         order: of the rows of every batch.
     """
     model = model_for(case)
@@ -189,6 +201,7 @@ def train(
     if resume is not None:
         model.load_state_dict(resume["model"])
         optimizer.load_state_dict(resume["optimizer"])
+    load(model, optimizer)
     wrapped = wrap(model)
     for step in steps:
         rows = order(batch(step))

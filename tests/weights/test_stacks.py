@@ -35,8 +35,9 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"block_size": 10},
         {"max_preconditioner_dim": 20},
     ],
-    "kl_shampoo": [{"block_size": 10}, {"max_preconditioner_dim": 20}],
+    "kl_shampoo": [{"block_size": 10}, {"max_preconditioner_dim": 20}, {"split_heads": True}],
     "soap": [{"basis_tolerance": 0.05}, {"momentum_order": "after"}, {"block_size": 10}, {"nesterov": True}],
+    "muon": [{"split_heads": True}],
 }
 
 
@@ -99,7 +100,8 @@ def test_stacked_layers_train_as_single_ones(
     single = moved(trained(name, **options))
     sizes = request.getfixturevalue("stacked")
     together = moved(trained(name, **options))
-    assert max(sizes) == 6  # three layers' query and output, or gate and up
+    # Three layers' query and output, or gate and up; by head two queries, a key and a value.
+    assert max(sizes) == (12 if options.get("split_heads") else 6)
     assert relative_error(together, single) < TOLERANCE[name]
 
 
