@@ -22,7 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel, initialization
 
 from hf_so2.errors import ConfigurationError
 
-from .roles import pattern_of
+from .roles import layer_pattern_of
 from .rules import ParameterWidth
 from .widths import rebuild
 
@@ -132,8 +132,10 @@ def natural_growth(
         scales = init_scales(type(model), model.config)
         base_scales = init_scales(type(model), base)
         # Some families also divide by the depth. A layer that the base does not have is compared with one that it has.
-        by_pattern = {pattern_of(name): scale for name, scale in reversed(base_scales.items())}
-        pairs = {name: (own, base_scales.get(name, by_pattern.get(pattern_of(name)))) for name, own in scales.items()}
+        by_pattern = {layer_pattern_of(name): scale for name, scale in reversed(base_scales.items())}
+        pairs = {
+            name: (own, base_scales.get(name, by_pattern.get(layer_pattern_of(name)))) for name, own in scales.items()
+        }
         return {name: own / of_base if own and of_base else 1.0 for name, (own, of_base) in pairs.items()}
     base_weights = dict(base.named_parameters())
     if any(weight.is_meta for weight in base_weights.values()):

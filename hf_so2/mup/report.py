@@ -64,9 +64,9 @@ class MupReport(Mapping[str, ParameterWidth]):
         """One row per pattern of names with equal shape and width.
 
         Returns:
-            Dictionaries with `pattern`, `count`, `shape`, `role`, `tied`, `m_in`, `m_out`, `depth` (growth of the depth, inside a
-            residual branch), `init` (factor on the initial standard deviation of the base model), `lr_adam`, `lr_sgd`,
-            `lr_spectral` and `damping_A`, `damping_B`.
+            Dictionaries with `pattern`, `count`, `shape`, `role`, `tied`, `m_in`, `m_out`, `depth` (its growth, inside
+            a residual branch), `init` (factor on the initial standard deviation of the base model), `lr_adam`,
+            `lr_sgd`, `lr_spectral` and `damping_A`, `damping_B`.
         """
         groups: dict[tuple[str, Shape, ParameterWidth], int] = defaultdict(int)
         for name, width in self.items():

@@ -65,9 +65,9 @@ damping: Adam's epsilon, KL-Shampoo's   -1           like a gradient's entry
 weight decay                            1 / learning rate
 ======================================= ============ =======================================
 
-This is `ParameterWidth.depth`. If the branch's `1 / m_L` is folded into its last weight, that weight also has `scale_out
-= m_L`, and what follows is what its own gradient, which is free of the depth, asks for: `1 / m_L` of the base's change
-in every method, constant damping unchanged. Weights outside of branches know no depth.
+This is `ParameterWidth.depth`. If the branch's `1 / m_L` is folded into its last weight, that weight also has
+`scale_out = m_L`, and both powers together are what its own gradient, which is free of the depth, asks for: `1 / m_L`
+of the base's change in every method, constant damping unchanged. Weights outside of branches know no depth.
 
 Sources: Yang & Hu 2020, arXiv 2011.14522 (abc-parametrizations, the SGD column); Yang et al. 2022, arXiv 2203.03466,
     table 8 (Adam,
@@ -191,6 +191,16 @@ def _product(*powers: tuple[float, float]) -> float:
     return result
 
 
+def _multiplier(width: ParameterWidth, exponents: tuple[float, float, float, float, float]) -> float:
+    """By the exponents of m_in, m_out, scale_in, scale_out and depth; a scalar knows of the depth only."""
+    a, b, scale_in, scale_out, depth = exponents
+    by_depth = (width.depth, depth)
+    if width.role == "scalar":
+        return _product(by_depth)
+    scales = (width.scale_in, scale_in), (width.scale_out, scale_out)
+    return _product((width.m_in, a), (width.m_out, b), *scales, by_depth)
+
+
 def _column(role: Role) -> Role:
     return "input" if role == "vector" else role
 
@@ -208,12 +218,8 @@ def init_multiplier(width: ParameterWidth) -> float:
 
 def learning_rate_multiplier(rule: LearningRateRule, width: ParameterWidth) -> float:
     """Factor on the base learning rate for a parameter of this width under this method."""
-    by_depth = (width.depth, rule.depth_exponent)
-    if width.role == "scalar":
-        return _product(by_depth)
-    a, b = rule.exponents[_column(width.role)]
-    scale_in, scale_out = rule.scale_exponents
-    return _product((width.m_in, a), (width.m_out, b), (width.scale_in, scale_in), (width.scale_out, scale_out), by_depth)
+    a, b = (0.0, 0.0) if width.role == "scalar" else rule.exponents[_column(width.role)]
+    return _multiplier(width, (a, b, *rule.scale_exponents, rule.depth_exponent))
 
 
 def weight_decay_multiplier(rule: LearningRateRule, width: ParameterWidth) -> float:
@@ -225,8 +231,4 @@ def weight_decay_multiplier(rule: LearningRateRule, width: ParameterWidth) -> fl
 
 def damping_multiplier(kind: DampingKind, width: ParameterWidth) -> float:
     """Factor on a constant added to a factor matrix (`rho_A`, ..., `rho_R`), to `S`, `lambda` or Adam's denominator."""
-    a, b, scale_in, scale_out, depth = DAMPING_EXPONENTS[kind]
-    by_depth = (width.depth, depth)
-    if width.role == "scalar":
-        return _product(by_depth)
-    return _product((width.m_in, a), (width.m_out, b), (width.scale_in, scale_in), (width.scale_out, scale_out), by_depth)
+    return _multiplier(width, DAMPING_EXPONENTS[kind])

@@ -8,6 +8,7 @@ model must compute what it computes with every branch multiplied where it is add
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,14 +19,16 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from hf_so2.errors import ConfigurationError
 from hf_so2.mup.folding import run_on_tokens
-from hf_so2.mup.roles import pattern_of
-from hf_so2.mup.rules import ParameterWidth
+from hf_so2.mup.roles import layer_pattern_of
+from hf_so2.mup.rules import ParameterWidth, Role
 from hf_so2.mup.widths import rebuild
 
 from .graph import Additions, Branch, Term, residual_sums
 
 _PROOF = 0.5
 """The factor that the proof is made with."""
+_MOST_GROUPS = 6
+"""How many last operations of a branch are looked at."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ def fold_branches(model: nn.Module, branches: Branches, factor: float) -> None:
     """Multiplies the outputs of all residual branches by `factor`, in their carriers."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            offset = branches.carriers.get(pattern_of(name))
+            offset = branches.carriers.get(layer_pattern_of(name))
             if offset == 0:
                 parameter.mul_(factor)
             elif offset is not None:
@@ -77,22 +80,39 @@ def find_branches(probe: PreTrainedModel, widths: Mapping[str, ParameterWidth]) 
         ConfigurationError: the model cannot be run on token ids alone, or a branch has no weight that can carry a
             factor, or there is no branch.
     """
-    roles = {pattern_of(name): width.role for name, width in widths.items()}
+    roles: dict[str, Role] = {layer_pattern_of(name): width.role for name, width in widths.items()}
     names = {id(parameter): name for name, parameter in probe.named_parameters()}
     sums = residual_sums(probe)
     carriers: dict[str, float] = {}
     for branch in (branch for sum_ in sums for branch in sum_):
-        found = _carriers(branch, lambda p: roles.get(pattern_of(names[id(p)]), "scalar"))
+        found = _carriers(branch, names, roles)
         if found is None:
             last = ", ".join(names[id(p)] for group in branch.groups for p in group) or "no weight"
-            raise refusal(probe, f"{last}, where a residual branch of {type(probe).__name__} ends, cannot carry a factor")
-        carriers |= {pattern_of(names[id(p)]): found[1] for p in found[0]}
+            raise refusal(probe, f"{last}, where a residual branch ends, cannot carry a factor")
+        carriers |= {layer_pattern_of(names[id(p)]): found[1] for p in found[0]}
     if not carriers:
         raise refusal(probe, f"no residual branch is found in {type(probe).__name__}")
     # What several layers share, such as a bias of positions or a block that is used again, sums up over the depth.
     uses = Counter(id(p) for sum_ in sums for p in sum_[0].inside)
-    inside = {pattern_of(names[id(p)]) for sum_ in sums for p in sum_[0].inside if uses[id(p)] == 1}
-    return Branches(carriers, frozenset(inside | carriers.keys())), [b.term for sum_ in sums for b in sum_]
+    inside = {layer_pattern_of(names[id(p)]) for sum_ in sums for p in sum_[0].inside if uses[id(p)] == 1}
+    terms = [branch.term for sum_ in sums for branch in sum_]
+    _prove_complete(probe, terms, roles)
+    return Branches(carriers, frozenset(inside | carriers.keys())), terms
+
+
+def _prove_complete(probe: PreTrainedModel, terms: list[Term], roles: Mapping[str, Role]) -> None:
+    """Raise unless all projections of all layers are without effect where the branches that were found are zero."""
+    with Additions(dict.fromkeys(terms, 0.0), keep=False):
+        logits = run_on_tokens(probe, grad=True)
+    layers = {
+        name: parameter
+        for name, parameter in probe.named_parameters()
+        if layer_pattern_of(name) != name and roles.get(layer_pattern_of(name)) == "hidden"
+    }
+    gradients = torch.autograd.grad(logits.square().sum(), list(layers.values()), allow_unused=True)
+    for name, gradient in zip(layers, gradients, strict=True):
+        if gradient is not None and bool(gradient.any()):
+            raise refusal(probe, f"{name} acts on the stream otherwise than by a residual branch")
 
 
 def with_factor(probe: PreTrainedModel, terms: list[Term], factor: float) -> Tensor:
@@ -121,17 +141,23 @@ def refusal(model: PreTrainedModel, reason: str) -> ConfigurationError:
     )
 
 
-def _carriers(branch: Branch, role: object) -> tuple[list[nn.Parameter], float] | None:
-    assert callable(role)
-    everything = list(dict.fromkeys(p for group in branch.groups for p in group))
-    projections = [g for g in branch.groups if any(role(p) == "hidden" for p in g)]
-    for candidate in (everything, [p for g in projections for p in g], *projections, *branch.groups):
-        if not candidate or any(role(p) == "scalar" for p in candidate):
-            continue
-        offsets = (0.0, 1.0) if all(role(p) == "vector" for p in candidate) else (0.0,)
-        for offset in offsets:
-            if _is_linear_in(branch.output, candidate, offset):
-                return candidate, offset
+def _carriers(
+    branch: Branch, names: Mapping[int, str], roles: Mapping[str, Role]
+) -> tuple[list[nn.Parameter], float] | None:
+    """The largest set of last parameters that the branch is linear in, and what is added to them before use."""
+    groups: dict[frozenset[str], list[nn.Parameter]] = {}
+    for group in branch.groups:  # all experts of a layer are one
+        groups.setdefault(frozenset(layer_pattern_of(names[id(p)]) for p in group), []).extend(group)
+    members = list(groups.values())[:_MOST_GROUPS]
+    for size in range(len(members), 0, -1):
+        for chosen in itertools.combinations(members, size):
+            candidate = list(dict.fromkeys(p for group in chosen for p in group))
+            kinds = {roles.get(layer_pattern_of(names[id(p)]), "scalar") for p in candidate}
+            if kinds & {"scalar", "output"}:  # routers and gates are what a branch is not linear in
+                continue
+            for offset in (0.0, 1.0) if kinds == {"vector"} else (0.0,):
+                if _is_linear_in(branch.output, candidate, offset):
+                    return candidate, offset
     return None
 
 
@@ -141,16 +167,15 @@ def _is_linear_in(output: Tensor, parameters: list[nn.Parameter], offset: float)
     pairs = [(p.detach() + offset, g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
     size = float(output.detach().double().square().sum())
     along = sum(float((p.double() * g.double()).sum()) for p, g in pairs)
-    return size > 0 and abs(along - size) < 1e-3 * size
+    return size > 0 and abs(along - size) < 1e-4 * size
 
 
 def layer_prefixes(names: Iterator[str]) -> dict[str, set[str]]:
-    """The layers that parameters belong to, by pattern: `model.layers.*` -> `{model.layers.0, ...}`."""
+    """The layers that parameters, by name or pattern, belong to: `model.layers.*` -> `{model.layers.0, ...}`."""
     found: dict[str, set[str]] = {}
     for name in names:
         steps = name.split(".")
-        index = next((i for i, step in enumerate(steps) if step.isdigit()), None)
+        index = next((i for i, step in enumerate(steps) if step.isdigit() or step == "*"), None)
         if index is not None:
-            prefix = ".".join(steps[: index + 1])
-            found.setdefault(pattern_of(prefix), set()).add(prefix)
+            found.setdefault(".".join([*steps[:index], "*"]), set()).add(".".join(steps[: index + 1]))
     return found

@@ -10,15 +10,19 @@ from transformers import PretrainedConfig
 from hf_so2.errors import ConfigurationError
 from hf_so2.mup.widths import (
     DEPTH_FIELDS,
+    HEAD_COUNT_FIELDS,
+    HEAD_SIZE_FIELDS,
     LANGUAGE_CONFIGS,
     PER_LAYER_CONFIG,
+    RECURRENT_HEAD_FIELDS,
+    STREAM_FIELDS,
     Path,
     declared_fields,
     rebuild,
     require_config,
 )
 
-Depths = dict[Path, int]
+_WIDTHS = STREAM_FIELDS | HEAD_COUNT_FIELDS | HEAD_SIZE_FIELDS | RECURRENT_HEAD_FIELDS
 
 
 def depths_of(fields: Mapping[str, Any], path: Path = ()) -> Iterator[tuple[Path, int]]:
@@ -51,11 +55,13 @@ def depth_growth(base: PretrainedConfig, config: PretrainedConfig) -> float:
         ConfigurationError: parts of the model grow by different factors.
     """
     own, of_base = (dict(depths_of(declared_fields(c))) for c in (config, base))
-    ratios = {own[path] / of_base[path] for path in own.keys() & of_base.keys()}
-    growing = ratios - {1.0}
+    pairs = {path[-1]: (of_base[path], own[path]) for path in own.keys() & of_base.keys()}
+    if not pairs and any(hasattr(c.get_text_config(decoder=True), "num_hidden_layers") for c in (base, config)):
+        pairs = {"num_hidden_layers": (text_depth(base), text_depth(config))}  # counted from a list of layers
+    growing = {after / before for before, after in pairs.values()} - {1.0}
     if len(growing) > 1:
-        found = ", ".join(f"{path[-1]} {of_base[path]} to {own[path]}" for path in sorted(own.keys() & of_base.keys()))
-        raise ConfigurationError("base_config", found, "must have all its numbers of layers in one ratio to the model's")
+        found = ", ".join(f"{name} {before} to {after}" for name, (before, after) in sorted(pairs.items()))
+        raise ConfigurationError("base_config", found, "must have its numbers of layers in one ratio to the model's")
     return growing.pop() if growing else 1.0
 
 
@@ -64,7 +70,7 @@ def scale_depth(
 ) -> PretrainedConfig:
     """A configuration of the same family, `multiplier` times as deep. Its sibling is `scale_width`.
 
-    Lists with an entry for every layer are repeated, or end earlier; if the family derives them, it does so again.
+    Lists with an entry for every layer, such as the kinds of layers of a hybrid, are repeated, or end earlier.
 
     Args:
         config: the base; it is not changed. A muP record in it is left behind.
@@ -91,12 +97,17 @@ def scale_depth(
             allowed = f"must give a whole number of layers, and {path[-1]} of {layers} would become {new:g}"
             raise ConfigurationError(field, value, allowed)
         values[path] = round(new)
-    if all(fields_at(fields, path) == new for path, new in values.items()):
+    if target == base:
         return rebuild(config, {})
-    for path in list(values):
+    for path in list(values) or [("num_hidden_layers",)]:
         holder = path[:-1]
-        values |= _lists(config, holder, fields_at(fields, holder), fields_at(fields, path), values[path])
-    return rebuild(config, values)
+        before, after = (fields_at(fields, path), values[path]) if path in values else (base, round(target))
+        values |= _lists(holder, fields_at(fields, holder), before, after)
+    new_config = rebuild(config, values)
+    if text_depth(new_config) != target:
+        allowed = f"cannot be had: {type(config).__name__} has {text_depth(new_config)} layers by its other fields"
+        raise ConfigurationError(field, value, allowed)
+    return new_config
 
 
 def fields_at(fields: Mapping[Any, Any], path: Path) -> Any:
@@ -106,7 +117,7 @@ def fields_at(fields: Mapping[Any, Any], path: Path) -> Any:
     return inner
 
 
-def _lists(config: PretrainedConfig, holder: Path, fields: Mapping[str, Any], old: int, new: int) -> dict[Path, Any]:
+def _lists(holder: Path, fields: Mapping[str, Any], old: int, new: int) -> dict[Path, Any]:
     """What has one entry for each of `old` layers, for `new` layers."""
     values: dict[Path, Any] = {}
     for name, value in fields.items():
@@ -117,18 +128,15 @@ def _lists(config: PretrainedConfig, holder: Path, fields: Mapping[str, Any], ol
             total = sum(len(kinds) * count for kinds, count in value)
             if total == old and all((count * new) % old == 0 for _, count in value):
                 values[*holder, name] = [[kinds, count * new // old] for kinds, count in value]
-        elif isinstance(value, (list, tuple)) and len(value) == old:
-            values[*holder, name] = None if _derives(config, (*holder, name), value) else _repeated(value, new)
+        elif isinstance(value, (list, tuple)) and len(value) == old and _is_by_layer(name):
+            values[*holder, name] = _repeated(value, new)
     return values
+
+
+def _is_by_layer(name: str) -> bool:
+    """Whether a list as long as the model is deep has its entries for the layers, as its name tells."""
+    return name in _WIDTHS or any(part in name for part in ("layer", "block_type", "pattern"))
 
 
 def _repeated(value: Any, count: int) -> Any:
     return type(value)(value[i % len(value)] for i in range(count))
-
-
-def _derives(config: PretrainedConfig, path: Path, value: Any) -> bool:
-    """Whether the class finds this list by itself when it is not given."""
-    try:
-        return bool(fields_at(declared_fields(rebuild(config, {path: None})), path) == value)
-    except (ConfigurationError, LookupError):
-        return False

@@ -1,9 +1,9 @@
 """The residual branches of a model, read off the graph that autograd keeps of one forward pass.
 
-A sum of activations is residual when one of its terms, the *stream*, is an ancestor of all others: `h + F(h)`. What lies
-between the stream and another term is a *branch*, and a residual sum inside a branch of another is not counted. Sums
-that feed nothing but another sum are read as one, so that parallel branches `h + F(h) + G(h)` are two branches of one
-sum.
+A sum of activations is residual when one of its terms, the *stream*, is an ancestor of all others: `h + F(h)`. What
+lies between the stream and another term is a *branch*, and a residual sum inside a branch of another is not counted.
+Sums that feed nothing but another sum are read as one, so that parallel branches `h + F(h) + G(h)` are two branches of
+one sum.
 """
 
 from __future__ import annotations
@@ -26,8 +26,20 @@ Term = tuple[int, int]
 
 _ADDS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__, Tensor.add_}
 _IN_PLACE = {Tensor.__iadd__, Tensor.add_}
-# Operations of one tensor that hand the stream on as it is.
-_SAME = ("Clone", "View", "UnsafeView", "Reshape", "Transpose", "Permute", "ToCopy", "Alias", "Unsqueeze", "Squeeze")
+# Operations that hand the stream on as it is, or times a number, if they are of one tensor.
+_SAME = (
+    "Clone",
+    "View",
+    "UnsafeView",
+    "Reshape",
+    "Transpose",
+    "Permute",
+    "ToCopy",
+    "Alias",
+    "Unsqueeze",
+    "Squeeze",
+    "Mul",
+)
 
 
 @dataclass
@@ -108,6 +120,8 @@ def residual_sums(model: PreTrainedModel) -> list[list[Branch]]:
         if id(result) in nested:
             continue
         inside = list(dict.fromkeys(p for node in interior if (p := _parameter(node)) is not None))
+        if not inside:  # arithmetic, such as the polynomial of an activation function
+            continue
         on_way = {id(node) for node in graph.leading_to(stream)}
         results.append(
             [
@@ -175,7 +189,10 @@ class _Graph:
         for stream_term, node in terms:
             others = [(term, other) for term, other in terms if term != stream_term]
             for stream in self._same_as(node):
-                if others and all(other is not stream and self._is_above(stream, other) for _, other in others):
+                above = [other is not stream and self._is_above(stream, other) for _, other in others]
+                if any(above) and all(
+                    is_above or self._is_constant(other) for is_above, (_, other) in zip(above, others, strict=True)
+                ):
                     return others, stream, result
         return None
 
@@ -188,6 +205,10 @@ class _Graph:
     def _is_above(self, stream: Node, node: Node) -> bool:
         return any(found is stream for found in self._walk([node], self._parents))
 
+    def _is_constant(self, node: Node) -> bool:
+        """Whether it is made of parameters alone, such as a bias that is added; tokens are looked up."""
+        return not any(found.name().startswith("Embedding") for found in self._walk([node], self._parents))
+
     def between(self, terms: Sequence[Node], stream: Node) -> list[Node]:
         """The nodes above the terms, without the stream and what is reached through it only."""
         return [node for node in self._walk(terms, self._parents, stop=stream) if node is not stream]
@@ -198,6 +219,8 @@ class _Graph:
 
     def last_parameters(self, node: Node, stream: Node, on_way: set[int]) -> list[list[nn.Parameter]]:
         """The parameters of the last operations of a branch, followed up to the first that has any on every path."""
+        if id(node) not in on_way:
+            return [[p for n in self._walk([node], self._parents) if (p := _parameter(n)) is not None]]
         groups: list[list[nn.Parameter]] = []
         waiting, seen = [node], {id(node)}
         while waiting:
@@ -208,9 +231,9 @@ class _Graph:
             found = [p for n in self._walk(aside, self._parents) if (p := _parameter(n)) is not None]
             if found:
                 groups.append(list(dict.fromkeys(found)))
-            if found and not current.name().startswith("Add"):  # a bias that is added leaves the weight to be found
-                continue
-            if current.name().startswith("Addmm"):
+            if found and not current.name().startswith(
+                "AddBackward"
+            ):  # a bias that is added leaves the weight to be found
                 continue
             for parent in self._parents[id(current)]:
                 if id(parent) in on_way and id(parent) not in seen:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,12 +18,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from hf_so2.errors import ConfigurationError
 from hf_so2.mup.folding import run_on_tokens
-from hf_so2.mup.roles import pattern_of
+from hf_so2.mup.roles import layer_pattern_of
 from hf_so2.mup.rules import ParameterWidth
-from hf_so2.mup.widths import rebuild
 
 from .branches import (
-    Branches,
     find_branches,
     fold_branches,
     layer_prefixes,
@@ -95,7 +93,7 @@ class DepthPatch:
         self.base_depth, self.depth = text_depth(base), text_depth(model.config)
         probe = make_probe(type(model), base)
         self._branches, terms = find_branches(probe, widths)
-        self._check_layers(model, probe)
+        self._check_layers(model, probe, widths)
         # What the branches are to be multiplied with, beyond what the family's own multiplier does already.
         self._own = _residual_multiplier(model.config)
         own = 1.0 if self._own is None else self._own.value(_text(model.config)) / self._own.value(_text(base))
@@ -126,31 +124,33 @@ class DepthPatch:
                 # Pretrained weights are taken to carry the factor already: only their rates change.
                 fold_branches(self._model, self._branches, self._factor)
         for name, width in list(widths.items()):
-            if pattern_of(name) in self._branches.inside:
+            if layer_pattern_of(name) in self._branches.inside:
                 widths[name] = replace(width, depth=self._growth)
-            if pattern_of(name) in self._branches.carriers and not by_config:
+            if layer_pattern_of(name) in self._branches.carriers and not by_config:
                 widths[name] = replace(widths[name], scale_out=width.scale_out / self._factor)
         layers = f"{self.base_depth} layers to {self.depth}"
         notes.append(f"residual branches times {1 / self._growth:g}, {layers}: {where}")
 
-    def _check_layers(self, model: PreTrainedModel, probe: PreTrainedModel) -> None:
-        """Refuses a model with layers that were not found to have a branch, or that do not grow as the depth does."""
+    def _check_layers(
+        self, model: PreTrainedModel, probe: PreTrainedModel, widths: Mapping[str, ParameterWidth]
+    ) -> None:
+        """Refuses a model with projections in layers without branches, or in layers that do not grow as the depth."""
         of_base = layer_prefixes(name for name, _ in probe.named_parameters())
         own = layer_prefixes(name for name, _ in model.named_parameters())
-        with_branches = {prefix for prefix in own if any(c.startswith(f"{prefix}.") for c in self._branches.carriers)}
-        for prefix in own.keys() | of_base.keys():
-            counts = len(of_base.get(prefix, ())), len(own.get(prefix, ()))
-            grows = self._growth if prefix in with_branches else 1.0
-            if counts[1] != counts[0] * grows:
-                found = "grows with" if prefix in with_branches else "is no residual layer, or grows otherwise than"
-                raise refusal(probe, f"{prefix} ({counts[0]} to {counts[1]}) {found} the depth")
+        hidden = layer_prefixes(name for name, width in widths.items() if width.role == "hidden")
+        with_branches = layer_prefixes(iter(self._branches.inside))
+        for prefix, layers in own.items():
+            before, after = len(of_base.get(prefix, ())), len(layers)
+            if prefix in hidden and after != before * (self._growth if prefix in with_branches else 1.0):
+                allowed = "grow otherwise than the depth" if prefix in with_branches else "have no residual branches"
+                raise refusal(probe, f"{before} to {after} {prefix} {allowed}")
 
 
 def _refuse_other_depth(model: nn.Module, base: PretrainedConfig | nn.Module) -> None:
     """A module from outside transformers has no call that its branches could be found by."""
     if not isinstance(base, nn.Module):
         return
-    names = [{pattern_of(name): 0 for name, _ in module.named_parameters()} for module in (model, base)]
+    names = [{layer_pattern_of(name): 0 for name, _ in module.named_parameters()} for module in (model, base)]
     counts = [len(list(module.parameters())) for module in (model, base)]
     if counts[0] != counts[1] and names[0].keys() == names[1].keys():
         allowed = f"must be as deep as the model: the residual branches of {type(model).__name__} are not known"
