@@ -22,6 +22,7 @@ from hf_so2.mup.widths import (
     require_config,
 )
 
+_INDEX_LISTS = frozenset("attn_layer_indices cross_attention_layers moe_layers full_attn_idxs hybrid_layer_ids".split())
 _WIDTHS = STREAM_FIELDS | HEAD_COUNT_FIELDS | HEAD_SIZE_FIELDS | RECURRENT_HEAD_FIELDS
 
 
@@ -128,14 +129,23 @@ def _lists(holder: Path, fields: Mapping[str, Any], old: int, new: int) -> dict[
             total = sum(len(kinds) * count for kinds, count in value)
             if total == old and all((count * new) % old == 0 for _, count in value):
                 values[*holder, name] = [[kinds, count * new // old] for kinds, count in value]
+        elif (indices := _indices(name, value, old, new)) is not None:
+            values[*holder, name] = indices
         elif isinstance(value, (list, tuple)) and len(value) == old and _is_by_layer(name):
             values[*holder, name] = _repeated(value, new)
     return values
 
 
+def _indices(name: str, value: Any, old: int, new: int) -> Any:
+    """A list of which layers are of a kind, for `new` layers; None for another list."""
+    if name not in _INDEX_LISTS or not isinstance(value, (list, tuple)) or not all(0 <= i < old for i in value):
+        return None
+    return type(value)(i + start for start in range(0, new, old) for i in value if i + start < new)
+
+
 def _is_by_layer(name: str) -> bool:
     """Whether a list as long as the model is deep has its entries for the layers, as its name tells."""
-    return name in _WIDTHS or any(part in name for part in ("layer", "block_type", "pattern"))
+    return name in _WIDTHS or any(part in name for part in ("layer", "_type", "pattern"))
 
 
 def _repeated(value: Any, count: int) -> Any:
