@@ -32,6 +32,7 @@ damping: rho on S (EKFAC), lambda (TKFAC)      (1, -1) in every role
 damping: rho_L, rho_R on Shampoo's L, R        (1, -1) in every role
 damping: Adam's epsilon                        (0, -1) in every role
 damping: rho_L, rho_R on KL-Shampoo's L, R     (0, -1) in every role
+damping: rho_A rho_B under the rule `pi`       (0, 0), which is wrong outside of hidden weights
 weight decay                                   1 / learning rate
 ============================================== ================= ================= =================
 
@@ -61,6 +62,7 @@ learning rate: Shampoo, exponent p      1 - 4 p      0 at p = 1/4
 learning rate: Muon, spectral target    0
 damping: rho_A on A                     0            follows the inputs
 damping: rho_B, S, lambda, rho_L, rho_R -2           squares of gradients
+damping: rho_A rho_B under `pi`         -2           likewise; Shampoo's rho_L rho_R -4
 damping: Adam's epsilon, KL-Shampoo's   -1           like a gradient's entry
 weight decay                            1 / learning rate
 ======================================= ============ =======================================
@@ -83,7 +85,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 Role: TypeAlias = Literal["input", "hidden", "output", "vector", "scalar"]
-DampingKind: TypeAlias = Literal["rho_A", "rho_B", "S", "lambda", "rho_L", "rho_R", "adam_eps"]
+DampingKind: TypeAlias = Literal["rho_A", "rho_B", "S", "lambda", "rho_L", "rho_R", "adam_eps", "pi"]
 Exponents: TypeAlias = tuple[float, float]
 
 ROLES: tuple[Role, ...] = ("input", "hidden", "output", "vector", "scalar")
@@ -179,6 +181,8 @@ DAMPING_EXPONENTS: Mapping[DampingKind, tuple[float, float, float, float, float]
     "rho_L": (1, -1, 2, 2, -2),
     "rho_R": (1, -1, 2, 2, -2),
     "adam_eps": (0, -1, 1, 1, -1),
+    # The product of both factors' dampings. The rule takes no multiplier for the width, to stay what it was.
+    "pi": (0, 0, 2, 2, -2),
 }
 
 

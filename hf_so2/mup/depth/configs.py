@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -87,7 +88,7 @@ def scale_depth(
         raise ConfigurationError("depth", depth, "give exactly one of depth and multiplier")
     base = text_depth(config)
     field, value = ("depth", depth) if depth is not None else ("multiplier", multiplier)
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
         raise ConfigurationError(field, value, "must be a positive number")
     target = value if depth is not None else value * base
     fields = declared_fields(config)
