@@ -181,9 +181,12 @@ def test_a_model_whose_own_multiplier_does_it_already_is_left_alone() -> None:
 @pytest.mark.parametrize(
     ("family", "message"),
     [
-        ("doge", "base_config='doge': must be as deep as the model: no residual branch is found in DogeForCausalLM"),
-        ("longcat_flash", "must be as deep as the model: .* acts on the stream otherwise than by a residual branch"),
-        ("olmo_hybrid", "must be as deep as the model: the last weights of .* cannot carry a factor"),
+        ("doge", "base_config='doge': must be as deep as the model, DogeForCausalLM: no residual branch is found"),
+        (
+            "longcat_flash",
+            "must be as deep as the model, Long.*: .* acts on the stream otherwise than by a residual branch",
+        ),
+        ("olmo_hybrid", "must be as deep as the model, Olmo.*: the last weights of .* cannot carry a factor"),
     ],
 )
 def test_families_that_cannot_are_refused_by_name_at_another_depth_only(family: str, message: str) -> None:
@@ -205,7 +208,7 @@ class Blocks(nn.Module):
 
 def test_a_module_of_another_depth_is_refused() -> None:
     with pytest.raises(
-        ConfigurationError, match=r"^base_config='Blocks of another depth': must be as deep as the model"
+        ConfigurationError, match=r"^base_config='Blocks of another depth': must be as deep as the model, Blocks: "
     ):
         apply_mup(Blocks(3), Blocks(2))
     apply_mup(Blocks(2), Blocks(2))

@@ -91,7 +91,7 @@ def find_branches(probe: PreTrainedModel, widths: Mapping[str, ParameterWidth]) 
             raise refusal(probe, f"{last}, where a residual branch ends, cannot carry a factor")
         carriers |= {layer_pattern_of(names[id(p)]): found[1] for p in found[0]}
     if not carriers:
-        raise refusal(probe, f"no residual branch is found in {type(probe).__name__}")
+        raise refusal(probe, "no residual branch is found")
     # What several layers share, such as a bias of positions or a block that is used again, sums up over the depth.
     uses = Counter(id(p) for sum_ in sums for p in sum_[0].inside)
     inside = {layer_pattern_of(names[id(p)]) for sum_ in sums for p in sum_[0].inside if uses[id(p)] == 1}
@@ -125,7 +125,7 @@ def prove(wanted: Tensor, plain: Tensor, got: Tensor, probe: PreTrainedModel) ->
     """Raise unless `got` is what was `wanted`, as seen by how much it differs from `plain`."""
     change = float((wanted - plain).abs().max())
     if not (change > 0 and float((got - wanted).abs().max()) < 0.01 * change):
-        raise refusal(probe, f"the last weights of {type(probe).__name__}'s residual branches cannot carry a factor")
+        raise refusal(probe, "the last weights of its residual branches cannot carry a factor")
 
 
 def prove_fold(probe: PreTrainedModel, branches: Branches, terms: list[Term]) -> None:
@@ -136,9 +136,9 @@ def prove_fold(probe: PreTrainedModel, branches: Branches, terms: list[Term]) ->
 
 
 def refusal(model: PreTrainedModel, reason: str) -> ConfigurationError:
-    return ConfigurationError(
-        "base_config", model.config.model_type, f"must be as deep as the model: {reason}; use scale_depth"
-    )
+    """What a family that cannot be scaled in depth is answered; the Trainer puts its own value in place of the name."""
+    allowed = f"must be as deep as the model, {type(model).__name__}: {reason}"
+    return ConfigurationError("base_config", model.config.model_type, allowed)
 
 
 def _carriers(

@@ -153,7 +153,7 @@ def _refuse_other_depth(model: nn.Module, base: PretrainedConfig | nn.Module) ->
     names = [{layer_pattern_of(name): 0 for name, _ in module.named_parameters()} for module in (model, base)]
     counts = [len(list(module.parameters())) for module in (model, base)]
     if counts[0] != counts[1] and names[0].keys() == names[1].keys():
-        allowed = f"must be as deep as the model: the residual branches of {type(model).__name__} are not known"
+        allowed = f"must be as deep as the model, {type(model).__name__}: its residual branches are not known"
         raise ConfigurationError("base_config", f"{type(base).__name__} of another depth", allowed)
 
 
