@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from shared.helpers import llama, optimizer_of, token_rows, trained
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
 
@@ -198,6 +199,27 @@ def test_families_that_cannot_are_refused_by_name_at_another_depth_only(family: 
     assert "\n" not in str(caught.value)
     assert all(torch.equal(parameter, before[name]) for name, parameter in deep.named_parameters())
     assert apply_mup(fresh(base), base).depth == 0
+
+
+def test_the_trainers_base_config_counts_with_its_depth(tmp_path: Path) -> None:
+    base = llama(num_hidden_layers=1).config.to_dict()
+    trainer = trained(
+        llama(num_hidden_layers=3), token_rows(4), tmp_path, optim="kfac_mup", mup_base_config=base, max_steps=1
+    )
+    report = read_mup(trainer.model)
+    assert report is not None
+    assert (report.base_depth, report.depth) == (1, 3)
+    assert report["model.layers.2.mlp.down_proj.weight"].scale_out == 3
+    groups = optimizer_of(trainer).param_groups
+    initial = {id(p): group["initial_lr"] for group in groups for p in group["params"]}
+    up, down = (
+        initial[id(trainer.model.model.layers[2].mlp.get_submodule(n).weight)] for n in ("up_proj", "down_proj")
+    )
+    assert up == pytest.approx(3 * down)
+    doge = AutoModelForCausalLM.from_config(scale_depth(tiny_config("doge"), multiplier=2))
+    shallow = tiny_config("doge").to_dict()
+    with pytest.raises(ConfigurationError, match=r"^mup_base_config=.*: must be as deep as the model, DogeForCausalLM"):
+        trained(doge, token_rows(4), tmp_path, optim="kfac_mup", mup_base_config=shallow, max_steps=1)
 
 
 class Blocks(nn.Module):
