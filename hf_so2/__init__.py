@@ -5,7 +5,7 @@ from hf_so2.versions import require_versions
 require_versions()  # before imports that would fail on what an old version lacks, with a message about that
 
 from hf_so2.errors import BrokenStepError, ConfigurationError, TrainingDivergedError  # noqa: E402
-from hf_so2.mup import apply_mup, scale_width  # noqa: E402
+from hf_so2.mup import apply_mup, scale_depth, scale_width  # noqa: E402
 from hf_so2.optim import OPTIMIZERS, SecondOrderOptimizer, build_optimizer  # noqa: E402
 from hf_so2.training.arguments import SecondOrderTrainingArguments  # noqa: E402
 from hf_so2.training.factories import second_order, second_order_arguments  # noqa: E402
@@ -23,6 +23,7 @@ __all__ = [
     "apply_mup",
     "build_optimizer",
     "coordinate_check",
+    "scale_depth",
     "scale_width",
     "second_order",
     "second_order_arguments",

@@ -31,6 +31,7 @@ class Damping:
         multiplier_a: width multiplier of `ρ_A` under `constant`.
         multiplier_b: width multiplier of `ρ_B` under `constant`.
         multiplier: width multiplier of a single ρ on the curvature itself, under `constant`.
+        multiplier_pi: multiplier of ε under `pi`, for the depth and for factors that weights carry; no width.
         head: the damping of the head's two factors, if a weight is both embedding and head.
     """
 
@@ -39,6 +40,7 @@ class Damping:
     multiplier_a: float = 1.0
     multiplier_b: float = 1.0
     multiplier: float = 1.0
+    multiplier_pi: float = 1.0
     head: Damping | None = None
 
     def scaled(self, factor: float) -> Damping:
@@ -119,7 +121,8 @@ def _pi(damping: Damping, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     ratio = torch.sqrt(mean_a / mean_b)
     # A zero factor leaves π undefined. π = 1 splits the damping evenly, as for equal factors.
     ratio = torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, torch.ones_like(ratio))
-    rho_a, rho_b = ratio * damping.epsilon**0.5, damping.epsilon**0.5 / ratio
+    root = (damping.epsilon * damping.multiplier_pi) ** 0.5
+    rho_a, rho_b = ratio * root, root / ratio
     return _for_each_block(rho_a, a), _for_each_block(rho_b, b)
 
 
@@ -159,6 +162,6 @@ RULES: dict[str, Rule] = {
     "trace_mean": Rule(_trace_mean, lambda damping, s, rows: damping.epsilon * s.mean(dim=(-2, -1)), is_relative=True),
     "spectral": Rule(_spectral, lambda damping, s, rows: damping.epsilon * s.amax(dim=(-2, -1)), is_relative=True),
     # The two sides of π's split always multiply to ε. If there is nothing to split, ρ is ε itself.
-    "pi": Rule(_pi, lambda damping, s, rows: s.new_full(s.shape[:-2], damping.epsilon)),
+    "pi": Rule(_pi, lambda damping, s, rows: s.new_full(s.shape[:-2], damping.epsilon * damping.multiplier_pi)),
     "constant": Rule(_constant, lambda d, s, rows: s.new_full(s.shape[:-2], d.epsilon * d.multiplier)),
 }

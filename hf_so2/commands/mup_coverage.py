@@ -3,8 +3,8 @@
     hf-so2 mup-coverage --markdown docs/measurements/mup_coverage.md --json out/mup_coverage.json
 
 Every type of AutoModelForCausalLM is built tiny, scaled to twice its width, classified, patched, trained for one step
-with adamw_mup, saved and loaded again by plain transformers. A stage that fails must do so by a named refusal; anything
-else counts as a crash. Takes a few minutes on one core. Exit code 1 when anything crashed.
+with adamw_mup, saved and loaded again by plain transformers, and once more twice as deep. A stage that fails must do so
+by a named refusal; anything else counts as a crash. Takes a few minutes on one core. Exit code 1 when anything crashed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from hf_so2 import cli
 from hf_so2.errors import ConfigurationError
-from hf_so2.mup import MupReport, apply_mup, infer_widths, read_mup, scale_width
+from hf_so2.mup import MupReport, apply_mup, infer_widths, read_mup, scale_depth, scale_width
 from hf_so2.mup.rules import init_multiplier
 from hf_so2.mup.tiny import tiny_config
 from hf_so2.optim import build_optimizer
@@ -47,6 +47,7 @@ class Family:
         reason: the message that ended it.
         roles: number of parameters by role.
         notes: what apply_mup did beside rescaling.
+        depth: `yes` if the same stages go well at twice the depth, or why not; empty if that was not tried.
     """
 
     model_type: str
@@ -55,6 +56,7 @@ class Family:
     reason: str = ""
     roles: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    depth: str = ""
 
 
 def examine(model_type: str) -> Family:
@@ -73,7 +75,24 @@ def examine(model_type: str) -> Family:
     except Exception as error:  # noqa: BLE001 - a crash is what this script looks for
         family.outcome = "transformers" if _fails_unpatched(base_model, family.passed[-1]) else "crash"
         family.reason = _one_line(error)
+    if family.outcome == "ok":
+        _examine_depth(family, base_model.config, type(base_model))
     return family
+
+
+def _examine_depth(family: Family, base: PretrainedConfig, model_class: type[PreTrainedModel]) -> None:
+    try:
+        torch.manual_seed(0)
+        model = model_class(scale_depth(base, multiplier=MULTIPLIER))
+        report = apply_mup(model, base)
+        train_one_step(model, base)
+        check_reload(model)
+    except ConfigurationError as error:
+        family.depth = _one_line(error)
+    except Exception as error:  # noqa: BLE001 - as above
+        family.outcome, family.reason = "crash", f"at twice the depth: {_one_line(error)}"
+    else:
+        family.depth = "yes" if report.depth else "not deeper"
 
 
 def _examine(family: Family, base: PretrainedConfig, model_class: type[PreTrainedModel]) -> None:
@@ -202,14 +221,15 @@ def markdown(families: Sequence[Family]) -> str:
         "",
         f"Passed everything: {outcomes['ok']}. Refused by name: {outcomes['refused']}. Not possible in transformers "
         f"itself: {outcomes['transformers']}. Crashed: {outcomes['crash']}.",
+        f"Twice as deep as well: {sum(family.depth == 'yes' for family in families)}.",
         "",
         "*built*: transformers builds the tiny configuration. *scales*: `scale_width` doubles it. *classifies*: every",
         "parameter has a role, and some are hidden. *patches*: `apply_mup`. *initialises*: the measured standard",
         "deviations are the base's times the table's factor. *trains*: one step of adamw_mup, finite. *reloads*: plain",
-        "transformers computes the same logits.",
+        "transformers computes the same logits. *depth*: patched, trained and reloaded at twice the depth, or why not.",
         "",
-        "| type | reached | roles | beside rescaling, or why it ended |",
-        "|---|---|---|---|",
+        "| type | reached | roles | beside rescaling, or why it ended | depth |",
+        "|---|---|---|---|---|",
     ]
     for family in families:
         reached = (
@@ -219,7 +239,8 @@ def markdown(families: Sequence[Family]) -> str:
         )
         roles = ", ".join(f"{count} {role}" for role, count in sorted(family.roles.items()))
         remark = (family.reason or "; ".join(family.notes)).replace("|", "\\|")
-        lines.append(f"| {family.model_type} | {reached} | {roles} | {remark} |")
+        depth = family.depth.replace("|", "\\|")
+        lines.append(f"| {family.model_type} | {reached} | {roles} | {remark} | {depth} |")
     return "\n".join(lines) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""How constant damping scales with the width, by what it is added to. Functions return keywords of `Damping`."""
+"""How constant damping scales with width and depth, by what it is added to. Functions return keywords of `Damping`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,12 @@ class Multipliers(TypedDict, total=False):
     multiplier_a: float
     multiplier_b: float
     multiplier: float
+    multiplier_pi: float
+
+
+def _pi(width: ParameterWidth) -> float:
+    """On the product of both factors' damping under the rule `pi`, which follows no width."""
+    return rules.damping_multiplier("pi", width) if width.depth != 1 else 1.0
 
 
 def factored_damping(width: ParameterWidth) -> Multipliers:
@@ -20,18 +26,22 @@ def factored_damping(width: ParameterWidth) -> Multipliers:
     return {
         "multiplier_a": rules.damping_multiplier("rho_A", width),
         "multiplier_b": rules.damping_multiplier("rho_B", width),
+        "multiplier_pi": _pi(width),
     }
 
 
 def trace_restricted_damping(width: ParameterWidth) -> Multipliers:
     """`√λ` on both of TKFAC's factors."""
     root = rules.damping_multiplier("lambda", width) ** 0.5
-    return {"multiplier_a": root, "multiplier_b": root}
+    return {"multiplier_a": root, "multiplier_b": root, "multiplier_pi": _pi(width)}
 
 
 def single_damping(width: ParameterWidth) -> Multipliers:
     """ρ on the curvature itself."""
-    return {"multiplier": rules.damping_multiplier("S", width)}
+    return {
+        "multiplier": rules.damping_multiplier("S", width),
+        "multiplier_pi": _pi(width),
+    }
 
 
 def gradient_damping(width: ParameterWidth) -> Multipliers:
@@ -39,10 +49,11 @@ def gradient_damping(width: ParameterWidth) -> Multipliers:
     return {
         "multiplier_a": rules.damping_multiplier("rho_R", width),
         "multiplier_b": rules.damping_multiplier("rho_L", width),
+        "multiplier_pi": _pi(width) ** 2,
     }
 
 
 def whitened_damping(width: ParameterWidth) -> Multipliers:
     """On KL-Shampoo's `R` and `L`: their product scales as a squared gradient entry, so each scales as an entry."""
     entry = rules.damping_multiplier("adam_eps", width)
-    return {"multiplier_a": entry, "multiplier_b": entry}
+    return {"multiplier_a": entry, "multiplier_b": entry, "multiplier_pi": _pi(width)}

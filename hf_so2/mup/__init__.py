@@ -1,5 +1,6 @@
-"""Maximal update parametrization of any transformers model: widths, roles, rules, the patch and its proof."""
+"""Maximal update parametrization of any transformers model: widths, depth, roles, rules, the patch and its proof."""
 
+from .depth import scale_depth
 from .patch import apply_mup, read_mup, refuse_adapters
 from .report import MupReport
 from .roles import infer_widths
@@ -15,5 +16,6 @@ __all__ = [
     "infer_widths",
     "read_mup",
     "refuse_adapters",
+    "scale_depth",
     "scale_width",
 ]

@@ -102,8 +102,12 @@ def _run(model: PreTrainedModel, head: nn.Module) -> tuple[torch.Tensor, list[nn
     return inputs[-1], list(reversed(executed))
 
 
-def run_on_tokens(model: PreTrainedModel) -> torch.Tensor:
-    """Logits of a few tokens, without dropout, gradients or cache; the model and the random state stay as they were.
+def run_on_tokens(model: PreTrainedModel, *, grad: bool = False) -> torch.Tensor:
+    """Logits of a few tokens, without dropout or cache; the model and the random state stay as they were.
+
+    Args:
+        model: on a real device.
+        grad: whether the logits keep their graph.
 
     Raises:
         ConfigurationError: the model cannot be run on token ids alone.
@@ -113,7 +117,7 @@ def run_on_tokens(model: PreTrainedModel) -> torch.Tensor:
         raise ConfigurationError("model", type(model).__name__, "must hold its weights, not be on the meta device")
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     tokens = torch.arange(3, 19, device=weight.device).remainder(vocabulary)[None]
-    with torch.random.fork_rng(), torch.no_grad(), _evaluating(model):
+    with torch.random.fork_rng(), torch.set_grad_enabled(grad), _evaluating(model):
         try:
             logits = model(input_ids=tokens, use_cache=False).logits
         except (ValueError, TypeError, AttributeError, KeyError, IndexError, RuntimeError) as error:

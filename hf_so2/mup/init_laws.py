@@ -22,8 +22,9 @@ from transformers import PretrainedConfig, PreTrainedModel, initialization
 
 from hf_so2.errors import ConfigurationError
 
+from .roles import layer_pattern_of
 from .rules import ParameterWidth
-from .widths import rebuild, with_depth_of
+from .widths import rebuild
 
 _FACTORS = {"aten::mul_": 1, "aten::mul": 1, "aten::div_": -1, "aten::div": -1}
 
@@ -129,9 +130,12 @@ def natural_growth(
     if isinstance(base, PretrainedConfig):
         assert isinstance(model, PreTrainedModel)
         scales = init_scales(type(model), model.config)
-        # Some families also divide by the depth, which is no matter of width.
-        base_scales = init_scales(type(model), with_depth_of(base, model.config))
-        pairs = {name: (scales[name], base_scales.get(name)) for name in scales}
+        base_scales = init_scales(type(model), base)
+        # Some families also divide by the depth. A layer that the base does not have is compared with one that it has.
+        by_pattern = {layer_pattern_of(name): scale for name, scale in reversed(base_scales.items())}
+        pairs = {
+            name: (own, base_scales.get(name, by_pattern.get(layer_pattern_of(name)))) for name, own in scales.items()
+        }
         return {name: own / of_base if own and of_base else 1.0 for name, (own, of_base) in pairs.items()}
     base_weights = dict(base.named_parameters())
     if any(weight.is_meta for weight in base_weights.values()):

@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from hf_so2.errors import ConfigurationError
 
 from .attention import Fold, attention_factors, find_fold, fold_in_place, mark_fold, scale_field
+from .depth.patch import DepthPatch
 from .folding import fold_into_head_input, mark_folded
 from .init_laws import natural_growth
 from .native import logits_factor
@@ -58,12 +59,13 @@ def apply_mup(
     Initial weights are rescaled by the table of `rules` (on top of what the family's own initialisation does with the
     width), attention scales follow the head size, and the logits of a tied head are divided by the growth of the width.
     Factors take forms that plain transformers saves and loads: a reload computes the same logits without this package.
-    The record goes into `model.config.so2_mup`. At the base width nothing changes.
+    With a base of another depth, residual branches are multiplied by its depth over the model's (`depth.patch`). The
+    record goes into `model.config.so2_mup`. At the base width and depth nothing changes.
 
     Args:
         model: a transformers model of any family, fresh or pretrained, or any module. Weights on a real device.
-        base_config: the base model's configuration, of the same family and not wider, depth free; for a module from
-            outside transformers the base module with its initial weights.
+        base_config: the base model's configuration, of the same family and not wider, of any depth; for a module
+            from outside transformers the base module, of the same depth, with its initial weights.
         pretrained: keep the weights, so that only learning rates, damping and decay scale. None: detected.
 
     Returns:
@@ -83,6 +85,7 @@ def apply_mup(
         base_config = _checked_base(base_config, model.config)
         base_width, width = text_width(base_config), text_width(model.config)
     init = {} if pretrained else _init_factors(model, base_config, widths)
+    depth = DepthPatch(model, base_config, widths, pretrained)
     if isinstance(model, PreTrainedModel) and isinstance(base_config, PretrainedConfig):
         attention = _AttentionPatch(model, base_config, pretrained)
         _own_config(model)
@@ -93,7 +96,17 @@ def apply_mup(
         for name, parameter in model.named_parameters():
             if init.get(name, 1.0) != 1.0:
                 parameter.mul_(init[name])
-    report = MupReport(widths, shapes_of(model), base_width=base_width, width=width, pretrained=pretrained, notes=notes)
+    depth.apply(widths, notes)
+    report = MupReport(
+        widths,
+        shapes_of(model),
+        base_width=base_width,
+        width=width,
+        base_depth=depth.base_depth,
+        depth=depth.depth,
+        pretrained=pretrained,
+        notes=notes,
+    )
     vars(model)[_APPLIED] = report.to_dict()
     if isinstance(model, PreTrainedModel):
         setattr(model.config, RECORD_FIELD, report.record())
@@ -129,6 +142,8 @@ def _checked_base(base: PretrainedConfig, config: PretrainedConfig) -> Pretraine
     record = getattr(base, RECORD_FIELD, None)
     if record is not None and record["width"] != record["base_width"]:
         raise ConfigurationError("base_config", record["width"], f"is itself scaled from width {record['base_width']}")
+    if record is not None and record.get("depth") != record.get("base_depth"):
+        raise ConfigurationError("base_config", record["depth"], f"is itself scaled from depth {record['base_depth']}")
     if text_width(base) > text_width(config):
         raise ConfigurationError(
             "base_config", text_width(base), f"must not be wider than the model, {text_width(config)}"

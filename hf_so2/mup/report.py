@@ -29,6 +29,8 @@ class MupReport(Mapping[str, ParameterWidth]):
         shapes: by parameter name.
         base_width: hidden size of the base model, 0 for a model from outside transformers.
         width: hidden size of the model, likewise.
+        base_depth: number of layers of the base model, 0 where it is the model's own.
+        depth: number of layers of the model, likewise.
         pretrained: the weights came from a checkpoint, so nothing was re-initialised.
         notes: what was done beside rescaling initial weights, one sentence each.
     """
@@ -40,11 +42,14 @@ class MupReport(Mapping[str, ParameterWidth]):
         *,
         base_width: int,
         width: int,
+        base_depth: int = 0,
+        depth: int = 0,
         pretrained: bool = False,
         notes: Sequence[str] = (),
     ) -> None:
         self._widths, self._shapes = dict(widths), dict(shapes)
         self.base_width, self.width, self.pretrained, self.notes = base_width, width, pretrained, tuple(notes)
+        self.base_depth, self.depth = base_depth, depth
 
     def __getitem__(self, name: str) -> ParameterWidth:
         return self._widths[name]
@@ -59,9 +64,9 @@ class MupReport(Mapping[str, ParameterWidth]):
         """One row per pattern of names with equal shape and width.
 
         Returns:
-            Dictionaries with `pattern`, `count`, `shape`, `role`, `tied`, `m_in`, `m_out`, `init` (factor on the
-            initial standard deviation of the base model), `lr_adam`, `lr_sgd`, `lr_spectral` and `damping_A`,
-            `damping_B`.
+            Dictionaries with `pattern`, `count`, `shape`, `role`, `tied`, `m_in`, `m_out`, `depth` (its growth, inside
+            a residual branch), `init` (factor on the initial standard deviation of the base model), `lr_adam`,
+            `lr_sgd`, `lr_spectral` and `damping_A`, `damping_B`.
         """
         groups: dict[tuple[str, Shape, ParameterWidth], int] = defaultdict(int)
         for name, width in self.items():
@@ -75,6 +80,7 @@ class MupReport(Mapping[str, ParameterWidth]):
                 "tied": width.tied,
                 "m_in": width.m_in,
                 "m_out": width.m_out,
+                "depth": width.depth,
                 "init": 1.0 if self.pretrained else rules.init_multiplier(width),
                 **{column: multiplier(width) for column, multiplier in _COLUMNS.items()},
             }
@@ -89,7 +95,8 @@ class MupReport(Mapping[str, ParameterWidth]):
         lengths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         table = ["  ".join(text.ljust(length) for text, length in zip(line, lengths, strict=True)) for line in cells]
         weights = "pretrained weights, not rescaled" if self.pretrained else "initial weights rescaled"
-        title = f"μP: base width {self.base_width}, width {self.width}, {weights}"
+        depths = f"base depth {self.base_depth}, depth {self.depth}, " if self.depth else ""
+        title = f"μP: base width {self.base_width}, width {self.width}, {depths}{weights}"
         return "\n".join(line.rstrip() for line in [title, *table, *self.notes])
 
     def to_dict(self) -> dict[str, Any]:
@@ -106,7 +113,7 @@ class MupReport(Mapping[str, ParameterWidth]):
         return cls(
             {name: _unpack(entry["width"]) for name, entry in parameters.items()},
             {name: tuple(entry["shape"]) for name, entry in parameters.items()},
-            **{name: values[name] for name in ("base_width", "width", "pretrained", "notes")},
+            **_header_of(values),
         )
 
     def record(self) -> dict[str, Any]:
@@ -134,20 +141,27 @@ class MupReport(Mapping[str, ParameterWidth]):
             if packed is None:
                 raise ConfigurationError("so2_mup", name, "parameter is not in the muP record of the configuration")
             widths[name] = _unpack(packed)
-        header = {name: record[name] for name in ("base_width", "width", "pretrained", "notes")}
-        return cls(widths, shapes, **header)
+        return cls(widths, shapes, **_header_of(record))
 
     def _header(self) -> dict[str, Any]:
         return {
             "base_width": self.base_width,
             "width": self.width,
+            **({"base_depth": self.base_depth, "depth": self.depth} if self.depth else {}),
             "pretrained": self.pretrained,
             "notes": list(self.notes),
         }
 
 
+def _header_of(values: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("base_width", "width", "base_depth", "depth", "pretrained", "notes")
+    return {name: values[name] for name in names if name in values}
+
+
 def _pack(width: ParameterWidth) -> list[Any]:
-    return [width.role, width.m_in, width.m_out, width.tied, width.scale_in, width.scale_out]
+    packed = [width.role, width.m_in, width.m_out, width.tied, width.scale_in, width.scale_out]
+    # A record of a model as deep as its base reads as it did before there was a depth.
+    return packed if width.depth == 1 else [*packed, width.depth]
 
 
 def _unpack(values: Iterable[Any]) -> ParameterWidth:

@@ -32,6 +32,14 @@ def pattern_of(name: str) -> str:
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
 
 
+def layer_pattern_of(name: str) -> str:
+    """The parameter's name with the index of its layer, and those of experts, as `*`; other indices say what it is."""
+    steps = name.split(".")
+    layer = next((i for i, step in enumerate(steps) if step.isdigit()), None)
+    starred = {i for i, step in enumerate(steps) if step.isdigit() and (i == layer or "expert" in steps[i - 1])}
+    return ".".join("*" if i in starred else step for i, step in enumerate(steps))
+
+
 def build_on_meta(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
     """The model without memory for its weights; the configuration and the random state stay as they were.
 
@@ -169,10 +177,12 @@ def _match_names(shapes: Mapping[str, Shape], base_shapes: Mapping[str, Shape]) 
     """The base's name for each of the model's names; layers that the base does not have borrow from one that it has."""
     by_pattern: dict[str, list[str]] = defaultdict(list)
     for name in base_shapes:
-        by_pattern[pattern_of(name)].append(name)
+        for pattern in {layer_pattern_of(name), pattern_of(name)}:
+            by_pattern[pattern].append(name)
     matched = {}
     for name, shape in shapes.items():
-        candidates = [name] if name in base_shapes else by_pattern.get(pattern_of(name), [])
+        found = by_pattern.get(layer_pattern_of(name)) or by_pattern.get(pattern_of(name), [])
+        candidates = [name] if name in base_shapes else found
         if not candidates:
             raise ConfigurationError(
                 "base_config", name, "is a parameter of the model that the base model does not have"

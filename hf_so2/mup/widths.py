@@ -226,31 +226,6 @@ def rebuild(config: PretrainedConfig, values: Mapping[Path, Any]) -> PretrainedC
     return new
 
 
-def with_depth_of(config: PretrainedConfig, model_config: PretrainedConfig) -> PretrainedConfig:
-    """`config` with the number of layers, and the kinds of layers, of `model_config`; itself where these are equal."""
-    own, other = declared_fields(config), declared_fields(model_config)
-    changed: dict[Path, Any] = {}
-    _differences_in_depth(own, other, (), changed)
-    for name in LANGUAGE_CONFIGS & own.keys() & other.keys():
-        if isinstance(own[name], Mapping) and isinstance(other[name], Mapping):
-            _differences_in_depth(own[name], other[name], (name,), changed)
-    return rebuild(config, changed) if changed else config
-
-
-def _differences_in_depth(
-    own: Mapping[str, Any], other: Mapping[str, Any], path: Path, changed: dict[Path, Any]
-) -> None:
-    depths = {name: value for name, value in own.items() if name in DEPTH_FIELDS and value != other.get(name)}
-    widths = STREAM_FIELDS | HEAD_COUNT_FIELDS | HEAD_SIZE_FIELDS | RECURRENT_HEAD_FIELDS
-    for name, value in own.items() if depths else ():
-        theirs = other.get(name)
-        if name in depths or name == PER_LAYER_CONFIG:
-            changed[*path, name] = theirs
-        elif isinstance(value, (list, tuple)) and isinstance(theirs, (list, tuple)) and len(value) != len(theirs):
-            # A list of widths keeps its own widths, a list of layer kinds is the other's.
-            changed[*path, name] = [value[0]] * len(theirs) if name in widths else theirs
-
-
 def _construct(config_class: type[PretrainedConfig], fields: Mapping[str, Any]) -> PretrainedConfig:
     try:
         return config_class(**fields)

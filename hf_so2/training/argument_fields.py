@@ -42,7 +42,7 @@ _OTHER_FIELDS: dict[str, tuple[Any, Any, str]] = {
     "mup_base_config": (
         dict[str, Any] | str | None,
         None,
-        "Instead of mup_base_width: directory or JSON file of the base model's config.",
+        "Instead of mup_base_width: directory or JSON file of the base model's config. Its depth counts, too.",
     ),
     "curvature_log": (
         str,
