@@ -27,7 +27,7 @@ from torch.nn.functional import embedding_bag
 
 Fold = Callable[[Tensor, Tensor | None], Tensor]
 
-# Rows of a step that are kept at least: this multiple of the dimension, and this number.
+# About so many rows of a step are kept: this multiple of the dimension, and this number at least.
 ROWS_PER_DIMENSION, LEAST_ROWS = 0.25, 256
 
 # The fractional part of the golden ratio: its multiples fill the unit interval evenly.
@@ -80,9 +80,8 @@ class RowPlan:
 
 
 def thinning(rows: int, dimension: int = 0) -> int:
-    """By how much so many rows can be divided for a factor of this dimension: a power of two."""
-    ratio = rows / max(LEAST_ROWS, ROWS_PER_DIMENSION * dimension)
-    return 2 ** int(math.log2(ratio)) if ratio >= 2 else 1
+    """By which whole number so many rows can be divided for a factor of this dimension."""
+    return max(1, round(rows / max(LEAST_ROWS, ROWS_PER_DIMENSION * dimension)))
 
 
 @lru_cache(maxsize=32)
