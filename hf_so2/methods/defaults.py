@@ -12,7 +12,7 @@ from hf_so2.engine.norm_control import NORM_CONTROLS
 SPECTRAL = {
     "lr": 0.06,
     "fallback_learning_rate": 0.08,
-    "tied_fallback_learning_rate": 0.01,
+    "bias_learning_rate": 0.003,
     "hidden_fallback_learning_rate": 0.002,
 }
 

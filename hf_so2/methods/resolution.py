@@ -10,9 +10,6 @@ from hf_so2.errors import ConfigurationError
 from hf_so2.methods.settings import SETTING_NAMES, Settings
 from hf_so2.spelling import did_you_mean
 
-# A method's default of the first is left out if the user gives the second and not the first.
-FOLLOWERS = {"tied_fallback_learning_rate": "fallback_learning_rate"}
-
 # The messages for a setting that needs a part that the chosen method lacks.
 INSTEAD = {
     "momentum": "a method with momentum",
@@ -78,8 +75,7 @@ def resolve(
         if field_name in asked:
             raise ConfigurationError(name, value, f"must not be given beside {field_name}, which is the same setting")
         asked[field_name] = value
-    own = {name: value for name, value in defaults.items() if FOLLOWERS.get(name) not in asked}
-    settings = Settings(**{**own, **asked})
+    settings = Settings(**{**defaults, **asked})
     parts = parts_in_use(uses, settings)
     for entry in fields(Settings):
         needs = entry.metadata["needs"]

@@ -75,9 +75,9 @@ class Settings:
         None, optional(POSITIVE), "AdamW learning rate of everything that is not preconditioned: embeddings, head,"
         " norms and biases; lr where it is none."
     )  # fmt: skip
-    tied_fallback_learning_rate: float | None = setting(
-        None, optional(POSITIVE), "The same where the token embedding is also the output head: a step that suits an"
-        " embedding is too long for logits. fallback_learning_rate where that is given or this is none."
+    bias_learning_rate: float | None = setting(
+        None, optional(POSITIVE), "AdamW learning rate of what is added to activations at every token: biases, and"
+        " embeddings of positions or segments; fallback_learning_rate where it is none."
     )  # fmt: skip
     hidden_fallback_learning_rate: float | None = setting(
         None, optional(POSITIVE), "AdamW learning rate of hidden matrices that are not preconditioned: skipped"

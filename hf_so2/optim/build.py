@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -106,9 +105,6 @@ def build_from_settings(
     )
     limit = math.inf if resolved.block_size else resolved.max_preconditioner_dim
     treatments = select(model, resolved.skip_modules, limit, extent, one_sided="gradients" in method.uses)
-    if resolved.tied_fallback_learning_rate and any(treatment.is_tied for treatment in treatments.values()):
-        resolved = replace(resolved, fallback_learning_rate=resolved.tied_fallback_learning_rate)
-        expert_settings = replace(expert_settings, fallback_learning_rate=resolved.tied_fallback_learning_rate)
     widths = _widths(name, model, base_config) if is_mup else {}
     if decay_parameters is None:
         decay_parameters = get_parameter_names(model, [nn.LayerNorm], NOT_DECAYED)

@@ -209,27 +209,23 @@ def test_hidden_matrices_in_the_fallback_have_a_rate_of_their_own() -> None:
     assert set(rates.values()) == {0.08}
 
 
-@pytest.mark.parametrize("flags", [{}, {"precondition_embeddings": True, "precondition_head": True}])
 @pytest.mark.parametrize(
-    ("given", "tied", "untied"),
+    ("given", "added", "rest"),
     [
-        ({}, DEFAULT.tied_fallback_learning_rate, DEFAULT.fallback_learning_rate),
-        ({"tied_fallback_learning_rate": 0.02}, 0.02, DEFAULT.fallback_learning_rate),
-        ({"fallback_learning_rate": 0.03}, 0.03, 0.03),
-        ({"fallback_learning_rate": 0.03, "tied_fallback_learning_rate": 0.02}, 0.02, 0.03),
+        ({}, DEFAULT.bias_learning_rate, DEFAULT.fallback_learning_rate),
+        ({"bias_learning_rate": 0.02}, 0.02, DEFAULT.fallback_learning_rate),
+        ({"fallback_learning_rate": 0.03}, DEFAULT.bias_learning_rate, 0.03),
     ],
 )
-def test_a_model_with_a_tied_embedding_has_another_rate(
-    given: dict[str, Any], tied: float, untied: float, flags: dict[str, Any]
-) -> None:
-    """It also updates weights without a preconditioner yet. A fallback rate that is given is meant for all models."""
-    assert DEFAULT.tied_fallback_learning_rate != DEFAULT.fallback_learning_rate
-    optimizer = hf_so2.build_optimizer("kfac", gpt2(), **given, **flags)
-    rates = {name: g["lr"] * g["fallback_lr_ratio"] for g in optimizer.param_groups for name in g["param_names"]}
-    for name in ("wte.weight", "wpe.weight", "ln_f.weight"):
-        assert rates[f"transformer.{name}"] == pytest.approx(tied)
-    optimizer = hf_so2.build_optimizer("kfac", llama(), **given)
-    assert {g["lr"] for g in optimizer.param_groups if g["algorithm"] == "adamw"} == {untied}
+def test_biases_and_positions_have_a_rate_of_their_own(given: dict[str, Any], added: float, rest: float) -> None:
+    """A step of 0.08 suits the rare token and a gain of 1, not what is added to every token's activations."""
+    optimizer = hf_so2.build_optimizer("kfac", gpt2(), **given)
+    rates = {name: g["lr"] for g in optimizer.param_groups for name in g["param_names"] if g["algorithm"] == "adamw"}
+    slow = {name for name, rate in rates.items() if rate == added}
+    assert slow == {name for name in rates if name.endswith(".bias") or "wpe" in name}
+    assert {rates[name] for name in rates.keys() - slow} == {rest}
+    plain = hf_so2.build_optimizer("adamw", gpt2(), lr=0.01)
+    assert {g["lr"] for g in plain.param_groups} == {0.01}
 
 
 @pytest.mark.parametrize("flag", ["precondition_embeddings", "precondition_head"])
