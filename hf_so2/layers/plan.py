@@ -30,6 +30,9 @@ Fold = Callable[[Tensor, Tensor | None], Tensor]
 # About so many rows of a step are kept: this multiple of the dimension, and this number at least.
 ROWS_PER_DIMENSION, LEAST_ROWS = 0.25, 256
 
+# About so many rows of a step are sampled for second moments, which have no directions to resolve.
+SAMPLED_ROWS = 128
+
 # The fractional part of the golden ratio: its multiples fill the unit interval evenly.
 TURN = (math.sqrt(5) - 1) / 2
 
@@ -67,7 +70,7 @@ class RowPlan:
         Returns:
             Their indices (picked,), and the number of rows that each stands for, 0-dim.
         """
-        stride = thinning(self.seen)
+        stride = thinning(self.seen, least=SAMPLED_ROWS)
         if stride < 2:
             return None
         picked, before = max(1, len(self.live) // stride), self.live.cumsum(dim=0)
@@ -79,9 +82,9 @@ class RowPlan:
         return indices, before[-1] / picked
 
 
-def thinning(rows: int, dimension: int = 0) -> int:
-    """By which whole number so many rows can be divided for a factor of this dimension."""
-    return max(1, round(rows / max(LEAST_ROWS, ROWS_PER_DIMENSION * dimension)))
+def thinning(rows: int, dimension: int = 0, least: int = LEAST_ROWS) -> int:
+    """By which whole number so many rows can be divided, so that enough are left for a factor of this dimension."""
+    return max(1, round(rows / max(least, ROWS_PER_DIMENSION * dimension)))
 
 
 @lru_cache(maxsize=32)

@@ -154,7 +154,7 @@ class Settings:
     )  # fmt: skip
     moment_token_stride: int | None = setting(
         None, optional(COUNT), "The second moments in the eigenbasis from one of so many tokens; 1 takes every token."
-        " Where it is none: as many as leave at least 256 tokens (docs/speed.md).", "token moments"
+        " Where it is none: as many as leave about 128 tokens (docs/speed.md).", "token moments"
     )  # fmt: skip
     precondition_embeddings: bool = setting(
         False, FLAG, "Precondition the token embedding. The K-FAC family's input factor is a diagonal there: the"

@@ -15,7 +15,7 @@ from shared.helpers import captured_factors, token_loss_sum
 from torch import Tensor, nn
 
 import hf_so2
-from hf_so2.layers.plan import LEAST_ROWS, ROWS_PER_DIMENSION, RowPlan, thinning
+from hf_so2.layers.plan import LEAST_ROWS, ROWS_PER_DIMENSION, SAMPLED_ROWS, RowPlan, thinning
 
 SEQUENCES, LENGTH = 2 * LEAST_ROWS // 16, 32  # four times the least
 
@@ -34,7 +34,7 @@ def test_rows_are_thinned_as_far_as_enough_are_left(rows: int, dimension: int) -
 )
 def test_a_sample_is_of_rows_that_count_and_stands_for_all_of_them(live: list[bool], seen: int, step: int) -> None:
     plan = RowPlan(torch.tensor(live), seen=seen, step=step)
-    if thinning(seen) == 1:
+    if thinning(seen, least=SAMPLED_ROWS) == 1:
         assert plan.sample() is None
         return
     sample = plan.sample()
@@ -52,7 +52,7 @@ def test_steps_sample_all_rows_equally_often() -> None:
     live = torch.arange(1024) % 5 > 0
     times = torch.zeros(1024)
     for step in range(2000):
-        sample = RowPlan(live, seen=8 * LEAST_ROWS, step=step).sample()
+        sample = RowPlan(live, seen=8 * SAMPLED_ROWS, step=step).sample()
         assert sample is not None
         times[sample[0]] += sample[1] / 2000
     assert not times[~live].any()

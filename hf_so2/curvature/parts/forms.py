@@ -27,7 +27,9 @@ def is_one_hot(rows: Tensor) -> bool:
 
 def squared_length(rows: Tensor) -> Tensor:
     """`|x|²` of every row, shape (rows, 1)."""
-    return (rows >= 0).unsqueeze(1) if is_one_hot(rows) else rows.square().sum(dim=1, keepdim=True)
+    if is_one_hot(rows):
+        return (rows >= 0).unsqueeze(1)
+    return torch.linalg.vector_norm(rows, dim=1, keepdim=True).square()  # without a copy of all rows
 
 
 def second_moment(rows: Tensor, like: Tensor, weights: Tensor | float = 1.0, plan: Plan | None = None) -> Tensor:
