@@ -77,7 +77,8 @@ class Settings:
     )  # fmt: skip
     bias_learning_rate: float | None = setting(
         None, optional(POSITIVE), "AdamW learning rate of what is added to activations at every token: biases, and"
-        " embeddings of positions or segments; fallback_learning_rate where it is none."
+        " embeddings of positions or segments. Left out, it is at most fallback_learning_rate, and that where it is"
+        " none."
     )  # fmt: skip
     hidden_fallback_learning_rate: float | None = setting(
         None, optional(POSITIVE), "AdamW learning rate of hidden matrices that are not preconditioned: skipped"

@@ -215,6 +215,7 @@ def test_hidden_matrices_in_the_fallback_have_a_rate_of_their_own() -> None:
         ({}, DEFAULT.bias_learning_rate, DEFAULT.fallback_learning_rate),
         ({"bias_learning_rate": 0.02}, 0.02, DEFAULT.fallback_learning_rate),
         ({"fallback_learning_rate": 0.03}, DEFAULT.bias_learning_rate, 0.03),
+        ({"fallback_learning_rate": 0.01, "bias_learning_rate": 0.02}, 0.02, 0.01),
     ],
 )
 def test_biases_and_positions_have_a_rate_of_their_own(given: dict[str, Any], added: float, rest: float) -> None:
@@ -224,6 +225,8 @@ def test_biases_and_positions_have_a_rate_of_their_own(given: dict[str, Any], ad
     slow = {name for name, rate in rates.items() if rate == added}
     assert slow == {name for name in rates if name.endswith(".bias") or "wpe" in name}
     assert {rates[name] for name in rates.keys() - slow} == {rest}
+    slow_all = hf_so2.build_optimizer("kfac", gpt2(), fallback_learning_rate=1e-4)
+    assert {g["lr"] for g in slow_all.param_groups if g["algorithm"] == "adamw"} == {1e-4}
     plain = hf_so2.build_optimizer("adamw", gpt2(), lr=0.01)
     assert {g["lr"] for g in plain.param_groups} == {0.01}
 
