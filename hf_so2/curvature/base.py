@@ -149,6 +149,28 @@ class CurvatureBlock(Protocol):
         return False
 
 
+class Plan(Protocol):
+    """How rows enter the statistics. The gradients of rows that do not count are zero.
+
+    Attributes:
+        weights: which rows count, as numbers (rows, 1); None if the inputs of all other rows are zero, too.
+    """
+
+    @property
+    def weights(self) -> Tensor | None: ...
+
+    def fold(self, dimension: int) -> Fold | None:
+        """A function of rows (rows, n) and their weights (rows, 1) or None, to fewer rows.
+
+        These have the same sum of outer products on average. None if all rows are used.
+        """
+        ...
+
+    def sample(self) -> tuple[Tensor, Tensor] | None:
+        """The indices of some rows, and how many rows each stands for; None for all."""
+        ...
+
+
 class TokenBlock(CurvatureBlock, Protocol):
     """A block that sees every token's input and output gradient: the K-FAC family."""
 
@@ -165,14 +187,13 @@ class TokenBlock(CurvatureBlock, Protocol):
         inputs: Tensor,
         gradients: Tensor,
         known: State | None = None,
-        fold: Fold | None = None,
+        plan: Plan | None = None,
     ) -> State:
         """The block's statistics as sums over rows. The sums of two batches add up to the sums of their union.
 
         Args:
             known: sums of the same inputs that are already computed. They are returned as they are.
-            fold: a function of rows (rows, n) and their weights (rows, 1), or None. It returns fewer rows that have the
-                same sum of outer products on average. If given, matrices are computed from these rows.
+            plan: which rows count, and how many of them are enough; None for all.
         """
         ...
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_so2.curvature.base import Fold, State, Statistic, TokenBlock, update_average, update_averages
+from hf_so2.curvature.base import Plan, State, Statistic, TokenBlock, update_average, update_averages
 from hf_so2.curvature.parts import costs
 from hf_so2.curvature.parts.forms import (
     from_left,
@@ -19,7 +19,7 @@ from hf_so2.curvature.parts.forms import (
     sum_by_index,
     transposed,
 )
-from hf_so2.curvature.parts.moments import INDEPENDENT, Moments
+from hf_so2.curvature.parts.moments import INDEPENDENT, Moments, Rows
 from hf_so2.damping import Damping
 from hf_so2.linalg import DecompositionError, block_diagonal, eigh, per_matrix
 
@@ -46,7 +46,8 @@ class EKFAC(TokenBlock):
         beta: decay of the running averages, in [0, 1).
         moments: how the block is split into the factors whose eigenbases are used.
         diagonal: the sides, of "A" and "B", whose factor is kept as a diagonal.
-        moment_stride: S is observed on one row of every `moment_stride`, see `hf_so2.curvature.parts.forms.in_turn`.
+        moment_stride: S is observed on one row of every `moment_stride`, see `hf_so2.curvature.parts.forms.in_turn`;
+            None leaves it to the plan of the rows.
             For an embedding it is observed on all rows, since a rare token may not be missed.
         block_size: as in `KFAC`. Each pair of blocks has its own ρ.
     """
@@ -54,7 +55,7 @@ class EKFAC(TokenBlock):
     beta: float
     moments: Moments = INDEPENDENT
     diagonal: str = ""
-    moment_stride: int = 1
+    moment_stride: int | None = 1
     block_size: int | None = None
 
     @property
@@ -106,20 +107,26 @@ class EKFAC(TokenBlock):
         return [f"{side}_basis" for side in self.rotated]
 
     def observe(
-        self, state: State, inputs: Tensor, gradients: Tensor, known: State | None = None, fold: Fold | None = None
+        self, state: State, inputs: Tensor, gradients: Tensor, known: State | None = None, plan: Plan | None = None
     ) -> State:
-        sums = self.moments.observe(state, self.moments.statistics, inputs, gradients, known or {}, fold)
-        return sums | {"S": self._second_moments(state, inputs, gradients)}
+        sums = self.moments.observe(state, self.moments.statistics, Rows(inputs, gradients, plan), known or {})
+        return sums | {"S": self._second_moments(state, inputs, gradients, plan)}
 
-    def _second_moments(self, state: State, inputs: Tensor, gradients: Tensor) -> Tensor:
-        stride = 1 if is_one_hot(inputs) else self.moment_stride
-        h, delta = in_turn(inputs, stride), in_turn(gradients, stride)
+    def _second_moments(self, state: State, inputs: Tensor, gradients: Tensor, plan: Plan | None) -> Tensor:
+        sample = None if is_one_hot(inputs) else self._sample(inputs, plan)
+        h, delta = (inputs, gradients) if sample is None else (inputs[sample[0]], gradients[sample[0]])
         # Before the first refresh the bases are zero, so these sums are zero too.
         squared_gradients = from_right(delta, state.get("B_basis")).square()
         if is_one_hot(h):
             return sum_by_index(h, squared_gradients, state["S"].shape[1]).mT
         sums = squared_gradients.mT @ from_right(h, state.get("A_basis")).square()
-        return sums.mul_(len(inputs) / len(h)) if len(h) < len(inputs) else sums
+        return sums if sample is None else sums.mul_(sample[1])
+
+    def _sample(self, inputs: Tensor, plan: Plan | None) -> tuple[Tensor, Tensor | float] | None:
+        """The indices of the rows that S is observed on, and how many rows each stands for; None for all."""
+        if self.moment_stride is not None:
+            return in_turn(len(inputs), self.moment_stride, inputs.device)
+        return None if plan is None else plan.sample()
 
     def update(self, state: State, observation: State) -> None:
         update_averages(state, {name: observation[name] for name in self.moments.statistics}, self.beta)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_so2.curvature.base import Fold, State, Statistic, TokenBlock, update_averages
+from hf_so2.curvature.base import Plan, State, Statistic, TokenBlock, update_averages
 from hf_so2.curvature.parts import costs, spectrum
 from hf_so2.curvature.parts.forms import from_left, from_right, root
-from hf_so2.curvature.parts.moments import INDEPENDENT, Moments
+from hf_so2.curvature.parts.moments import INDEPENDENT, Moments, Rows
 from hf_so2.damping import Damping
 
 
@@ -57,9 +57,9 @@ class KFAC(TokenBlock):
         return state | {f"{side}_root": torch.zeros_like(state[side]) for side in self.exponents}
 
     def observe(
-        self, state: State, inputs: Tensor, gradients: Tensor, known: State | None = None, fold: Fold | None = None
+        self, state: State, inputs: Tensor, gradients: Tensor, known: State | None = None, plan: Plan | None = None
     ) -> State:
-        return self.moments.observe(state, self.statistics, inputs, gradients, known or {}, fold)
+        return self.moments.observe(state, self.statistics, Rows(inputs, gradients, plan), known or {})
 
     def update(self, state: State, observation: State) -> None:
         update_averages(state, observation, self.beta)

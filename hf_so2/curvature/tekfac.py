@@ -7,7 +7,7 @@ from hf_so2.curvature.parts.moments import trace_restricted
 
 
 def TEKFAC(  # noqa: N802  named as the method, like its siblings
-    beta: float, diagonal: str = "", moment_stride: int = 1, block_size: int | None = None
+    beta: float, diagonal: str = "", moment_stride: int | None = 1, block_size: int | None = None
 ) -> EKFAC:
     """`P(G)` as in EKFAC, with `U_A`, `U_B` the eigenbases of `Φ`, `Ψ`; see `EKFAC` for the state."""
     return EKFAC(beta, trace_restricted(diagonal), diagonal, moment_stride, block_size)

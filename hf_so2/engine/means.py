@@ -29,6 +29,8 @@ def means(ends: Mapping[str, End], captured: Captured, sharing: Sharing) -> dict
     taken = {name: captured.layers.get(name) or LayerSums() for name in ends}
     counts = _counted(ends, taken, captured.tokens)
     seen = {name: end for name, end in ends.items() if counts[name][0]}
+    for name, end in seen.items():
+        end.layer.rows = counts[name][0]
     sums = {name: _shares(end, taken[name], captured, *counts[name]) for name, end in seen.items()}
     sharing.sum_statistics((end.layer, end.block.statistics, sums[name]) for name, end in seen.items())
     found: dict[str, State] = {end.layer.name: {} for end in seen.values()}

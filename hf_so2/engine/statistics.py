@@ -15,7 +15,7 @@ from hf_so2.damping import Damping
 from hf_so2.engine.means import means
 from hf_so2.errors import TrainingDivergedError
 from hf_so2.layers import Capture, SampledCapture
-from hf_so2.layers.sketch import Fold
+from hf_so2.layers.plan import RowPlan
 from hf_so2.layers.sums import Source
 from hf_so2.linalg import matmul_precision, trace
 from hf_so2.parallel.sharing import Sharing
@@ -40,7 +40,8 @@ class Curvature:
         fisher: `empirical` or `mc`: the source of the gradients in token statistics.
         weight_sharing: `expand` or `reduce`.
         precision: precision of the products, see `hf_so2.linalg.matmul_precision`.
-        token_sketch: number of tokens that are folded into one row of the statistics.
+        token_sketch: number of tokens that are folded into one row of the statistics; None for as many as a factor
+            allows.
         gradient_worker_fraction: the fraction of ranks that hold a layer.
         refresh_steps: steps between refreshes of a layer. The refreshes of all layers are spread over these steps, so
             that every step has about the same work.
@@ -66,7 +67,7 @@ class Curvature:
         fisher: str = "empirical",
         weight_sharing: str = "expand",
         precision: str = "highest",
-        token_sketch: int = 1,
+        token_sketch: int | None = 1,
         *,
         gradient_worker_fraction: float = 1.0,
         refresh_steps: int = 1,
@@ -110,15 +111,16 @@ class Curvature:
         return any(layer.refreshes > 0 for layer in layers)
 
     def _source(self, end: End) -> Source:
-        def observe(inputs: Tensor, gradients: Tensor, known: State, fold: Fold | None) -> State:
+        def observe(inputs: Tensor, gradients: Tensor, known: State, plan: RowPlan) -> State:
             with matmul_precision(self._precision):
-                return end.observe(inputs, gradients, known, fold)
+                return end.observe(inputs, gradients, known, plan)
 
         return Source(end.modules, end.adapter, observe, end.gradient_degrees, end.statistics_dtype)
 
     def prepare(self, step: int) -> None:
         """Set what the coming forward passes capture: the layers whose statistics are due at this step."""
         self.capture.summation.step = step
+        self.capture.summation.rows = {name: end.layer.rows for name, end in self._ends.items()}
         self.capture.due = frozenset(
             name for name, end in self._ends.items() if self._takes_statistics(end.layer, step)
         )
@@ -269,7 +271,7 @@ class Curvature:
             layer = self.layers[name]
             layer.load_state(entry["state"])
             for key in COUNTERS:
-                setattr(layer, key, int(entry[key]))
+                setattr(layer, key, int(entry.get(key, 0)))  # older states lack some
         self.dropped_statistics = int(state["dropped_statistics"])
         self.failed_refreshes = int(state["failed_refreshes"])
         self.damping_factor, self.adapted_at = float(state["damping_factor"]), int(state["adapted_at"])

@@ -61,7 +61,8 @@ class Capture:
         model: the model that is called to make predictions.
         sources: how the statistics of each weight are taken, by qualified name.
         weight_sharing: a key of `hf_so2.layers.rows.WEIGHT_SHARING`.
-        sketch: number of tokens of a sequence that are folded into one, see `hf_so2.layers.sketch`; 1 keeps all.
+        sketch: number of tokens of a sequence that are folded into one, see `hf_so2.layers.plan`; 1 keeps all, None
+            as many as the dimension of the factor needs.
 
     Attributes:
         due: names of the weights whose layers the next forward pass captures. All others cost one look-up per call.
@@ -71,7 +72,7 @@ class Capture:
     """
 
     def __init__(
-        self, model: nn.Module, sources: Mapping[str, Source], weight_sharing: str = "expand", sketch: int = 1
+        self, model: nn.Module, sources: Mapping[str, Source], weight_sharing: str = "expand", sketch: int | None = 1
     ) -> None:
         self.due: Collection[str] = frozenset()
         self.watch: Callable[[], GradientWatch | None] = lambda: None

@@ -29,16 +29,20 @@ class InputRows:
 
     Args:
         h: (rows, fan_in) and floating point, or the indices (rows,) of one-hot inputs. A row that does not count is
-            zero, or has index -1.
+            zero or finite, or has index -1.
         count: number of rows that count.
         positions: number of positions that these rows come from. It equals `count` unless positions were reduced.
+        live: which rows count, (rows,) of booleans.
         kept: which positions count, (positions,) of booleans, if others may have a gradient; else None.
+        weights: which rows count, as numbers (rows, 1); None if all others have `h` = 0.
     """
 
     h: Tensor
     count: int | Tensor
     positions: int | Tensor
+    live: Tensor
     kept: Tensor | None = None
+    weights: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -89,13 +93,21 @@ def _expanded_inputs(adapter: Adapter, inputs: Tensor, dtype: torch.dtype, live:
     if adapter.one_hot:
         ids = inputs.reshape(-1)
         if adapter.ignored_index is None:
-            return InputRows(torch.where(live, ids, -1), count, count)
+            return InputRows(torch.where(live, ids, -1), count, count, live)
         # The row of this index gets no gradient, but its positions do.
         kept = live & (ids != adapter.ignored_index)
         count = kept.sum()
-        return InputRows(torch.where(kept, ids, -1), count, count, kept)
+        return InputRows(torch.where(kept, ids, -1), count, count, kept, kept)
     h = inputs.reshape(-1, inputs.shape[-1]).to(dtype)
-    return InputRows(_zeroed(_with_ones(adapter, h), live, inputs), count, count)
+    h = _with_ones(adapter, h)
+    if h.device.type == "cpu" and h.data_ptr() == inputs.data_ptr():
+        # To set rows to zero takes a copy of all. Finite ones can be left out by a weight.
+        dead = live.logical_not().nonzero().squeeze(1)
+        if not len(dead):
+            return InputRows(h, count, count, live)
+        if bool(torch.isfinite(h[dead].square().sum())):
+            return InputRows(h, count, count, live, weights=live.unsqueeze(1).to(dtype))
+    return InputRows(_zeroed(h, live, inputs), count, count, live)
 
 
 def _expanded_gradients(adapter: Adapter, gradients: Tensor, rows: InputRows) -> Tensor:
@@ -136,7 +148,8 @@ def _reduced_inputs(adapter: Adapter, inputs: Tensor, dtype: torch.dtype, live: 
     h = _zeroed(_with_ones(adapter, inputs.flatten(0, -2).to(dtype)), live, inputs)
     lengths = live.reshape(len(inputs), -1).sum(dim=1)
     sums = h.reshape(len(inputs), -1, h.shape[-1]).sum(dim=1)
-    return InputRows(sums / lengths.clamp(min=1).unsqueeze(1), (lengths > 0).sum(), live.sum())
+    means, are_live = sums / lengths.clamp(min=1).unsqueeze(1), lengths > 0
+    return InputRows(means, are_live.sum(), live.sum(), are_live)
 
 
 def _reduced_gradients(adapter: Adapter, gradients: Tensor, rows: InputRows) -> Tensor:

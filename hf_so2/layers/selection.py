@@ -30,6 +30,7 @@ class Treatment:
         is_head: whether it is the output head, with one output per entry of a vocabulary.
         is_hidden: whether it is a matrix (or several) of a hidden layer, whichever algorithm updates it.
         partner: for a weight, the name of the bias that is preconditioned with it; for this bias, the weight's name.
+        is_added: whether it is added to the activations at every token: a bias, or an embedding of positions.
         count: number of matrices in a stack along the first dimension, such as a layer's experts; 0 for one matrix.
         heads: the attention heads of which each is a matrix of its own; empty if the weight is one matrix.
     """
@@ -42,6 +43,7 @@ class Treatment:
     is_hidden: bool = False
     partner: str | None = None
     head: tuple[nn.Module, ...] = ()
+    is_added: bool = False
     count: int = 0
     heads: tuple[Head, ...] = ()
 
@@ -126,11 +128,12 @@ def select(
         if not parameter.numel():
             return Treatment(False, "empty")
         if parameter.ndim < 2:
-            return Treatment(False, "a vector: norm gain or bias" if parameter.ndim else "a scalar")
+            kind = "a vector: norm gain or bias" if parameter.ndim else "a scalar"
+            return Treatment(False, kind, is_added=own_name.endswith("bias"))
         is_embedding = any(isinstance(module, nn.Embedding) for module in modules)
         is_head = any(module in heads for module in modules)
         if is_embedding and (reason := _why_not(modules, tokens, heads, extent)):
-            return Treatment(False, reason)
+            return Treatment(False, reason, is_added=not tokens.intersection(modules))
         # From here on, a weight of an embedding that other modules use too is also the head.
         embeddings = tuple(module for module in modules if isinstance(module, nn.Embedding))
         owners = embeddings or modules
@@ -262,7 +265,7 @@ def _with_biases(model: nn.Module, treatments: dict[str, Treatment]) -> dict[str
             adapter = replace(treatment.adapter, has_bias=True)
             paired[name] = replace(treatment, adapter=adapter, partner=partner)
             reason = f"bias of {_kind(treatment.modules)}, a column of its weight"
-            paired[partner] = Treatment(True, reason, treatment.modules, adapter, partner=name)
+            paired[partner] = Treatment(True, reason, treatment.modules, adapter, partner=name, is_added=True)
     if paired == treatments:
         raise _missing("precondition_biases", "a preconditioned weight with a bias that is trained")
     return paired

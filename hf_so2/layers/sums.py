@@ -16,11 +16,11 @@ from torch.autograd.graph import Node
 
 from hf_so2.layers.adapters import Adapter
 from hf_so2.layers.backward import Backward
+from hf_so2.layers.plan import RowPlan
 from hf_so2.layers.rows import InputRows, WeightSharing, live_rows
-from hf_so2.layers.sketch import Fold, fold_of_sequences
 
 Sums = dict[str, Tensor]
-Observe = Callable[[Tensor, Tensor, Sums, Fold | None], Sums]
+Observe = Callable[[Tensor, Tensor, Sums, RowPlan], Sums]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Source:
         modules: the modules that use the weight in the same way.
         adapter: how they store the weight.
         observe: maps rows `h` (rows, fan_in) and `δ` (rows, fan_out) to the block's sums. It also takes the sums that
-            are already known, and how rows are folded.
+            are already known, and how rows are used.
         degrees: for every sum, how often `δ` enters as a factor. Sums of degree 0 depend on `h` alone.
         dtype: returns the current dtype of the statistics. Low-precision activations are cast before the products.
     """
@@ -134,17 +134,20 @@ class Summation:
     Args:
         sources: how the statistics of each weight are taken, by qualified name.
         weight_sharing: how positions become rows.
-        sketch: number of tokens of a sequence that are folded into one; 1 keeps all.
+        sketch: number of tokens of a sequence that are folded into one; 1 keeps all, None as many as the dimension of
+            the factor needs.
 
     Attributes:
         step: number of the step. Sketches of different steps have different signs.
+        rows: by name of the weight, the rows of its last statistics, over all micro-batches and ranks.
         sources: as given.
         waiting: the layers whose gradients have arrived, but whose sums are not computed yet.
     """
 
-    def __init__(self, sources: Mapping[str, Source], weight_sharing: WeightSharing, sketch: int) -> None:
+    def __init__(self, sources: Mapping[str, Source], weight_sharing: WeightSharing, sketch: int | None) -> None:
         self.sources, self._weight_sharing, self._sketch = dict(sources), weight_sharing, sketch
         self.step = 0
+        self.rows: Mapping[str, int] = {}
         self.waiting: Readers | None = None
 
     def collect(self, call: Call, gradient: Tensor, backward: Backward) -> Readers | None:
@@ -161,7 +164,7 @@ class Summation:
     @torch.no_grad()
     def sum(self, readers: Readers, into: Captured) -> None:
         """Add the statistics of some layers that read the same tensor."""
-        rows, fold = self._rows_of(readers)
+        rows, plan = self._rows_of(readers)
         scale = readers.backward.scale(rows.positions)
         shared: Sums = {}
         # Checkpointing may run a layer inside another micro-batch's autocast region.
@@ -171,20 +174,22 @@ class Summation:
                 delta = self._weight_sharing.gradients(readers.adapter, gradient.to(readers.dtype), rows)
                 # Copies: a layer adds the sums of later micro-batches to these tensors in place.
                 known = {key: shared[key].clone() for key in source.degrees if key in shared}
-                sums = source.observe(rows.h, delta, known, fold)
+                sums = source.observe(rows.h, delta, known, plan)
                 shared |= {key: sums[key] for key, degree in source.degrees.items() if not degree}
                 if scale is not None:
                     _undo(scale, sums, source.degrees)
                 into.layers.setdefault(name, LayerSums()).add(sums, rows.count, rows.positions)
         into.is_scaled |= scale is not None
 
-    def _rows_of(self, readers: Readers) -> tuple[InputRows, Fold | None]:
+    def _rows_of(self, readers: Readers) -> tuple[InputRows, RowPlan]:
         given, adapter = readers.given, readers.adapter
         live = live_rows(list(readers.gradients.values()))
         rows = self._weight_sharing.inputs(adapter, given, readers.dtype, live)
+        # Layers that read the same tensor share sums: their rows are folded alike.
+        seen = min(self.rows.get(name, 0) for name in readers.gradients)
         positions = positions_of(given, adapter)
-        fold = fold_of_sequences(positions, self._sketch, self.step, given.device) if self._sketch > 1 else None
-        return rows, fold
+        shape = positions if positions.numel() == len(rows.live) else None
+        return rows, RowPlan(rows.live, rows.weights, shape, self._sketch, seen, self.step)
 
 
 def positions_of(inputs: Tensor, adapter: Adapter) -> torch.Size:

@@ -9,7 +9,7 @@ from hf_so2.linalg.block_diagonal import blocks, is_cut
 
 # Narrower strips are slow to multiply, and wider strips compute more entries twice. With few rows, one product costs
 # less than the mirroring.
-STRIPS, LEAST, LEAST_ROWS = 4, 256, 512
+STRIPS, LEAST, LEAST_ROWS = 4, 256, 256
 
 
 def trace(matrix: Tensor) -> Tensor:

@@ -9,7 +9,12 @@ from hf_so2.engine.norm_control import NORM_CONTROLS
 
 # Tuned for K-FAC on configs/quickstart.yaml. Of the learning rates tried there, it is also the best for the other
 # methods, except for Muon: in Muon's updates, all singular values are as large as the largest one (docs/results.md).
-SPECTRAL = {"lr": 0.06, "fallback_learning_rate": 0.08, "hidden_fallback_learning_rate": 0.002}
+SPECTRAL = {
+    "lr": 0.06,
+    "fallback_learning_rate": 0.08,
+    "bias_learning_rate": 0.003,
+    "hidden_fallback_learning_rate": 0.002,
+}
 
 # The best of the values tried there for the K-FAC family. The clip sets the size of the steps until the learning rate
 # has decayed. At a tenth of this learning rate, a bound of 1e-3 or more is never reached.

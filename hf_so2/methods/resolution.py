@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from hf_so2.errors import ConfigurationError
@@ -76,6 +76,10 @@ def resolve(
             raise ConfigurationError(name, value, f"must not be given beside {field_name}, which is the same setting")
         asked[field_name] = value
     settings = Settings(**{**defaults, **asked})
+    if "bias_learning_rate" not in asked and settings.bias_learning_rate and settings.fallback_learning_rate:
+        # A user who lowers the one wants no parameter of the fallback to be faster.
+        slower = min(settings.bias_learning_rate, settings.fallback_learning_rate)
+        settings = replace(settings, bias_learning_rate=slower)
     parts = parts_in_use(uses, settings)
     for entry in fields(Settings):
         needs = entry.metadata["needs"]

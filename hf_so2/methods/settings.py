@@ -75,6 +75,11 @@ class Settings:
         None, optional(POSITIVE), "AdamW learning rate of everything that is not preconditioned: embeddings, head,"
         " norms and biases; lr where it is none."
     )  # fmt: skip
+    bias_learning_rate: float | None = setting(
+        None, optional(POSITIVE), "AdamW learning rate of what is added to activations at every token: biases, and"
+        " embeddings of positions or segments. Left out, it is at most fallback_learning_rate, and that where it is"
+        " none."
+    )  # fmt: skip
     hidden_fallback_learning_rate: float | None = setting(
         None, optional(POSITIVE), "AdamW learning rate of hidden matrices that are not preconditioned: skipped"
         " modules, dimensions that are too large, experts under expert_method adamw; fallback_learning_rate where it is"
@@ -143,14 +148,14 @@ class Settings:
         "expand", one_of(WEIGHT_SHARING), "What counts as an example of a layer: expand (every position of a sequence)"
         " or reduce (a sequence: its mean input, its summed output gradient).", "tokens"
     )  # fmt: skip
-    factor_token_sketch: int = setting(
-        1, COUNT, "Factors from sums over so many tokens of a sequence with random signs (a count sketch): the same"
-        " mean at a fraction of the products. 8 save K-FAC a seventh of a step's time and cost next to no loss"
-        " (docs/speed.md).", "expanded tokens"
+    factor_token_sketch: int | None = setting(
+        None, optional(COUNT), "Factors from sums over so many tokens of a sequence with random signs (a count sketch):"
+        " the same mean at a fraction of the products; 1 takes every token by itself. Where it is none: as many as"
+        " leave a quarter as many rows as the factor has dimensions, and 256 (docs/speed.md).", "expanded tokens"
     )  # fmt: skip
-    moment_token_stride: int = setting(
-        1, COUNT, "The second moments in the eigenbasis from one of so many tokens, the factors from all. 8 cost no"
-        " loss where it was tried (docs/speed.md).", "token moments"
+    moment_token_stride: int | None = setting(
+        None, optional(COUNT), "The second moments in the eigenbasis from one of so many tokens; 1 takes every token."
+        " Where it is none: as many as leave about 128 tokens (docs/speed.md).", "token moments"
     )  # fmt: skip
     precondition_embeddings: bool = setting(
         False, FLAG, "Precondition the token embedding. The K-FAC family's input factor is a diagonal there: the"

@@ -154,7 +154,7 @@ def build_from_settings(
             resolved.fisher,
             resolved.weight_sharing,
             resolved.curvature_matmul_precision,
-            resolved.factor_token_sketch,
+            resolved.factor_token_sketch if resolved.weight_sharing == "expand" else 1,
             gradient_worker_fraction=resolved.gradient_worker_fraction,
             refresh_steps=resolved.preconditioner_update_steps,
             statistics_steps=resolved.factor_update_steps,

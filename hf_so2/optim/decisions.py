@@ -39,6 +39,8 @@ def options_of(
     second_order = method.block is not None and treatment.preconditioned
     first_order_rule = rules.ADAM if method.first_order == "adamw" else rules.SGD
     fallback_lr = settings.fallback_learning_rate or settings.lr
+    if treatment.is_added:
+        fallback_lr = settings.bias_learning_rate or fallback_lr
     if treatment.is_hidden:
         # A first-order method has one learning rate for hidden matrices, and may have another one for the rest.
         fallback_lr = settings.lr if method.block is None else settings.hidden_fallback_learning_rate or fallback_lr

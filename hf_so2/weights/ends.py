@@ -16,7 +16,7 @@ from hf_so2.curvature import State, Tied, TokenBlock
 from hf_so2.curvature.tied import EMBEDDING, HEAD, of_end
 from hf_so2.layers import Adapter
 from hf_so2.layers.adapters import LINEAR
-from hf_so2.layers.sketch import Fold
+from hf_so2.layers.plan import RowPlan
 from hf_so2.weights.layer import Layer, statistics_dtype
 
 
@@ -59,10 +59,10 @@ class End:
         assert isinstance(weight, Tensor)
         return statistics_dtype(weight.dtype)
 
-    def observe(self, inputs: Tensor, gradients: Tensor, known: State, fold: Fold | None) -> State:
+    def observe(self, inputs: Tensor, gradients: Tensor, known: State, plan: RowPlan) -> State:
         """The sums of the block's statistics over rows, see `TokenBlock.observe`."""
         self.layer.follow(gradients.device, gradients.dtype)
-        return self.block.observe(of_end(self.layer.state, self.prefix), inputs, gradients, known, fold)
+        return self.block.observe(of_end(self.layer.state, self.prefix), inputs, gradients, known, plan)
 
     def no_rows(self) -> State:
         """The sums over no rows: zeros."""

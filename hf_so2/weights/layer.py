@@ -16,7 +16,7 @@ from hf_so2.damping import Damping
 from hf_so2.layers import Adapter
 
 # The counters of a layer. A checkpoint keeps them.
-COUNTERS = ("updates", "refreshes", "failures", "steps", "overflows")
+COUNTERS = ("updates", "refreshes", "failures", "steps", "overflows", "rows")
 
 
 @dataclass
@@ -50,6 +50,7 @@ class Layer:
         steps: number of second-order updates of the weight.
         overflows: how many of these updates were set to zero because the preconditioned gradient was not finite, or
             because linear algebra failed in the norm control. Only ranks that hold the layer count them.
+        rows: number of rows in the last update of the statistics of tokens, over all ranks.
         momentum: decay of the average of gradients at this step, taken from the parameter group.
         rotated: this step's gradient in the block's coordinates. It is kept while these are the coordinates of the
             preconditioner.
@@ -79,6 +80,7 @@ class Layer:
     failures: int = 0
     steps: int = 0
     overflows: int | Tensor = 0
+    rows: int = 0
     rotated: Tensor | None = None
     momentum: float = 0.0
     is_idle: bool = False

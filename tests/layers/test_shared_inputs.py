@@ -21,9 +21,9 @@ def recorded(capture: Capture, known: dict[str, list[str]]) -> None:
     """From now on `known` gets, for every layer, which of its sums it was handed."""
     for name, source in list(capture.summation.sources.items()):
 
-        def spy(h: Tensor, delta: Tensor, given: Any, fold: Any, name: str = name, source: Any = source) -> Any:
+        def spy(h: Tensor, delta: Tensor, given: Any, *rest: Any, name: str = name, source: Any = source) -> Any:
             known[name] = sorted(given)
-            return source.observe(h, delta, given, fold)
+            return source.observe(h, delta, given, *rest)
 
         capture.summation.sources[name] = replace(source, observe=spy)  # type: ignore[index]
 

@@ -15,7 +15,7 @@ from shared.helpers import captured_factors, dense_factors, llama, token_loss_su
 from torch import Tensor
 
 import hf_so2
-from hf_so2.layers.sketch import fold_of_sequences
+from hf_so2.layers.plan import fold_of_sequences
 
 SEQUENCES, LENGTH = 6, 5
 CPU = torch.device("cpu")

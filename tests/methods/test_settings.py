@@ -23,6 +23,7 @@ COUNT = [0, -1, 1.5, 2.0, "3", True, NAN]
 ILLEGAL: dict[str, list[Any]] = {
     "lr": POSITIVE,
     "fallback_learning_rate": POSITIVE,
+    "bias_learning_rate": POSITIVE,
     "hidden_fallback_learning_rate": POSITIVE,
     "weight_decay": NOT_NEGATIVE,
     "momentum": FRACTION,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from shared.helpers import BOTH_ENDS, VOCABULARY, assert_same_parameters, llama, relative_error
+from shared.helpers import BOTH_ENDS, VOCABULARY, assert_same_parameters, gpt2, llama, relative_error
 from torch import Tensor, nn
 
 import hf_so2
@@ -17,6 +17,7 @@ from hf_so2.methods.settings import Settings
 from hf_so2.methods.table import METHODS
 
 NAMES = tuple(METHODS)
+DEFAULT = METHODS["kfac"].settings({})
 SECOND_ORDER = tuple(name for name, method in METHODS.items() if method.block is not None)
 NORM_CONTROLS = ("none", "kl_clip", "graft_adam", "graft_sgd", "spectral")
 # Far below the rates tuned under spectral norm control: without it they are in another unit.
@@ -206,6 +207,28 @@ def test_hidden_matrices_in_the_fallback_have_a_rate_of_their_own() -> None:
     rates = {name: g["lr"] for g in optimizer.param_groups for name in g["param_names"] if g["algorithm"] == "adamw"}
     assert rates.pop("model.layers.0.mlp.down_proj.weight") == rates.pop("model.layers.1.mlp.down_proj.weight") == 0.003
     assert set(rates.values()) == {0.08}
+
+
+@pytest.mark.parametrize(
+    ("given", "added", "rest"),
+    [
+        ({}, DEFAULT.bias_learning_rate, DEFAULT.fallback_learning_rate),
+        ({"bias_learning_rate": 0.02}, 0.02, DEFAULT.fallback_learning_rate),
+        ({"fallback_learning_rate": 0.03}, DEFAULT.bias_learning_rate, 0.03),
+        ({"fallback_learning_rate": 0.01, "bias_learning_rate": 0.02}, 0.02, 0.01),
+    ],
+)
+def test_biases_and_positions_have_a_rate_of_their_own(given: dict[str, Any], added: float, rest: float) -> None:
+    """A step of 0.08 suits the rare token and a gain of 1, not what is added to every token's activations."""
+    optimizer = hf_so2.build_optimizer("kfac", gpt2(), **given)
+    rates = {name: g["lr"] for g in optimizer.param_groups for name in g["param_names"] if g["algorithm"] == "adamw"}
+    slow = {name for name, rate in rates.items() if rate == added}
+    assert slow == {name for name in rates if name.endswith(".bias") or "wpe" in name}
+    assert {rates[name] for name in rates.keys() - slow} == {rest}
+    slow_all = hf_so2.build_optimizer("kfac", gpt2(), fallback_learning_rate=1e-4)
+    assert {g["lr"] for g in slow_all.param_groups if g["algorithm"] == "adamw"} == {1e-4}
+    plain = hf_so2.build_optimizer("adamw", gpt2(), lr=0.01)
+    assert {g["lr"] for g in plain.param_groups} == {0.01}
 
 
 @pytest.mark.parametrize("flag", ["precondition_embeddings", "precondition_head"])

@@ -83,7 +83,7 @@ def test_autocast(name: str, dtype: torch.dtype) -> None:
 
 def test_loss_scaler_leaves_the_factors_alone() -> None:
     """The scale is announced and undone; a step that the scaler skips leaves nothing behind once it is discarded."""
-    plain, scaled = mlp(), mlp()
+    plain, scaled = mlp(torch.float64), mlp(torch.float64)
     optimizers = [hf_so2.build_optimizer("kfac", model, lr=0.05) for model in (plain, scaled)]
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     for step in range(3):

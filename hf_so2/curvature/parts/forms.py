@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_so2.curvature.base import Fold
+from hf_so2.curvature.base import Plan
 from hf_so2.linalg import DecompositionError, block_diagonal, damped_root, mean_over_eigenspaces, symmetric_product
 
 
@@ -27,22 +27,25 @@ def is_one_hot(rows: Tensor) -> bool:
 
 def squared_length(rows: Tensor) -> Tensor:
     """`|x|²` of every row, shape (rows, 1)."""
-    return (rows >= 0).unsqueeze(1) if is_one_hot(rows) else rows.square().sum(dim=1, keepdim=True)
+    if is_one_hot(rows):
+        return (rows >= 0).unsqueeze(1)
+    return torch.linalg.vector_norm(rows, dim=1, keepdim=True).square()  # without a copy of all rows
 
 
-def second_moment(rows: Tensor, like: Tensor, weights: Tensor | float = 1.0, fold: Fold | None = None) -> Tensor:
+def second_moment(rows: Tensor, like: Tensor, weights: Tensor | float = 1.0, plan: Plan | None = None) -> Tensor:
     """`Σ w x xᵀ`, or its diagonal, in the form of `like`.
 
     Args:
         rows: (rows, n), or one-hot; one-hot rows ask for a diagonal.
         like: the factor, (n, n), block-diagonal (n, width) or (n,).
         weights: one per row, (rows, 1), or one for all.
-        fold: makes fewer rows for a matrix, as in `TokenBlock.observe`. A diagonal is cheap and takes all rows.
+        plan: how many rows a matrix is computed from. A diagonal is cheap and takes all rows.
     """
     if is_one_hot(rows):
         counted = (squared_length(rows) * weights).to(like.dtype)
         return sum_by_index(rows, counted, len(like)).squeeze(1)
-    if fold is not None and like.ndim == 2:
+    fold = plan.fold(like.shape[1]) if plan is not None and like.ndim == 2 else None
+    if fold is not None:
         rows = fold(rows, None if isinstance(weights, float) else weights.sqrt().to(rows.dtype))
         weights = 1.0
     weighted = rows if isinstance(weights, float) else rows * weights
@@ -54,16 +57,19 @@ def second_moment(rows: Tensor, like: Tensor, weights: Tensor | float = 1.0, fol
     return block_diagonal.of_blocks([symmetric_product(weighted[:, a:b], rows[:, a:b]) for a, b in parts], like)
 
 
-def in_turn(rows: Tensor, stride: int) -> Tensor:
-    """One row of every group of `stride` rows: row `g mod stride` of group g. All rows if there is no full group.
+def in_turn(rows: int, stride: int, device: torch.device) -> tuple[Tensor, float] | None:
+    """One row of every group of `stride` rows: row `g mod stride` of group g. None if there is no full group.
 
     Every position of a sequence is thus taken at some point.
+
+    Returns:
+        Their indices, and the number of rows that each stands for.
     """
-    groups = len(rows) // stride
+    groups = rows // stride
     if stride == 1 or not groups:
-        return rows
-    group = torch.arange(groups, device=rows.device)
-    return rows[group * stride + group % stride]
+        return None
+    group = torch.arange(groups, device=device)
+    return group * stride + group % stride, rows / groups
 
 
 def sum_by_index(indices: Tensor, values: Tensor, size: int) -> Tensor:

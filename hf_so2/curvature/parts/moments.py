@@ -21,16 +21,21 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from hf_so2.curvature.base import Fold, State, Statistic, corrected_average
+from hf_so2.curvature.base import Plan, State, Statistic, corrected_average
 from hf_so2.curvature.parts.forms import second_moment, squared_length
 from hf_so2.linalg import block_diagonal, per_matrix
 
 
-class _Rows:
-    """The rows of a layer, how they are folded, and their squared lengths, which several statistics need."""
+class Rows:
+    """The rows of a layer as `TokenBlock.observe` takes them, and their squared lengths, which several sums need."""
 
-    def __init__(self, h: Tensor, delta: Tensor, fold: Fold | None) -> None:
-        self.h, self.delta, self.fold = h, delta, fold
+    def __init__(self, h: Tensor, delta: Tensor, plan: Plan | None) -> None:
+        self.h, self.delta, self.plan = h, delta, plan
+
+    @property
+    def weights(self) -> Tensor | float:
+        """Weights for sums into which gradients do not enter."""
+        return 1.0 if self.plan is None or self.plan.weights is None else self.plan.weights
 
     @cached_property
     def h_squared(self) -> Tensor:
@@ -53,7 +58,7 @@ class Moments:
     """
 
     statistics: Mapping[str, Statistic]
-    sums: Mapping[str, Callable[[_Rows, Tensor], Tensor]]
+    sums: Mapping[str, Callable[[Rows, Tensor], Tensor]]
     factor: Callable[[State, str], Tensor]
 
     def init_state(
@@ -74,17 +79,8 @@ class Moments:
         names = ("weight", *self.statistics)
         return {name: torch.zeros(sizes.get(name, ()), device=device, dtype=dtype) for name in names}
 
-    def observe(
-        self,
-        state: State,
-        names: Iterable[str],
-        inputs: Tensor,
-        gradients: Tensor,
-        known: State,
-        fold: Fold | None,
-    ) -> State:
+    def observe(self, state: State, names: Iterable[str], rows: Rows, known: State) -> State:
         """The sums of these names. Sums in `known` are not computed again. `state` holds their averages."""
-        rows = _Rows(inputs, gradients, fold)
         return {name: known[name] if name in known else self.sums[name](rows, state[name]) for name in names}
 
 
@@ -101,8 +97,8 @@ INDEPENDENT = Moments(
         "B": Statistic(gradient_degree=2, per="tokens", symmetric=True),
     },
     sums={
-        "A": lambda rows, like: second_moment(rows.h, like, fold=rows.fold),
-        "B": lambda rows, like: second_moment(rows.delta, like, fold=rows.fold),
+        "A": lambda rows, like: second_moment(rows.h, like, rows.weights, rows.plan),
+        "B": lambda rows, like: second_moment(rows.delta, like, plan=rows.plan),
     },
     factor=corrected_average,
 )
@@ -110,8 +106,8 @@ INDEPENDENT = Moments(
 TRACE_RESTRICTED = Moments(
     statistics={name: Statistic(2, per="tokens", symmetric=name != "tau") for name in ("A", "B", "tau")},
     sums={
-        "A": lambda rows, like: second_moment(rows.h, like, rows.delta_squared, rows.fold),
-        "B": lambda rows, like: second_moment(rows.delta, like, rows.h_squared, rows.fold),
+        "A": lambda rows, like: second_moment(rows.h, like, rows.delta_squared, rows.plan),
+        "B": lambda rows, like: second_moment(rows.delta, like, rows.h_squared, rows.plan),
         "tau": lambda rows, like: (rows.h_squared * rows.delta_squared).sum(),
     },
     factor=_trace_restricted_factor,

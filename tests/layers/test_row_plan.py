@@ -1,0 +1,154 @@
+"""Statistics of as many rows as a factor needs: which rows these are, and what they do not depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from shared.dense_fisher import METHODS, mlp_case, relative
+from shared.helpers import captured_factors, token_loss_sum
+from torch import Tensor, nn
+
+import hf_so2
+from hf_so2.layers.plan import LEAST_ROWS, ROWS_PER_DIMENSION, SAMPLED_ROWS, RowPlan, thinning
+
+SEQUENCES, LENGTH = 2 * LEAST_ROWS // 16, 32  # four times the least
+
+
+@given(rows=st.integers(0, 10**7), dimension=st.integers(0, 10**5))
+def test_rows_are_thinned_as_far_as_enough_are_left(rows: int, dimension: int) -> None:
+    factor, least = thinning(rows, dimension), max(LEAST_ROWS, ROWS_PER_DIMENSION * dimension)
+    assert factor == 1 or 0.75 * least <= rows / factor <= 1.5 * least
+    assert factor > 1 or rows <= 1.5 * least
+
+
+@given(
+    live=st.lists(st.booleans(), min_size=1, max_size=300),
+    seen=st.integers(0, 16 * LEAST_ROWS),
+    step=st.integers(0, 10**6),
+)
+def test_a_sample_is_of_rows_that_count_and_stands_for_all_of_them(live: list[bool], seen: int, step: int) -> None:
+    plan = RowPlan(torch.tensor(live), seen=seen, step=step)
+    if thinning(seen, least=SAMPLED_ROWS) == 1:
+        assert plan.sample() is None
+        return
+    sample = plan.sample()
+    assert sample is not None
+    indices, stands_for = sample
+    assert float(stands_for) * len(indices) == pytest.approx(sum(live))
+    if any(live):
+        assert all(live[i] for i in indices.tolist())
+        # No gap is longer than two stretches: rows are spread evenly.
+        ranks = np.cumsum(live)[indices.numpy()]
+        assert np.diff(ranks).max(initial=0) <= 2 * sum(live) / len(indices) + 1
+
+
+def test_steps_sample_all_rows_equally_often() -> None:
+    live = torch.arange(1024) % 5 > 0
+    times = torch.zeros(1024)
+    for step in range(2000):
+        sample = RowPlan(live, seen=8 * SAMPLED_ROWS, step=step).sample()
+        assert sample is not None
+        times[sample[0]] += sample[1] / 2000
+    assert not times[~live].any()
+    assert (times[live] - 1).abs().max() < 0.05
+
+
+def batch(sequences: int = SEQUENCES) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    inputs = torch.randn(sequences, LENGTH, 7, generator=generator, dtype=torch.float64)
+    return inputs, torch.randint(0, 5, (sequences, LENGTH), generator=generator)
+
+
+def optimizer_after(
+    steps: int, optim: str = "kfac", parts: Sequence[Any] = (slice(None),), resume: Any = None, **settings: Any
+) -> hf_so2.SecondOrderOptimizer:
+    """Of weights that hardly move, so that every step sees the same rows."""
+    model, _ = mlp_case()
+    inputs, targets = batch()
+    optimizer = hf_so2.build_optimizer(optim, model, lr=1e-30, fallback_learning_rate=1e-30, **settings)
+    if resume is not None:
+        optimizer.load_state_dict(resume)
+    for _ in range(steps):
+        for part in parts:
+            (token_loss_sum(model(inputs[part]), targets[part]) / targets.numel()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer
+
+
+def states(optimizer: hf_so2.SecondOrderOptimizer) -> dict[str, Tensor]:
+    assert optimizer.curvature is not None
+    return {f"{name}/{key}": x for name, layer in optimizer.curvature.layers.items() for key, x in layer.state.items()}
+
+
+@pytest.mark.parametrize("optim", METHODS)
+def test_the_first_step_takes_all_rows_and_the_next_ones_a_part(optim: str) -> None:
+    every: dict[str, Any] = {"factor_token_sketch": 1}
+    fixed: dict[str, Any] = {"factor_token_sketch": thinning(SEQUENCES * LENGTH)}
+    if optim in ("ekfac", "tekfac"):
+        every["moment_token_stride"] = 1
+    first, all_rows = states(optimizer_after(1, optim)), states(optimizer_after(1, optim, **every))
+    assert all(torch.equal(first[key], all_rows[key]) for key in all_rows)
+
+    start = optimizer_after(1, optim).state_dict()
+    second, folded = (
+        states(optimizer_after(1, optim, resume=start, **more)) for more in ({}, {**every, **fixed})
+    )  # fmt: skip
+    assert fixed["factor_token_sketch"] > 1
+    for key in (key for key in folded if key.endswith(("/A", "/B", "/tau"))):
+        assert torch.equal(second[key], folded[key])
+        assert key.endswith("/tau") or relative(second[key], states(optimizer_after(2, optim, **every))[key]) > 1e-3
+
+
+@pytest.mark.parametrize("parts", [(slice(0, 5), slice(5, None)), (list(reversed(range(SEQUENCES))),)])
+def test_neither_the_split_of_a_batch_nor_its_order_matters(parts: Any) -> None:
+    whole, other = captured_factors(optimizer_after(3)), captured_factors(optimizer_after(3, parts=parts))
+    for name in whole:
+        for side in "AB":
+            assert relative(other[name][side], whole[name][side]) < 1e-12
+
+
+@pytest.mark.parametrize("optim", ["kfac", "tekfac"])
+def test_a_resumed_run_takes_the_same_rows(optim: str) -> None:
+    start = optimizer_after(2, optim).state_dict()
+    resumed, whole = states(optimizer_after(1, optim, resume=start)), states(optimizer_after(3, optim))
+    assert all(torch.equal(resumed[key], whole[key]) for key in whole)
+    # A state of an earlier version does not know how many rows there were: its next step takes them all.
+    for entry in start["curvature"]["curvature"]["layers"].values():
+        del entry["rows"]
+    optimizer = optimizer_after(0, optim, resume=start)
+    assert optimizer.curvature is not None
+    assert {layer.rows for layer in optimizer.curvature.layers.values()} == {0}
+
+
+@pytest.mark.parametrize("sketch", [1, None])
+@pytest.mark.parametrize("garbage", [1e3, 1e200, float("inf"), float("nan")])
+def test_rows_that_do_not_count_may_hold_anything(sketch: int | None, garbage: float) -> None:
+    factors = []
+    for content in (0.0, garbage):
+        model = nn.Sequential(nn.Linear(7, 6, bias=False), nn.Linear(6, 5)).double()
+        for index, weight in enumerate(model.parameters()):
+            weight.data = torch.linspace(-1, 1, weight.numel(), dtype=torch.float64).cos().reshape(weight.shape) + index
+        inputs, targets = batch()
+        inputs[:, -3:] = content
+        optimizer = hf_so2.build_optimizer(
+            "kfac", model, lr=1e-30, fallback_learning_rate=1e-30, factor_token_sketch=sketch
+        )
+        for _ in range(2):
+            outputs = model(inputs)[:, :-3].reshape(-1, 5)
+            nn.functional.cross_entropy(outputs, targets[:, :-3].reshape(-1)).backward()
+            # 0 times such a number is no gradient: the weight's own would not be finite.
+            for parameter in model.parameters():
+                parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+            optimizer.zero_grad()
+        factors.append(captured_factors(optimizer))
+    for name in factors[0]:
+        for side in "AB":
+            assert relative(factors[1][name][side], factors[0][name][side]) < 1e-12
