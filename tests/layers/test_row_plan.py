@@ -10,8 +10,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from shared.dense_fisher import METHODS, mlp_case, relative
-from shared.helpers import captured_factors, token_loss_sum
+from shared.dense_fisher import METHODS, after_still_steps, relative
+from shared.helpers import captured_factors
 from torch import Tensor, nn
 
 import hf_so2
@@ -68,18 +68,7 @@ def batch(sequences: int = SEQUENCES) -> tuple[Tensor, Tensor]:
 def optimizer_after(
     steps: int, optim: str = "kfac", parts: Sequence[Any] = (slice(None),), resume: Any = None, **settings: Any
 ) -> hf_so2.SecondOrderOptimizer:
-    """Of weights that hardly move, so that every step sees the same rows."""
-    model, _ = mlp_case()
-    inputs, targets = batch()
-    optimizer = hf_so2.build_optimizer(optim, model, lr=1e-30, fallback_learning_rate=1e-30, **settings)
-    if resume is not None:
-        optimizer.load_state_dict(resume)
-    for _ in range(steps):
-        for part in parts:
-            (token_loss_sum(model(inputs[part]), targets[part]) / targets.numel()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return optimizer
+    return after_still_steps(optim, batch(), steps, parts, resume, **settings)
 
 
 def states(optimizer: hf_so2.SecondOrderOptimizer) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from shared.dense_fisher import METHODS, linear_layers, mlp_case, relative
+from shared.dense_fisher import METHODS, after_still_steps, linear_layers, mlp_case, relative
 from shared.helpers import captured_factors, dense_factors, llama, token_loss_sum
 from torch import Tensor
 
@@ -63,19 +63,7 @@ def optimizer_after(
     resume: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> hf_so2.SecondOrderOptimizer:
-    """Of weights that hardly move, so that every step sees the same rows."""
-    model, _ = mlp_case()
-    inputs, targets = batch()
-    settings = {"lr": 1e-30, "fallback_learning_rate": 1e-30, "factor_token_sketch": 2, **settings}
-    optimizer = hf_so2.build_optimizer(optim, model, **settings)
-    if resume is not None:
-        optimizer.load_state_dict(resume)
-    for _ in range(steps):
-        for part in parts:
-            (token_loss_sum(model(inputs[part]), targets[part]) / targets.numel()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return optimizer
+    return after_still_steps(optim, batch(), steps, parts, resume, **{"factor_token_sketch": 2, **settings})
 
 
 @pytest.mark.parametrize("optim", METHODS)

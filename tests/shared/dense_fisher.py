@@ -6,7 +6,7 @@ block is `kron(B, A)`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,6 +138,37 @@ def stand_still(
         (loss_sum(model(batch[0]), batch) / batch[1].numel()).backward()
         optimizer.step()
     assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+    return optimizer
+
+
+def after_still_steps(
+    optim: str,
+    batch: tuple[Tensor, Tensor],
+    steps: int,
+    parts: Iterable[Any],
+    resume: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> hf_so2.SecondOrderOptimizer:
+    """The optimizer of an MLP whose weights hardly move, so that every step sees the same rows.
+
+    Args:
+        optim: its name.
+        batch: inputs and targets.
+        steps: number of steps, each on the parts of the batch one after the other.
+        parts: indices of sequences.
+        resume: a state to load before.
+        settings: settings of the optimizer.
+    """
+    model, _ = mlp_case()
+    inputs, targets = batch
+    optimizer = hf_so2.build_optimizer(optim, model, lr=1e-30, fallback_learning_rate=1e-30, **settings)
+    if resume is not None:
+        optimizer.load_state_dict(dict(resume))
+    for _ in range(steps):
+        for part in parts:
+            (token_loss_sum(model(inputs[part]), targets[part]) / targets.numel()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
     return optimizer
 
 
