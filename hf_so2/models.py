@@ -1,4 +1,4 @@
-"""Causal language models from flags: from scratch by type, overrides and width, or from a checkpoint."""
+"""Causal language models from flags: from scratch by type, overrides, width and depth, or from a checkpoint."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging
 
 from hf_so2.errors import ConfigurationError
-from hf_so2.mup import scale_width
+from hf_so2.mup import scale_depth, scale_width
 from hf_so2.mup.widths import REFUSALS
 from hf_so2.spelling import did_you_mean
 
@@ -48,6 +48,9 @@ class ModelArguments:
         default=None,
         metadata={"help": "scale the model from scratch to this hidden size, heads and MLP along with it"},
     )
+    depth: int | None = field(
+        default=None, metadata={"help": "scale the model from scratch to this number of layers, lists of kinds with it"}
+    )
     head: Literal["count", "size"] = field(
         default="count", metadata={"help": "what grows with --width: the number of heads or their size"}
     )
@@ -55,8 +58,10 @@ class ModelArguments:
     def __post_init__(self) -> None:
         if self.model_name_or_path is None and self.model_type is None:
             raise ConfigurationError("model_type", None, "must be given, or model_name_or_path for a checkpoint")
-        if self.model_name_or_path is not None and self.width is not None:
-            raise ConfigurationError("width", self.width, "must be left out with model_name_or_path, which has its own")
+        for name in ("width", "depth"):
+            size = getattr(self, name)
+            if self.model_name_or_path is not None and size is not None:
+                raise ConfigurationError(name, size, "must be left out with model_name_or_path, which has its own")
 
 
 def build_model_and_config(
@@ -72,7 +77,8 @@ def build_model_and_config(
 
     Raises:
         ConfigurationError: unknown model type or override, values that make no model, a width that does not
-            divide into heads, a checkpoint that cannot be loaded or does not fit the tokenizer.
+            divide into heads, a depth that the family cannot have, a checkpoint that cannot be loaded or does not fit
+            the tokenizer.
     """
     if arguments.model_name_or_path is not None:
         model = _load_checkpoint(arguments, cache_dir)
@@ -119,6 +125,8 @@ def build_config(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) 
     except REFUSALS as error:
         raise ConfigurationError("config_overrides", arguments.config_overrides, _one_line(error)) from error
     _require_whole_heads(config)
+    if arguments.depth is not None:
+        config = scale_depth(config, arguments.depth)
     if arguments.width is None:
         return config
     return scale_width(config, width=arguments.width, head=arguments.head)

@@ -69,7 +69,8 @@ def main() -> int:
 
 def prepare(flags: Mapping[str, Any], arguments: SweepArguments) -> list[Proxy]:
     """The proxies; every mistake in the flags is found here, before anything is trained."""
-    for name, instead in {"width": "widths", "model_name_or_path": "checkpoints"}.items():
+    others = {"width": "widths", "depth": "config_overrides", "model_name_or_path": "checkpoints"}
+    for name, instead in others.items():
         if name in flags:
             raise ConfigurationError(name, flags[name], f"must be left out: --{instead} says which")
     quieten()

@@ -39,6 +39,11 @@ _OTHER_FIELDS: dict[str, tuple[Any, Any, str]] = {
         None,
         "Width (hidden size) at which the settings of a _mup optimizer were tuned.",
     ),
+    "mup_base_depth": (
+        int | None,
+        None,
+        "Number of layers at which they were tuned, beside mup_base_width. Default: as many as the model has.",
+    ),
     "mup_base_config": (
         dict[str, Any] | str | None,
         None,

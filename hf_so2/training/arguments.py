@@ -18,7 +18,7 @@ from hf_so2.errors import ConfigurationError
 from hf_so2.methods.resolution import resolve
 from hf_so2.methods.settings import LIST_SETTINGS, SETTING_NAMES, Settings
 from hf_so2.methods.table import MUP_SUFFIX, OPTIMIZERS, parse_name
-from hf_so2.mup import scale_width
+from hf_so2.mup import scale_depth, scale_width
 from hf_so2.mup.widths import REFUSALS
 from hf_so2.optim.telemetry import LEVELS
 from hf_so2.spelling import did_you_mean
@@ -96,10 +96,13 @@ class SecondOrderArgumentsMixin(_Arguments):
             ConfigurationError: the family of `config` cannot be scaled to this width, or the file cannot be read.
         """
         if self.mup_base_width is not None:
+            field = "mup_base_width"
             try:
-                return scale_width(config, width=self.mup_base_width)
+                base = scale_width(config, width=self.mup_base_width)
+                field = "mup_base_depth"
+                return base if self.mup_base_depth is None else scale_depth(base, self.mup_base_depth)
             except ConfigurationError as error:
-                raise ConfigurationError("mup_base_width", self.mup_base_width, error.allowed) from None
+                raise ConfigurationError(field, getattr(self, field), error.allowed) from None
         given = self.mup_base_config
         if given is None:
             return None
@@ -144,9 +147,13 @@ class SecondOrderArgumentsMixin(_Arguments):
                 raise ConfigurationError(own.name, value, f"has no effect on transformers' optimizer {name}")
 
     def _check_base(self, name: str) -> None:
-        width = self.mup_base_width
-        if width is not None and (isinstance(width, bool) or not isinstance(width, int) or width < 1):
-            raise ConfigurationError("mup_base_width", width, "must be a whole number of at least 1")
+        for field in ("mup_base_width", "mup_base_depth"):
+            size = getattr(self, field)
+            if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+                raise ConfigurationError(field, size, "must be a whole number of at least 1")
+        if self.mup_base_depth is not None and self.mup_base_width is None:
+            allowed = "needs mup_base_width; a mup_base_config has its own number of layers"
+            raise ConfigurationError("mup_base_depth", self.mup_base_depth, allowed)
         if self.mup_base_width is not None and self.mup_base_config is not None:
             raise ConfigurationError(
                 "mup_base_config", self.mup_base_config, "excludes mup_base_width; give one of them"

@@ -44,7 +44,7 @@ def settings_in_use(args: SecondOrderArgumentsMixin) -> dict[str, Any]:
         if value is None or (entry.metadata["needs"] and entry.metadata["needs"] not in parts):
             continue
         found[TRAINER_FIELDS.get(entry.name, entry.name)] = list(value) if entry.name in LIST_SETTINGS else value
-    base = {name: getattr(args, name) for name in ("mup_base_width", "mup_base_config")}
+    base = {name: getattr(args, name) for name in ("mup_base_width", "mup_base_depth", "mup_base_config")}
     training = {name: getattr(getattr(args, name), "value", getattr(args, name)) for name in _TRAINING}
     if args.max_steps > 0:
         del training["num_train_epochs"]  # has no effect beside it

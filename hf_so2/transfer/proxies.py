@@ -15,6 +15,7 @@ from hf_so2.methods.resolution import parts_in_use
 from hf_so2.methods.settings import Settings
 from hf_so2.methods.table import MUP_SUFFIX, parse_name
 from hf_so2.models import ModelArguments, build_config, parse_overrides, require_positions
+from hf_so2.mup.depth.configs import text_depth
 from hf_so2.mup.widths import RECORD_FIELD, text_width
 from hf_so2.training.arguments import TRAINER_FIELDS, SecondOrderTrainingArguments
 from hf_so2.transfer.recipe import Recipe, shapes_training
@@ -94,7 +95,7 @@ def standard_parametrization(proxies: Sequence[Proxy], optim: str) -> list[Proxy
 
 
 _MODEL_FLAGS = tuple(entry.name for entry in fields(ModelArguments))
-_BASE_FLAGS = ("mup_base_width", "mup_base_config")
+_BASE_FLAGS = ("mup_base_width", "mup_base_depth", "mup_base_config")
 
 
 def _without_base(flags: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,7 +110,7 @@ def _base_flags(flags: Mapping[str, Any], narrowest: Proxy, finetuning: bool) ->
         return {"mup_base_config": flags["mup_base_config"]}
     width = flags.get("mup_base_width")
     if width is not None and width <= narrowest.width:
-        return {"mup_base_width": width}
+        return {name: flags[name] for name in ("mup_base_width", "mup_base_depth") if flags.get(name) is not None}
     if width is not None:
         print(f"μP base: width {narrowest.width}, the narrowest proxy, since {width} is wider than it", flush=True)
     if not finetuning:
@@ -146,11 +147,14 @@ def make_recipe(proxy: Proxy, params: Params, transfer: Mapping[str, Any], sourc
         model_section |= {"config_overrides": parse_overrides(model.config_overrides), "head": model.head}
     names = [name for name in proxy.flags if shapes_training(name) and name not in (*optimizer, "optim_args")]
     training = {entry.name for entry in fields(SecondOrderTrainingArguments)} - set(_BASE_FLAGS)
+    base = {name: _plain(proxy.flags[name]) for name in _BASE_FLAGS if name in proxy.flags}
+    if "mup_base_width" in base and model.model_name_or_path is None:
+        base = _base_depth(proxy.config) | base
     spelled_out = [*_SPELLED_OUT, "max_steps" if args.max_steps > 0 else "num_train_epochs"]
     return Recipe(
         transfer=transfer,
         optimizer=optimizer,
-        base={name: _plain(proxy.flags[name]) for name in _BASE_FLAGS if name in proxy.flags},
+        base=base,
         model=model_section,
         data={e.name: getattr(data, e.name) for e in fields(DataArguments) if e.name in (*names, *_SPELLED_OUT_DATA)},
         training={
@@ -158,6 +162,14 @@ def make_recipe(proxy: Proxy, params: Params, transfer: Mapping[str, Any], sourc
         },
         source=source,
     )
+
+
+def _base_depth(config: PretrainedConfig) -> dict[str, int]:
+    """The proxies' number of layers as a flag; empty for a family that has none."""
+    try:
+        return {"mup_base_depth": text_depth(config)}
+    except ConfigurationError:
+        return {}
 
 
 def _optimizer_flags(args: SecondOrderTrainingArguments) -> dict[str, Any]:

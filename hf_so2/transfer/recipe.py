@@ -25,9 +25,9 @@ _ELSEWHERE = (
     "output_dir cache_dir report_to run_name project trackio_space_id use_cpu disable_tqdm remove_unused_columns"
     " do_train do_eval do_predict per_device_eval_batch_size resume_from_checkpoint"
     " restore_callback_states_from_checkpoint load_best_model_at_end metric_for_best_model greater_is_better"
-    " prediction_loss_only include_for_metrics batch_eval_metrics ignore_data_skip width model_name_or_path"
+    " prediction_loss_only include_for_metrics batch_eval_metrics ignore_data_skip width depth model_name_or_path"
 ).split()
-_BASE = frozenset({"mup_base_width", "mup_base_config"})
+_BASE = frozenset({"mup_base_width", "mup_base_depth", "mup_base_config"})
 _ELSEWHERE_PREFIXES = (
     "logging_",
     "log_",
@@ -54,7 +54,8 @@ class Recipe:
         transfer: `confirmed`, `verdict` (a sentence), `losses` (of the setting, by width of the proxies, nats per
             token).
         optimizer: `optim` and its settings, as flags.
-        base: `mup_base_width` or `mup_base_config`; empty without μP.
+        base: `mup_base_width`, with `mup_base_depth` if the family has a number of layers, or `mup_base_config`; empty
+            without μP.
         model: `model_type` and, for models from scratch, the other flags of `ModelArguments`.
         data: flags of `DataArguments`.
         training: the other flags.
@@ -133,7 +134,7 @@ _COMMENTS = {
     "transfer": "What the proxies said: validation losses of this setting by width, in nats per token.",
     "optimizer": "Searched on the proxies, or held at these values there.",
     "base": "The model at which the settings above hold as they stand; in a wider one they are scaled from it (μP).",
-    "model": "The family, and the model from scratch before --width scales it.",
+    "model": "The family, and the model from scratch before --width and --depth scale it.",
     "data": "What to train and evaluate on.",
     "training": "Batch, length and schedule; the batch size is for one process and is divided among several.",
     "source": "Where this comes from; for you, not read.",

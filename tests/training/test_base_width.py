@@ -91,3 +91,30 @@ def test_plain_sgd_momentum_is_that_of_torch() -> None:
             model(input_ids=tokens, labels=tokens).loss.backward()
             stepper.step()
     assert_same_parameters(ours, theirs)
+
+
+def test_a_base_depth_scales_the_branches_and_the_models_own_changes_nothing(tmp_path: Path) -> None:
+    """Beside the base width it is the number of layers that `mup_base_config` would have."""
+    layers = llama().config.num_hidden_layers
+    plain = trained(llama(), token_rows(), tmp_path, optim="kfac_mup", **BASE, **STEPS)
+    same = trained(llama(), token_rows(), tmp_path, optim="kfac_mup", **BASE, mup_base_depth=layers, **STEPS)
+    assert_same_parameters(same.model, plain.model)
+    config = hf_so2.scale_depth(llama().config, depth=1).to_dict()
+    by_depth = trained(llama(), token_rows(), tmp_path, optim="kfac_mup", **BASE, mup_base_depth=1, **STEPS)
+    by_config = trained(llama(), token_rows(), tmp_path, optim="kfac_mup", mup_base_config=config, **STEPS)
+    assert_same_parameters(by_depth.model, by_config.model)
+    weights = [model.get_parameter("model.layers.0.mlp.down_proj.weight") for model in (by_depth.model, plain.model)]
+    assert not torch.equal(*weights)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"mup_base_depth": 0, "mup_base_width": 16}, "mup_base_depth=0: must be a whole number of at least 1"),
+        ({"mup_base_depth": 2}, "mup_base_depth=2: needs mup_base_width"),
+        ({"mup_base_depth": 2, "mup_base_config": "base"}, "mup_base_depth=2: needs mup_base_width"),
+    ],
+)
+def test_a_base_depth_that_means_nothing_is_refused(flags: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(hf_so2.ConfigurationError, match=message):
+        hf_so2.SecondOrderTrainingArguments(output_dir=str(tmp_path), optim="kfac_mup", **flags)

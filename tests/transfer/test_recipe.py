@@ -24,7 +24,7 @@ TYPES = (ModelArguments, DataArguments, SecondOrderTrainingArguments)
 RECIPE = Recipe(
     transfer={"confirmed": True, "verdict": "It transfers.", "losses": {64: 3.2, 128: 3.1}},
     optimizer={"optim": "kfac_mup", "learning_rate": 0.12, "damping": 1e-05, "skip_modules": ["gate", "lm"]},
-    base={"mup_base_width": 64},
+    base={"mup_base_width": 64, "mup_base_depth": 2},
     model={"model_type": "llama", "config_overrides": {"hidden_size": 64, "hidden_act": "silu"}, "head": "count"},
     data={"max_seq_length": 64, "vocab_size": 300},
     training={
@@ -161,6 +161,7 @@ def test_a_bad_recipe_is_one_line_and_code_2(
         (["--model_name_or_path", "NARROW"], "at least as wide as the recipe's proxy, 64"),
         (["--model_name_or_path", "missing"], "model_name_or_path='missing': cannot be loaded"),
         (["--widht", "512"], "did you mean 'width'"),
+        (["--width", "512", "--depth", "0"], "depth=0: must be a positive number"),
     ],
 )
 def test_a_model_that_the_recipe_is_not_for_is_one_line_and_code_2(

@@ -74,7 +74,7 @@ def test_a_confirmed_transfer_leaves_a_recipe_and_a_report(
     recipe = read_recipe(str(tmp_path / "recipe.yaml"))
     assert recipe.transfer["confirmed"]
     assert recipe.optimizer["learning_rate"] == 0.12
-    assert recipe.base == {"mup_base_width": 16}
+    assert recipe.base == {"mup_base_width": 16, "mup_base_depth": 1}
     assert recipe.training["max_steps"] == 4
     assert recipe.losses[16] > recipe.losses[32]
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
