@@ -12,8 +12,8 @@ from transformers import AutoConfig
 
 from hf_so2.data import DataArguments
 from hf_so2.errors import ConfigurationError
-from hf_so2.models import ModelArguments
-from hf_so2.mup.widths import text_width
+from hf_so2.models import ModelArguments, parse_overrides
+from hf_so2.mup.widths import DEPTH_FIELDS, text_width
 from hf_so2.spelling import did_you_mean
 from hf_so2.training.arguments import SecondOrderTrainingArguments
 
@@ -90,6 +90,23 @@ class Recipe:
             value = getattr(value, "value", value)
             if shapes_training(name) and value != known:
                 yield f"{name}: {value} (recipe: {known})"
+
+    def other_depth(self, given: Mapping[str, Any]) -> str:
+        """A warning if the flags change the number of layers, but the settings do not follow it; empty if not.
+
+        A base that is a width alone is as deep as the model.
+        """
+        if "mup_base_width" not in self.settings(given) | dict(given) or "config_overrides" not in given:
+            return ""
+        own, asked = (parse_overrides(flags.get("config_overrides")) for flags in (self.model, given))
+        changed = [
+            f"{name} is {asked.get(name, 'its default')}, {own.get(name, 'its default')} on the proxies"
+            for name in sorted(DEPTH_FIELDS & (own.keys() | asked.keys()))
+            if asked.get(name) != own.get(name)
+        ]
+        if not changed:
+            return ""
+        return f"{', '.join(changed)}: settings follow the depth only with a mup_base_config as deep as the proxies"
 
     def check(self, path: str, given: Mapping[str, Any]) -> None:
         """Refuses a model that the recipe was not made for.
