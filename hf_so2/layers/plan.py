@@ -11,7 +11,8 @@ each group's rows with random signs `s`. The product `(Σ s_i x_i) (Σ s_j x_j)�
 and the products of different tokens have mean zero (Clarkson & Woodruff 2013, arXiv 1207.6365, section 2). A sample of
 the tokens could miss tokens whose gradients are much larger than the others'. A sketch misses none.
 
-EKFAC's second moments are no sums of outer products. They are taken from a sample.
+EKFAC's second moments are no sums of outer products. They are taken from a sample of each micro-batch. Which rows these
+are does depend on the split.
 """
 
 from __future__ import annotations

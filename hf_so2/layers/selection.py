@@ -129,7 +129,7 @@ def select(
             return Treatment(False, "empty")
         if parameter.ndim < 2:
             kind = "a vector: norm gain or bias" if parameter.ndim else "a scalar"
-            return Treatment(False, kind, is_added=own_name.endswith("bias"))
+            return Treatment(False, kind, is_added="bias" in own_name.rpartition(".")[2])
         is_embedding = any(isinstance(module, nn.Embedding) for module in modules)
         is_head = any(module in heads for module in modules)
         if is_embedding and (reason := _why_not(modules, tokens, heads, extent)):

@@ -88,7 +88,10 @@ def _lines(
     rows = {"optimizer": f"`{args.optim.value}`", "muP base": "none: standard parametrization"}
     if mup is not None:
         weights = "pretrained weights" if mup.pretrained else "trained from scratch"
-        rows["muP base"] = f"width {mup.base_width}; this model has width {mup.width}, {weights}"
+        base, own = f"width {mup.base_width}", f"width {mup.width}"
+        if mup.depth:
+            base, own = f"{base}, {mup.base_depth} layers", f"{own}, {mup.depth} layers"
+        rows["muP base"] = f"{base}; this model has {own}, {weights}"
     if optimizer is not None:
         rows["weights"] = optimizer.coverage().summary()
     rows |= {"recipe": "the settings below"} | dict(notes)

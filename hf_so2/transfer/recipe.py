@@ -12,8 +12,8 @@ from transformers import AutoConfig
 
 from hf_so2.data import DataArguments
 from hf_so2.errors import ConfigurationError
-from hf_so2.models import ModelArguments
-from hf_so2.mup.widths import text_width
+from hf_so2.models import ModelArguments, parse_overrides
+from hf_so2.mup.widths import DEPTH_FIELDS, text_width
 from hf_so2.spelling import did_you_mean
 from hf_so2.training.arguments import SecondOrderTrainingArguments
 
@@ -28,6 +28,7 @@ _ELSEWHERE = (
     " prediction_loss_only include_for_metrics batch_eval_metrics ignore_data_skip width depth model_name_or_path"
 ).split()
 _BASE = frozenset({"mup_base_width", "mup_base_depth", "mup_base_config"})
+_NO_BASE_DEPTH = "settings follow the depth only with a mup_base_depth, that of the proxies"
 _ELSEWHERE_PREFIXES = (
     "logging_",
     "log_",
@@ -91,6 +92,28 @@ class Recipe:
             value = getattr(value, "value", value)
             if shapes_training(name) and value != known:
                 yield f"{name}: {value} (recipe: {known})"
+
+    def other_depth(self, given: Mapping[str, Any]) -> str:
+        """A warning if the flags change the number of layers, but the settings do not follow it; empty if not.
+
+        A base that is a width alone, as in recipes of earlier versions, is as deep as the model.
+        """
+        flags = self.settings(given) | dict(given)
+        if "mup_base_width" not in flags or "mup_base_depth" in flags:
+            return ""
+        if given.get("depth") is not None:
+            return f"depth is {given['depth']}: {_NO_BASE_DEPTH}"
+        if "config_overrides" not in given:
+            return ""
+        own, asked = (parse_overrides(flags.get("config_overrides")) for flags in (self.model, given))
+        changed = [
+            f"{name} is {asked.get(name, 'its default')}, {own.get(name, 'its default')} on the proxies"
+            for name in sorted(DEPTH_FIELDS & (own.keys() | asked.keys()))
+            if asked.get(name) != own.get(name)
+        ]
+        if not changed:
+            return ""
+        return f"{', '.join(changed)}: {_NO_BASE_DEPTH}"
 
     def check(self, path: str, given: Mapping[str, Any]) -> None:
         """Refuses a model that the recipe was not made for.

@@ -46,6 +46,8 @@ def read_flags_and_recipe(
     lines = [f"recipe {path}: {recipe.optimizer['optim']}, tuned at width {widths}"]
     if not recipe.transfer["confirmed"]:
         lines.append(f"beware: {recipe.transfer['verdict']}")
+    if warning := recipe.other_depth(given):
+        lines.append(f"beware: {warning}")
     lines += [f"override: {line}" for line in recipe.overrides(given)]
     return taken | given, recipe, lines
 

@@ -209,6 +209,14 @@ def test_hidden_matrices_in_the_fallback_have_a_rate_of_their_own() -> None:
     assert set(rates.values()) == {0.08}
 
 
+def test_the_biases_of_a_recurrent_layer_are_biases() -> None:
+    """torch names them `bias_ih_l0`."""
+    model = torch.nn.ModuleDict({"mix": torch.nn.LSTM(8, 8), "out": torch.nn.Linear(8, 8)})
+    optimizer = hf_so2.build_optimizer("kfac", model)
+    rates = {name: g["lr"] for g in optimizer.param_groups for name in g["param_names"]}
+    assert rates["mix.bias_ih_l0"] == rates["mix.bias_hh_l0"] == rates["out.bias"] == DEFAULT.bias_learning_rate
+
+
 @pytest.mark.parametrize(
     ("given", "added", "rest"),
     [

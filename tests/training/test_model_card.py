@@ -56,6 +56,17 @@ def test_it_names_optimizer_base_recipe_and_versions(tmp_path: Path) -> None:
     assert (written["damping"], written["mup_base_width"], written["max_steps"]) == (0.02, 16, 3)
 
 
+def test_it_names_the_depth_of_a_base_that_is_less_deep(tmp_path: Path) -> None:
+    base = llama(16).config
+    base.num_hidden_layers = 1
+    trainer = made(tmp_path, optim="kfac_mup", mup_base_config=base.to_dict())
+    trainer.create_model_card()
+    layers = trainer.model.config.num_hidden_layers
+    assert layers > 1
+    expected = f"width 16, 1 layers; this model has width 32, {layers} layers, trained from scratch"
+    assert table(tmp_path)["muP base"] == expected
+
+
 @pytest.mark.parametrize("optim", sorted(hf_so2.OPTIMIZERS))
 def test_its_settings_make_the_same_optimizer_again(optim: str, tmp_path: Path) -> None:
     base = {"mup_base_width": 16} if optim.endswith("_mup") else {}

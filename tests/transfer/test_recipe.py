@@ -106,6 +106,28 @@ def test_an_unconfirmed_recipe_warns(path: Path) -> None:
     assert lines[1] == "beware: Not confirmed: edge."
 
 
+def test_a_depth_that_the_base_does_not_follow_warns(path: Path) -> None:
+    changed(path, lambda content: content["model"]["config_overrides"].update(num_hidden_layers=2))
+
+    def warnings(*argv: str) -> list[str]:
+        _, _, lines = read_flags_and_recipe(TYPES, ["--recipe", str(path), *argv])
+        return [line for line in lines if "mup_base_depth, that of the proxies" in line]
+
+    assert not warnings("--config_overrides=hidden_size=64,num_hidden_layers=6")
+    assert not warnings("--depth", "6")
+    changed(path, lambda content: content["base"].pop("mup_base_depth"))  # as earlier versions wrote it
+
+    deeper = "--config_overrides=hidden_size=64,num_hidden_layers=6"
+    assert len(warnings(deeper)) == len(warnings("--config_overrides=hidden_size=64")) == 1
+    assert warnings(deeper)[0].startswith("beware: num_hidden_layers is 6, 2 on the proxies")
+    assert warnings("--depth", "6")[0].startswith("beware: depth is 6")
+    assert not warnings()
+    assert not warnings("--config_overrides=hidden_size=64,num_hidden_layers=2")
+    assert not warnings(deeper, "--mup_base_config=base.json")
+    changed(path, lambda content: content.update(base={}))
+    assert not warnings(deeper)
+
+
 def test_a_checkpoint_brings_its_own_model_and_takes_the_proxys_base(path: Path, tmp_path: Path) -> None:
     wide = LlamaConfig(hidden_size=256, intermediate_size=512, num_hidden_layers=1, num_attention_heads=4)
     wide.save_pretrained(tmp_path / "wide")
