@@ -266,7 +266,8 @@ class Curvature:
         saved = state["layers"]
         if saved.keys() != self.layers.keys():
             odd = sorted(saved.keys() ^ self.layers.keys())
-            raise ValueError(f"the saved curvature is of other layers than the model's: {', '.join(odd[:5])}")
+            hint = "; split_heads must be as it was" if any("head " in name for name in odd) else ""
+            raise ValueError(f"the saved curvature is of other layers than the model's: {', '.join(odd[:5])}{hint}")
         for name, entry in saved.items():
             layer = self.layers[name]
             layer.load_state(entry["state"])

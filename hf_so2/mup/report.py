@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -11,6 +12,8 @@ from hf_so2.errors import ConfigurationError
 from . import rules
 from .roles import Shape, pattern_of
 from .rules import ParameterWidth
+
+logger = logging.getLogger(__name__)
 
 _COLUMNS = {
     "lr_adam": lambda width: rules.learning_rate_multiplier(rules.ADAM, width),
@@ -50,6 +53,18 @@ class MupReport(Mapping[str, ParameterWidth]):
         self._widths, self._shapes = dict(widths), dict(shapes)
         self.base_width, self.width, self.pretrained, self.notes = base_width, width, pretrained, tuple(notes)
         self.base_depth, self.depth = base_depth, depth
+
+    def warn_of_another_base(self, width: int | None, depth: int | None = None) -> None:
+        """Warn if a base was given that is not the one the model was scaled from. The model's own counts.
+
+        Args:
+            width: hidden size of the base that was given; None for no base.
+            depth: its number of layers; None where it was not said.
+        """
+        own = [(self.base_width, width, "width"), (self.base_depth, depth, "depth")]
+        other = [f"{kind} {given}, not {mine}" for mine, given, kind in own if mine and given and given != mine]
+        if other:
+            logger.warning("the μP base is not used: the model is scaled from another: %s", ", ".join(other))
 
     def __getitem__(self, name: str) -> ParameterWidth:
         return self._widths[name]

@@ -19,6 +19,8 @@ from hf_so2.methods.damping_overrides import DampingOverrides
 from hf_so2.methods.settings import Settings
 from hf_so2.methods.table import MUP_SUFFIX, parse_name
 from hf_so2.mup import ParameterWidth, apply_mup, read_mup, refuse_adapters
+from hf_so2.mup.depth.configs import text_depth
+from hf_so2.mup.widths import text_width
 from hf_so2.optim.coverage import Coverage, CoverageReport
 from hf_so2.optim.decisions import (
     damping_of,
@@ -174,7 +176,11 @@ def _widths(name: str, model: nn.Module, base: PretrainedConfig | nn.Module | No
         record = read_mup(model)
         if record is None and base is None:
             raise ConfigurationError("base_config", None, f"{name} needs the config at whose width it was tuned")
-        return apply_mup(model, base) if record is None else record
+        if record is None:
+            return apply_mup(model, base)
+        if isinstance(base, PretrainedConfig):
+            record.warn_of_another_base(text_width(base), text_depth(base) if record.base_depth else None)
+        return record
     except ConfigurationError as error:
         raise with_way_out(error, name) from None
 

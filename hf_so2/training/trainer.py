@@ -254,7 +254,10 @@ def _check_fsdp(plugin: Any, args: SecondOrderArgumentsMixin) -> None:
 def _apply_mup(model: nn.Module, args: SecondOrderArgumentsMixin) -> None:
     """Apply μP to a model if the optimizer's name asks for it and the model has no μP record yet."""
     name = str(args.optim.value)
-    if not (args.is_ours(name) and name.endswith(MUP_SUFFIX)) or read_mup(model) is not None:
+    if not (args.is_ours(name) and name.endswith(MUP_SUFFIX)):
+        return
+    if (record := read_mup(model)) is not None:
+        record.warn_of_another_base(args.mup_base_width, args.mup_base_depth)
         return
     try:
         refuse_adapters(model)

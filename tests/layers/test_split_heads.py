@@ -294,3 +294,13 @@ def test_under_mup_every_head_gets_its_own_spectral_norm(name: str) -> None:
         assert float(torch.linalg.matrix_norm(change, 2)) == pytest.approx(
             expected, rel=0.3 if name == "muon_mup" else 0.02
         )
+
+
+def test_a_state_of_whole_projections_is_refused_with_the_settings_name() -> None:
+    states = []
+    for is_split in (False, True):
+        optimizer = hf_so2.build_optimizer("shampoo", llama(), split_heads=is_split)
+        states.append((optimizer, optimizer.state_dict()))
+    for (optimizer, _), (_, other) in zip(states, reversed(states), strict=True):
+        with pytest.raises(ValueError, match="split_heads must be as it was"):
+            optimizer.load_state_dict(other)

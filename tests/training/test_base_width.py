@@ -118,3 +118,15 @@ def test_a_base_depth_scales_the_branches_and_the_models_own_changes_nothing(tmp
 def test_a_base_depth_that_means_nothing_is_refused(flags: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(hf_so2.ConfigurationError, match=message):
         hf_so2.SecondOrderTrainingArguments(output_dir=str(tmp_path), optim="kfac_mup", **flags)
+
+
+def test_a_base_beside_the_models_own_is_not_used_and_said_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A model that μP has scaled keeps the base that it was scaled from."""
+    model = llama()
+    base = hf_so2.scale_depth(hf_so2.scale_width(model.config, width=16), depth=1)
+    hf_so2.apply_mup(model, base)
+    for given in (base, hf_so2.scale_width(base, width=32), hf_so2.scale_depth(base, depth=2)):
+        hf_so2.build_optimizer("kfac_mup", model, base_config=given)
+    trained(model, token_rows(), tmp_path, optim="kfac_mup", mup_base_width=8, max_steps=1)
+    said = [record.getMessage() for record in caplog.records if "base is not used" in record.getMessage()]
+    assert [line.rpartition(": ")[2] for line in said] == ["width 32, not 16", "depth 2, not 1", "width 8, not 16"]
