@@ -166,7 +166,7 @@ class Plan(Protocol):
         """
         ...
 
-    def sample(self) -> tuple[Tensor, Tensor] | None:
+    def sample(self) -> tuple[Tensor, float] | None:
         """The indices of some rows, and how many rows each stands for; None for all."""
         ...
 

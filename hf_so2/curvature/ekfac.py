@@ -122,7 +122,7 @@ class EKFAC(TokenBlock):
         sums = squared_gradients.mT @ from_right(h, state.get("A_basis")).square()
         return sums if sample is None else sums.mul_(sample[1])
 
-    def _sample(self, inputs: Tensor, plan: Plan | None) -> tuple[Tensor, Tensor | float] | None:
+    def _sample(self, inputs: Tensor, plan: Plan | None) -> tuple[Tensor, float] | None:
         """The indices of the rows that S is observed on, and how many rows each stands for; None for all."""
         if self.moment_stride is not None:
             return in_turn(len(inputs), self.moment_stride, inputs.device)

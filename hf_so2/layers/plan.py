@@ -11,13 +11,11 @@ each group's rows with random signs `s`. The product `(Σ s_i x_i) (Σ s_j x_j)�
 and the products of different tokens have mean zero (Clarkson & Woodruff 2013, arXiv 1207.6365, section 2). A sample of
 the tokens could miss tokens whose gradients are much larger than the others'. A sketch misses none.
 
-EKFAC's second moments are no sums of outer products. They are taken from a sample of each micro-batch. Which rows these
-are does depend on the split.
+EKFAC's second moments are no sums of outer products. They are taken from a sample, one in so many tokens of a sequence.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -34,8 +32,9 @@ ROWS_PER_DIMENSION, LEAST_ROWS = 0.25, 256
 # About so many rows of a step are sampled for second moments, which have no directions to resolve.
 SAMPLED_ROWS = 128
 
-# The fractional part of the golden ratio: its multiples fill the unit interval evenly.
-TURN = (math.sqrt(5) - 1) / 2
+# So many features of a sequence's inputs decide where its sample begins. The multiplier mixes their digits (Knuth 1998,
+# The Art of Computer Programming 3, section 6.4).
+MARKS, HASH = 4, 2654435761
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,7 @@ class RowPlan:
     Args:
         live: which rows count, (rows,) of booleans.
         weights: the same as numbers (rows, 1); None if the inputs of all other rows are zero.
+        inputs: the inputs of the rows, (rows, fan_in); None if they are one-hot, which are never sampled.
         shape: shape of the positions, (..., length), if every position is a row; else None, and nothing is folded.
         sketch: number of tokens of a sequence that are folded into one; None for as many as the factor allows.
         seen: number of rows of the whole last step; 0 if there was none.
@@ -53,6 +53,7 @@ class RowPlan:
 
     live: Tensor
     weights: Tensor | None = None
+    inputs: Tensor | None = None
     shape: torch.Size | None = None
     sketch: int | None = 1
     seen: int = 0
@@ -65,22 +66,38 @@ class RowPlan:
             return None
         return fold_of_sequences(self.shape, size, self.step, self.live.device)
 
-    def sample(self) -> tuple[Tensor, Tensor] | None:
-        """Some of the rows that count, evenly spread among them; None for all.
+    def sample(self) -> tuple[Tensor, float] | None:
+        """One in so many positions of each sequence; None for all.
+
+        Where a sequence begins depends on its own inputs. So sequences begin at different places, and neither the split
+        of a batch nor the number of processes matters. In as many steps as rows are left out, every row has its turn.
 
         Returns:
-            Their indices (picked,), and the number of rows that each stands for, 0-dim.
+            The indices of the rows (picked,), and the number of rows that each stands for.
         """
-        stride = thinning(self.seen, least=SAMPLED_ROWS)
+        if self.shape is None or self.inputs is None or len(self.shape) < 2:
+            return None
+        length = self.shape[-1]
+        stride = min(thinning(self.seen, least=SAMPLED_ROWS), length)
         if stride < 2:
             return None
-        picked, before = max(1, len(self.live) // stride), self.live.cumsum(dim=0)
-        # One in every stretch of equal length, at another place each time: sequences are periodic.
-        stretch = torch.arange(picked, device=self.live.device, dtype=torch.float64)
-        places = (stretch + (stretch + self.step) * TURN % 1) * before[-1] / picked
-        # The first row with so many rows before it. No wait for the device.
-        indices = torch.searchsorted(before, places.long(), right=True).clamp(max=len(self.live) - 1)
-        return indices, before[-1] / picked
+        offsets = (self._mark(length) + self.step) % stride
+        places = offsets.unsqueeze(1) + torch.arange(0, length, stride, device=offsets.device)
+        indices = places + torch.arange(len(places), device=offsets.device).unsqueeze(1) * length
+        # If the stride divides the length, all places are inside, and nothing waits for the device.
+        return (indices.flatten() if length % stride == 0 else indices[places < length]), float(stride)
+
+    def _mark(self, length: int) -> Tensor:
+        """A number for each sequence, (sequences,), that its inputs decide, but not their last digits."""
+        assert self.inputs is not None
+        features = torch.where(self.live.unsqueeze(1), self.inputs[:, :MARKS], 0)
+        # Alternating signs: what all tokens have in common would give all sequences one mark.
+        signs = 1 - 2 * (torch.arange(length, device=features.device) % 2)
+        sums = (features.reshape(-1, length, features.shape[1]) * signs[:, None]).sum(dim=1)
+        # The first four binary digits of each sum.
+        digits = (torch.frexp(sums).mantissa.abs() * 32).long() % 16
+        number = (digits * 16 ** torch.arange(digits.shape[1], device=digits.device)).sum(dim=1)
+        return (number * HASH) >> 16
 
 
 def thinning(rows: int, dimension: int = 0, least: int = LEAST_ROWS) -> int:

@@ -189,7 +189,9 @@ class Summation:
         seen = min(self.rows.get(name, 0) for name in readers.gradients)
         positions = positions_of(given, adapter)
         shape = positions if positions.numel() == len(rows.live) else None
-        return rows, RowPlan(rows.live, rows.weights, shape, self._sketch, seen, self.step)
+        return rows, RowPlan(
+            rows.live, rows.weights, None if adapter.one_hot else rows.h, shape, self._sketch, seen, self.step
+        )
 
 
 def positions_of(inputs: Tensor, adapter: Adapter) -> torch.Size:
