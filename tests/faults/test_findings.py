@@ -7,6 +7,7 @@ import gc
 import os
 import signal
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -158,6 +159,15 @@ def test_lapack_failing_once_is_made_good_in_float64(monkeypatch: pytest.MonkeyP
         torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6, msg=key)
 
 
+@pytest.fixture
+def _listens_to_ctrl_c() -> Iterator[None]:
+    """Processes that a shell starts in the background ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_listens_to_ctrl_c")
 def test_ctrl_c_in_a_step_is_raised_once_the_step_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     models = [mlp(), mlp()]
     optimizers = [hf_so2.build_optimizer("kfac", model, fallback_learning_rate=0.01) for model in models]
