@@ -98,16 +98,9 @@ def _expanded_inputs(adapter: Adapter, inputs: Tensor, dtype: torch.dtype, live:
         kept = live & (ids != adapter.ignored_index)
         count = kept.sum()
         return InputRows(torch.where(kept, ids, -1), count, count, kept, kept)
-    h = inputs.reshape(-1, inputs.shape[-1]).to(dtype)
-    h = _with_ones(adapter, h)
-    if h.device.type == "cpu" and h.data_ptr() == inputs.data_ptr():
-        # To set rows to zero takes a copy of all. Finite ones can be left out by a weight.
-        dead = live.logical_not().nonzero().squeeze(1)
-        if not len(dead):
-            return InputRows(h, count, count, live)
-        if bool(torch.isfinite(h[dead].square().sum())):
-            return InputRows(h, count, count, live, weights=live.unsqueeze(1).to(dtype))
-    return InputRows(_zeroed(h, live, inputs), count, count, live)
+    h = _with_ones(adapter, inputs.reshape(-1, inputs.shape[-1]).to(dtype))
+    h, weights = _without_dead_rows(h, live, inputs)
+    return InputRows(h, count, count, live, weights=weights)
 
 
 def _expanded_gradients(adapter: Adapter, gradients: Tensor, rows: InputRows) -> Tensor:
@@ -115,21 +108,28 @@ def _expanded_gradients(adapter: Adapter, gradients: Tensor, rows: InputRows) ->
     return delta if rows.kept is None else delta * rows.kept.unsqueeze(1)
 
 
-def _zeroed(h: Tensor, live: Tensor, given: Tensor) -> Tensor:
-    """`h` (rows, n) with zeros where a row does not count. Such a row may contain anything, also infinite numbers.
+def _without_dead_rows(h: Tensor, live: Tensor, given: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Keep what does not count out of sums over the rows `h` (rows, n). It may be anything, also infinite.
 
     Args:
         h: the rows.
         live: which rows count.
         given: the tensor that must not be written to.
+
+    Returns:
+        Rows, and their weights (rows, 1) of ones and zeros; None if the rows that do not count are zero. On a CPU to
+        set them to zero can take a copy of all rows. If they are finite, weights take its place.
     """
     if h.device.type != "cpu":
-        return torch.where(live.unsqueeze(1), h, 0)  # without a wait for the device
+        return torch.where(live.unsqueeze(1), h, 0), None  # without a wait for the device
     dead = live.logical_not().nonzero().squeeze(1)
     if not len(dead):
-        return h
-    own = h.clone() if h.data_ptr() == given.data_ptr() else h
-    return own.index_fill_(0, dead, 0)
+        return h, None
+    is_own = h.data_ptr() != given.data_ptr()
+    if not is_own and bool(torch.isfinite(h[dead].square().sum())):
+        return h, live.unsqueeze(1).to(h.dtype)
+    own = h if is_own else h.clone()
+    return own.index_fill_(0, dead, 0), None
 
 
 def _are_sequences(adapter: Adapter, tensor: Tensor) -> bool:
@@ -145,7 +145,8 @@ def _reduced_inputs(adapter: Adapter, inputs: Tensor, dtype: torch.dtype, live: 
     """Every sequence is a row, the mean over its positions that count."""
     if not _are_sequences(adapter, inputs):
         return _expanded_inputs(adapter, inputs, dtype, live)
-    h = _zeroed(_with_ones(adapter, inputs.flatten(0, -2).to(dtype)), live, inputs)
+    h, weights = _without_dead_rows(_with_ones(adapter, inputs.flatten(0, -2).to(dtype)), live, inputs)
+    h = h if weights is None else h * weights
     lengths = live.reshape(len(inputs), -1).sum(dim=1)
     sums = h.reshape(len(inputs), -1, h.shape[-1]).sum(dim=1)
     means, are_live = sums / lengths.clamp(min=1).unsqueeze(1), lengths > 0
