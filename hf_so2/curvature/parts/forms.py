@@ -20,6 +20,9 @@ from torch import Tensor
 from hf_so2.curvature.base import Plan
 from hf_so2.linalg import DecompositionError, block_diagonal, damped_root, mean_over_eigenspaces, symmetric_product
 
+# A copy of so many rows stays in a cache.
+ROWS_AT_A_TIME = 256
+
 
 def is_one_hot(rows: Tensor) -> bool:
     return not rows.is_floating_point()
@@ -29,7 +32,9 @@ def squared_length(rows: Tensor) -> Tensor:
     """`|x|²` of every row, shape (rows, 1)."""
     if is_one_hot(rows):
         return (rows >= 0).unsqueeze(1)
-    return torch.linalg.vector_norm(rows, dim=1, keepdim=True).square()  # without a copy of all rows
+    # On a CPU a copy of all rows needs new memory, which takes longer to get than the squares do.
+    parts = rows.split(ROWS_AT_A_TIME) if rows.device.type == "cpu" else [rows]
+    return torch.cat([part.square().sum(dim=1, keepdim=True) for part in parts])
 
 
 def second_moment(rows: Tensor, like: Tensor, weights: Tensor | float = 1.0, plan: Plan | None = None) -> Tensor:
