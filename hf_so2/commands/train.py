@@ -55,13 +55,13 @@ def main() -> None:
     require_positions(config, data_args.max_seq_length)
 
     made = new_folders(Path(args.output_dir))
-    trainer, report = build_trainer(args, model, corpus)
-    if trainer.is_world_process_zero():
-        print("\n".join([*messages, report]), flush=True)
-
     try:
+        trainer, report = build_trainer(args, model, corpus)
+        if trainer.is_world_process_zero():
+            print("\n".join([*messages, report]), flush=True)
         result = trainer.train(resume_from_checkpoint=checkpoint)
-    except ConfigurationError:  # a checkpoint that does not fit
+    except ConfigurationError:
+        # transformers makes the folder before μP, the optimizer and a checkpoint have been looked at.
         if args.should_save:
             remove_empty(made)
         raise
@@ -96,22 +96,15 @@ def build_trainer(
     args: SecondOrderTrainingArguments, model: PreTrainedModel, corpus: Corpus
 ) -> tuple[SecondOrderTrainer, str]:
     """The Trainer with its optimizer made, and the report of what that does with every weight."""
-    new = new_folders(Path(args.output_dir))
-    try:
-        trainer = SecondOrderTrainer(
-            model=model,
-            args=args,
-            processing_class=corpus.tokenizer,
-            compute_metrics=causal_lm_metrics,
-            preprocess_logits_for_metrics=summarize_logits,
-            **corpus.for_trainer(),
-        )
-        return trainer, coverage_report(trainer)
-    except ConfigurationError:
-        # transformers makes the folder before μP and the optimizer have looked at their settings.
-        if args.should_save:
-            remove_empty(new)
-        raise
+    trainer = SecondOrderTrainer(
+        model=model,
+        args=args,
+        processing_class=corpus.tokenizer,
+        compute_metrics=causal_lm_metrics,
+        preprocess_logits_for_metrics=summarize_logits,
+        **corpus.for_trainer(),
+    )
+    return trainer, coverage_report(trainer)
 
 
 def coverage_report(trainer: SecondOrderTrainer) -> str:
