@@ -28,6 +28,9 @@ TRAINER_FIELDS = {"lr": "learning_rate", "weight_decay": "weight_decay"} | {
     name: name for name in ("adam_beta1", "adam_beta2", "adam_epsilon")
 }
 
+# The fields that say at which model the settings of a `_mup` optimizer hold as they stand.
+BASE_FIELDS = ("mup_base_width", "mup_base_depth", "mup_base_config")
+
 _OTHER_FIELDS: dict[str, tuple[Any, Any, str]] = {
     "optim": (OptimizerName, "kfac_mup", "The optimizer: a name of hf_so2.OPTIMIZERS or of transformers."),
     "learning_rate": (float | None, None, "Peak learning rate, at the base width. Default: the method's own."),

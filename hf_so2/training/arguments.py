@@ -15,7 +15,7 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
 from hf_so2.errors import ConfigurationError
-from hf_so2.methods.resolution import resolve
+from hf_so2.methods.resolution import parts_in_use, resolve
 from hf_so2.methods.settings import LIST_SETTINGS, SETTING_NAMES, Settings
 from hf_so2.methods.table import MUP_SUFFIX, OPTIMIZERS, parse_name
 from hf_so2.mup import scale_depth, scale_width
@@ -88,6 +88,22 @@ class SecondOrderArgumentsMixin(_Arguments):
         except ConfigurationError as error:
             flag = TRAINER_FIELDS.get(error.field, error.field)
             raise ConfigurationError(flag, error.value, error.allowed) from None
+
+    def optimizer_flags(self) -> dict[str, Any]:
+        """`optim`, and each of its settings that has an effect, by the name of its field; defaults are written out.
+
+        Raises:
+            ConfigurationError: as the class.
+        """
+        name, settings = _known_optimizer(self.optim), self.optimizer_settings()
+        parts = parts_in_use(parse_name(name)[0].uses, settings)
+        flags: dict[str, Any] = {"optim": name}
+        for entry in fields(Settings):
+            value, needs = getattr(settings, entry.name), entry.metadata["needs"]
+            if value is not None and (not needs or needs in parts):
+                is_list = entry.name in LIST_SETTINGS
+                flags[TRAINER_FIELDS.get(entry.name, entry.name)] = list(value) if is_list else value
+        return flags
 
     def base_config(self, config: PretrainedConfig) -> PretrainedConfig | None:
         """The config at whose width the settings were tuned, for a model of `config`; None if no base was given.

@@ -5,19 +5,15 @@ from __future__ import annotations
 import importlib.metadata
 import sys
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard
 
-from hf_so2.methods.resolution import parts_in_use
-from hf_so2.methods.settings import LIST_SETTINGS, Settings
-from hf_so2.methods.table import parse_name
 from hf_so2.mup import MupReport
 from hf_so2.optim import SecondOrderOptimizer
-from hf_so2.training.argument_fields import TRAINER_FIELDS
+from hf_so2.training.argument_fields import BASE_FIELDS
 from hf_so2.training.arguments import SecondOrderArgumentsMixin
 
 TAG = "hf_so2"
@@ -35,20 +31,11 @@ def settings_in_use(args: SecondOrderArgumentsMixin) -> dict[str, Any]:
 
     They make the same optimizer again, whatever the defaults are by then: `SecondOrderTrainingArguments(**them)`.
     """
-    method, _ = parse_name(str(args.optim.value))
-    settings = args.optimizer_settings()
-    parts = parts_in_use(method.uses, settings)
-    found: dict[str, Any] = {"optim": str(args.optim.value)}
-    for entry in fields(Settings):
-        value = getattr(settings, entry.name)
-        if value is None or (entry.metadata["needs"] and entry.metadata["needs"] not in parts):
-            continue
-        found[TRAINER_FIELDS.get(entry.name, entry.name)] = list(value) if entry.name in LIST_SETTINGS else value
-    base = {name: getattr(args, name) for name in ("mup_base_width", "mup_base_depth", "mup_base_config")}
+    base = {name: getattr(args, name) for name in BASE_FIELDS}
     training = {name: getattr(getattr(args, name), "value", getattr(args, name)) for name in _TRAINING}
     if args.max_steps > 0:
         del training["num_train_epochs"]  # has no effect beside it
-    return found | {name: value for name, value in (base | training).items() if value is not None}
+    return args.optimizer_flags() | {name: value for name, value in (base | training).items() if value is not None}
 
 
 def write_section(

@@ -11,13 +11,12 @@ from transformers import AutoConfig, PretrainedConfig
 from hf_so2 import cli
 from hf_so2.data import DataArguments, load_corpus
 from hf_so2.errors import ConfigurationError
-from hf_so2.methods.resolution import parts_in_use
-from hf_so2.methods.settings import Settings
-from hf_so2.methods.table import MUP_SUFFIX, parse_name
+from hf_so2.methods.table import MUP_SUFFIX
 from hf_so2.models import ModelArguments, build_config, parse_overrides, require_positions
 from hf_so2.mup.depth.configs import text_depth
 from hf_so2.mup.widths import RECORD_FIELD, text_width
-from hf_so2.training.arguments import TRAINER_FIELDS, SecondOrderTrainingArguments
+from hf_so2.training.argument_fields import BASE_FIELDS
+from hf_so2.training.arguments import SecondOrderTrainingArguments
 from hf_so2.transfer.recipe import Recipe, shapes_training
 from hf_so2.transfer.runner import TYPES
 from hf_so2.transfer.space import Params, Space
@@ -95,11 +94,10 @@ def standard_parametrization(proxies: Sequence[Proxy], optim: str) -> list[Proxy
 
 
 _MODEL_FLAGS = tuple(entry.name for entry in fields(ModelArguments))
-_BASE_FLAGS = ("mup_base_width", "mup_base_depth", "mup_base_config")
 
 
 def _without_base(flags: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in flags.items() if name not in _BASE_FLAGS}
+    return {name: value for name, value in flags.items() if name not in BASE_FIELDS}
 
 
 def _base_flags(flags: Mapping[str, Any], narrowest: Proxy, finetuning: bool) -> dict[str, Any]:
@@ -146,8 +144,8 @@ def make_recipe(proxy: Proxy, params: Params, transfer: Mapping[str, Any], sourc
     if model.model_name_or_path is None:
         model_section |= {"config_overrides": parse_overrides(model.config_overrides), "head": model.head}
     names = [name for name in proxy.flags if shapes_training(name) and name not in (*optimizer, "optim_args")]
-    training = {entry.name for entry in fields(SecondOrderTrainingArguments)} - set(_BASE_FLAGS)
-    base = {name: _plain(proxy.flags[name]) for name in _BASE_FLAGS if name in proxy.flags}
+    training = {entry.name for entry in fields(SecondOrderTrainingArguments)} - set(BASE_FIELDS)
+    base = {name: _plain(proxy.flags[name]) for name in BASE_FIELDS if name in proxy.flags}
     if "mup_base_width" in base and model.model_name_or_path is None:
         base = _base_depth(proxy.config) | base
     spelled_out = [*_SPELLED_OUT, "max_steps" if args.max_steps > 0 else "num_train_epochs"]
@@ -174,17 +172,9 @@ def _base_depth(config: PretrainedConfig) -> dict[str, int]:
 
 def _optimizer_flags(args: SecondOrderTrainingArguments) -> dict[str, Any]:
     """`optim` and all its settings, defaults spelled out; `optim_args` is dissolved into them."""
-    name = str(getattr(args.optim, "value", args.optim))
-    if not args.is_ours(name):
-        return {"optim": name, "learning_rate": args.learning_rate, "weight_decay": args.weight_decay}
-    settings = args.optimizer_settings()
-    parts = parts_in_use(parse_name(name)[0].uses, settings)
-    flags: dict[str, Any] = {"optim": name}
-    for entry in fields(Settings):
-        value, needs = getattr(settings, entry.name), entry.metadata["needs"]
-        if value is not None and value != () and (not needs or needs in parts):
-            flags[TRAINER_FIELDS.get(entry.name, entry.name)] = list(value) if isinstance(value, tuple) else value
-    return flags
+    if not args.is_ours(args.optim):
+        return {"optim": _plain(args.optim), "learning_rate": args.learning_rate, "weight_decay": args.weight_decay}
+    return {name: value for name, value in args.optimizer_flags().items() if value != []}
 
 
 def _plain(value: Any) -> Any:

@@ -15,6 +15,7 @@ from hf_so2.errors import ConfigurationError
 from hf_so2.models import ModelArguments, parse_overrides
 from hf_so2.mup.widths import DEPTH_FIELDS, text_width
 from hf_so2.spelling import did_you_mean
+from hf_so2.training.argument_fields import BASE_FIELDS
 from hf_so2.training.arguments import SecondOrderTrainingArguments
 
 VERSION = 1
@@ -27,7 +28,6 @@ _ELSEWHERE = (
     " restore_callback_states_from_checkpoint load_best_model_at_end metric_for_best_model greater_is_better"
     " prediction_loss_only include_for_metrics batch_eval_metrics ignore_data_skip width depth model_name_or_path"
 ).split()
-_BASE = frozenset({"mup_base_width", "mup_base_depth", "mup_base_config"})
 _NO_BASE_DEPTH = "settings follow the depth only with a mup_base_depth, that of the proxies"
 _ELSEWHERE_PREFIXES = (
     "logging_",
@@ -81,7 +81,7 @@ class Recipe:
         where they give another.
         """
         model = {} if "model_name_or_path" in given else self.model
-        base = {} if not _BASE.isdisjoint(given) else self.base
+        base = {} if not given.keys().isdisjoint(BASE_FIELDS) else self.base
         flags = {**model, **self.data, **self.training, **self.optimizer, **base}
         return {name: value for name, value in flags.items() if name != "model_type" or "config_overrides" in model}
 
@@ -237,7 +237,7 @@ def _known_flags() -> dict[str, set[str]]:
     return {
         "transfer": set(_REQUIRED["transfer"]),
         "optimizer": training,
-        "base": set(_BASE),
+        "base": set(BASE_FIELDS),
         "model": {entry.name for entry in fields(ModelArguments)},
         "data": {entry.name for entry in fields(DataArguments)},
         "training": training,
