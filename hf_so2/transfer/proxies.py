@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -13,13 +13,14 @@ from hf_so2.data import DataArguments, load_corpus
 from hf_so2.errors import ConfigurationError
 from hf_so2.methods.table import MUP_SUFFIX
 from hf_so2.models import ModelArguments, build_config, parse_overrides, require_positions
-from hf_so2.mup.depth.configs import text_depth
+from hf_so2.mup.depth.configs import scale_depth, text_depth
 from hf_so2.mup.widths import RECORD_FIELD, text_width
 from hf_so2.training.argument_fields import BASE_FIELDS
 from hf_so2.training.arguments import SecondOrderTrainingArguments
 from hf_so2.transfer.recipe import Recipe, shapes_training
 from hf_so2.transfer.runner import TYPES
 from hf_so2.transfer.space import Params, Space
+from hf_so2.transfer.trials import Size
 
 # What a recipe says even where nobody asked for it: a later default must not change the run.
 _SPELLED_OUT = (
@@ -36,11 +37,21 @@ class Proxy:
         width: its hidden size.
         config: of the model.
         flags: of its training runs, by name.
+        depth: its number of layers; None where depths were not asked for.
     """
 
     width: int
     config: PretrainedConfig
     flags: Mapping[str, Any] = field(repr=False)
+    depth: int | None = None
+
+    @property
+    def size(self) -> Size:
+        """What its study is called by; without the depth where a sweep over widths alone has the same proxy."""
+        return self.width if self.depth is None or "depth" not in self.flags else (self.width, self.depth)
+
+    def __str__(self) -> str:
+        return f"width {self.width}" + ("" if self.depth is None else f" depth {self.depth}")
 
     @property
     def optim(self) -> str:
@@ -53,8 +64,11 @@ class Proxy:
         return model, data, training
 
 
-def proxies_of(flags: Mapping[str, Any], widths: Sequence[int], checkpoints: Sequence[str]) -> list[Proxy]:
-    """The proxies, narrow ones first, with the μP base at the narrowest unless a narrower one was given.
+def proxies_of(
+    flags: Mapping[str, Any], widths: Sequence[int], checkpoints: Sequence[str], depths: Sequence[int] = ()
+) -> list[Proxy]:
+    """The proxies, narrow ones first and shallow ones of one width, with the μP base at the first unless a smaller one
+    was given.
 
     Also prepares the data, once for all trials.
 
@@ -62,12 +76,17 @@ def proxies_of(flags: Mapping[str, Any], widths: Sequence[int], checkpoints: Seq
         flags: of the training runs.
         widths: hidden sizes of models from scratch; or
         checkpoints: models to fine-tune.
+        depths: numbers of layers of models from scratch, each at every width; as in the config if left out.
 
     Raises:
-        ConfigurationError: models that cannot be built, data that cannot be loaded, or two proxies of one width.
+        ConfigurationError: models that cannot be built, data that cannot be loaded, or two proxies of one size.
     """
     if bool(widths) == bool(checkpoints):
         raise ConfigurationError("widths", list(widths), "must be given, or checkpoints to fine-tune, not both")
+    if depths and checkpoints:
+        raise ConfigurationError("depths", list(depths), "must be left out with checkpoints, which have their own")
+    if len(set(depths)) < len(depths) or min(depths, default=1) < 1:
+        raise ConfigurationError("depths", list(depths), "must be different numbers of layers")
     choices: list[dict[str, Any]] = [{"width": width} for width in widths]
     choices += [{"model_name_or_path": name} for name in checkpoints]
     proxies: list[Proxy] = []
@@ -84,13 +103,31 @@ def proxies_of(flags: Mapping[str, Any], widths: Sequence[int], checkpoints: Seq
     if len(set(found)) < len(found):
         raise ConfigurationError("checkpoints" if checkpoints else "widths", found, "must be of different widths")
     base = _base_flags(flags, proxies[0], bool(checkpoints))
-    return [Proxy(p.width, p.config, _without_base(p.flags) | base) for p in proxies]
+    proxies = [Proxy(p.width, p.config, _without_base(p.flags) | base) for p in proxies]
+    return [deep for proxy in proxies for deep in _of_depths(proxy, depths, flags.get("mup_base_depth"))] or proxies
+
+
+def _of_depths(proxy: Proxy, depths: Sequence[int], given_base: int | None) -> Iterator[Proxy]:
+    """A proxy in each of the depths; the μP base is as deep as the shallowest unless a shallower one was given."""
+    own = text_depth(proxy.config) if depths else 0
+    base = min([*depths, *([] if given_base is None else [given_base])], default=0)
+    for depth in sorted(depths):
+        flags = dict(proxy.flags)
+        if "mup_base_width" in flags:
+            flags["mup_base_depth"] = base
+        if depth == own == base:
+            # The flags of a sweep over widths alone, whose trials count.
+            if given_base is None:
+                flags.pop("mup_base_depth", None)
+        elif depth != own or "mup_base_width" in flags:
+            flags["depth"] = depth
+        yield Proxy(proxy.width, scale_depth(proxy.config, depth) if depth != own else proxy.config, flags, depth)
 
 
 def standard_parametrization(proxies: Sequence[Proxy], optim: str) -> list[Proxy]:
     """The same proxies under the optimizer without μP."""
     plain = optim.removesuffix(MUP_SUFFIX)
-    return [Proxy(p.width, p.config, {**_without_base(p.flags), "optim": plain}) for p in proxies]
+    return [Proxy(p.width, p.config, {**_without_base(p.flags), "optim": plain}, p.depth) for p in proxies]
 
 
 _MODEL_FLAGS = tuple(entry.name for entry in fields(ModelArguments))
@@ -133,7 +170,7 @@ def make_recipe(proxy: Proxy, params: Params, transfer: Mapping[str, Any], sourc
     """The recipe of the best setting.
 
     Args:
-        proxy: the widest one.
+        proxy: the widest and deepest one.
         params: the searched flags' best values.
         transfer: the section of that name.
         source: the section of that name.

@@ -53,7 +53,8 @@ class Recipe:
 
     Args:
         transfer: `confirmed`, `verdict` (a sentence), `losses` (of the setting, by width of the proxies, nats per
-            token).
+            token); `depth_losses` where they differ in depth, too, and `exponents` of the best rate over width and
+            depth with their intervals, `[value, low, high]`.
         optimizer: `optim` and its settings, as flags.
         base: `mup_base_width`, with `mup_base_depth` if the family has a number of layers, or `mup_base_config`; empty
             without μP.
@@ -75,6 +76,13 @@ class Recipe:
     def losses(self) -> dict[int, float]:
         """Loss by the width of the proxies."""
         return dict(self.transfer["losses"])
+
+    @property
+    def tuned_at(self) -> str:
+        """The proxies' sizes in words."""
+        widths = " and ".join(str(width) for width in sorted(self.losses))
+        depths = " and ".join(str(depth) for depth in sorted(self.transfer.get("depth_losses", {})))
+        return f"width {widths}" + (f", depth {depths}" if depths else "")
 
     def settings(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """The recipe as flags, without the model's where `given` flags name a checkpoint, and without the μP base
@@ -235,7 +243,7 @@ def _refuse_unknown(name: str, prefix: str, content: Mapping[str, Any], known: s
 def _known_flags() -> dict[str, set[str]]:
     training = {entry.name for entry in fields(SecondOrderTrainingArguments) if entry.init}
     return {
-        "transfer": set(_REQUIRED["transfer"]),
+        "transfer": {*_REQUIRED["transfer"], "depth_losses", "exponents"},
         "optimizer": training,
         "base": set(BASE_FIELDS),
         "model": {entry.name for entry in fields(ModelArguments)},

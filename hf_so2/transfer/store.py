@@ -1,4 +1,4 @@
-"""The trials on disk: one Optuna study per optimizer and width, safe against being killed at any moment.
+"""The trials on disk: one Optuna study per optimizer and proxy, safe against being killed at any moment.
 
 Every trial is queued before it runs, with all that defines it. Starting again compares what is wanted with what is
 there and queues the difference, so no finished trial is repeated and a half-done one runs again.
@@ -20,7 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from hf_so2.errors import ConfigurationError
 from hf_so2.transfer.space import Params
-from hf_so2.transfer.trials import Outcome, Trial
+from hf_so2.transfer.trials import Outcome, Size, Trial
 
 # Keys of a trial's and of a study's attributes.
 PARAMS, SEED, DIVERGED, SETTINGS = "params", "seed", "diverged", "settings"
@@ -67,21 +67,21 @@ class SweepStore:
         except ConfigurationError:
             self.close()
             raise
-        self.studies: dict[tuple[str, int], optuna.Study] = {}
+        self.studies: dict[tuple[str, Size], optuna.Study] = {}
 
-    def open(self, optim: str, width: int, settings: Mapping[str, Any]) -> None:
-        """Opens or makes the study of an optimizer and width; trials that a killed sweep left running are given up.
+    def open(self, optim: str, size: Size, settings: Mapping[str, Any]) -> None:
+        """Opens or makes the study of an optimizer and size; trials that a killed sweep left running are given up.
 
         Args:
             optim: the optimizer's name.
-            width: hidden size of the proxy.
+            size: of the proxy.
             settings: what all its trials share, as JSON can hold it.
 
         Raises:
             ConfigurationError: the study was made with other settings.
         """
         with _sound(self.url):
-            self.studies[optim, width] = self._open(study_name(optim, width), settings)
+            self.studies[optim, size] = self._open(study_name(optim, size), settings)
 
     def _open(self, name: str, settings: Mapping[str, Any]) -> optuna.Study:
         study = optuna.create_study(study_name=name, storage=self._storage, direction="minimize", load_if_exists=True)
@@ -100,10 +100,10 @@ class SweepStore:
             study.tell(trial.number, state=TrialState.FAIL)
         return study
 
-    def queue(self, optim: str, width: int, wanted: Iterable[Wanted]) -> None:
+    def queue(self, optim: str, size: Size, wanted: Iterable[Wanted]) -> None:
         """Queues those of the wanted trials that are neither finished nor queued; of given-up ones a new run."""
         with _sound(self.url):
-            self._queue(self.studies[optim, width], wanted)
+            self._queue(self.studies[optim, size], wanted)
 
     def _queue(self, study: optuna.Study, wanted: Iterable[Wanted]) -> None:
         trials = study.get_trials(deepcopy=False)
@@ -115,17 +115,17 @@ class SweepStore:
             fixed = params if params is not None else again.pop(0) if again else {}
             study.enqueue_trial(fixed, user_attrs={PARAMS: params, SEED: seed})
 
-    def waiting(self, optim: str, width: int) -> int:
+    def waiting(self, optim: str, size: Size) -> int:
         """How many trials are queued."""
         with _sound(self.url):
-            return len(self.studies[optim, width].get_trials(deepcopy=False, states=(TrialState.WAITING,)))
+            return len(self.studies[optim, size].get_trials(deepcopy=False, states=(TrialState.WAITING,)))
 
-    def trials(self, optim: str, width: int) -> list[Trial]:
+    def trials(self, optim: str, size: Size) -> list[Trial]:
         """The finished trials, in the order in which they were queued."""
         states = TrialState.COMPLETE, TrialState.PRUNED
         with _sound(self.url):
-            finished = self.studies[optim, width].get_trials(deepcopy=False, states=states)
-            return [_as_trial(optim, width, trial) for trial in finished]
+            finished = self.studies[optim, size].get_trials(deepcopy=False, states=states)
+            return [_as_trial(optim, size, trial) for trial in finished]
 
     def close(self) -> None:
         """Lets another sweep in."""
@@ -159,9 +159,10 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
 
-def study_name(optim: str, width: int) -> str:
-    """The name of a study in the storage."""
-    return f"{optim}-width{width}"
+def study_name(optim: str, size: Size) -> str:
+    """The name of a study in the storage; without a depth as before there were any, so that those go on."""
+    width, *depth = size if isinstance(size, tuple) else (size,)
+    return "-".join([optim, f"width{width}", *(f"depth{layers}" for layers in depth)])
 
 
 def missing(wanted: Iterable[Wanted], present: Iterable[Wanted]) -> list[Wanted]:
@@ -181,11 +182,12 @@ def _values(trial: FrozenTrial) -> Params:
     return trial.params or trial.system_attrs.get("fixed_params", {})
 
 
-def _as_trial(optim: str, width: int, trial: FrozenTrial) -> Trial:
+def _as_trial(optim: str, size: Size, trial: FrozenTrial) -> Trial:
     outcome: Outcome = "complete"
     if trial.state == TrialState.PRUNED:
         outcome = "diverged" if trial.user_attrs.get(DIVERGED) else "hopeless"
     loss = trial.value if outcome == "complete" and trial.value is not None else math.inf
     seconds = trial.duration.total_seconds() if trial.duration is not None else 0.0
     ended = trial.datetime_complete.timestamp() if trial.datetime_complete is not None else 0.0
-    return Trial(optim, width, dict(trial.params), trial.user_attrs[SEED], loss, outcome, seconds, ended)
+    width, depth = size if isinstance(size, tuple) else (size, None)
+    return Trial(optim, width, dict(trial.params), trial.user_attrs[SEED], loss, outcome, seconds, ended, depth)

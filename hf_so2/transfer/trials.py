@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 Outcome = Literal["complete", "hopeless", "diverged"]
+Size = int | tuple[int, int]
+"""Of a proxy: its width, or width and depth."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Trial:
         outcome: how it ended.
         seconds: how long it took.
         ended: when, in seconds of the epoch.
+        depth: number of layers; None where depths were not asked for.
     """
 
     optim: str
@@ -33,6 +36,7 @@ class Trial:
     outcome: Outcome = "complete"
     seconds: float = 0.0
     ended: float = 0.0
+    depth: int | None = None
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class Setting:
 
 
 def settings_of(trials: Iterable[Trial]) -> list[Setting]:
-    """Trials of one optimizer and width, put together by their params, in order of appearance."""
+    """Trials of one optimizer and proxy, put together by their params, in order of appearance."""
     losses: dict[tuple[tuple[str, float], ...], list[float]] = {}
     for trial in trials:
         losses.setdefault(_key(trial), []).append(trial.loss)
@@ -75,7 +79,7 @@ def best_setting(trials: Iterable[Trial]) -> Setting | None:
 
 
 def without_seed_effects(trials: Iterable[Trial]) -> list[Trial]:
-    """Trials of one optimizer and width with later seeds' losses moved to the level of the first seed.
+    """Trials of one optimizer and proxy with later seeds' losses moved to the level of the first seed.
 
     A seed makes the loss of every setting better or worse alike, and only the best settings have several: means over
     unequal numbers of seeds would bend the curve. The shift is the mean difference over the settings that have both.
@@ -92,13 +96,19 @@ def without_seed_effects(trials: Iterable[Trial]) -> list[Trial]:
 
 
 def seed_noise(trials: Iterable[Trial]) -> float | None:
-    """Standard deviation of a loss that a seed's common effect does not explain, pooled over widths.
+    """Standard deviation of a loss that a seed's common effect does not explain, pooled over proxies.
 
     None without repetitions of at least two settings.
     """
-    groups: dict[tuple[str, int], list[Trial]] = {}
+    squares, freedom = seed_squares(trials)
+    return math.sqrt(squares / freedom) if freedom else None
+
+
+def seed_squares(trials: Iterable[Trial]) -> tuple[float, int]:
+    """Sum of squares behind :func:`seed_noise` and its degrees of freedom."""
+    groups: dict[tuple[str, int, int | None], list[Trial]] = {}
     for trial in trials:
-        groups.setdefault((trial.optim, trial.width), []).append(trial)
+        groups.setdefault((trial.optim, trial.width, trial.depth), []).append(trial)
     squares, freedom = 0.0, 0
     for group in groups.values():
         level = [setting for setting in settings_of(without_seed_effects(group)) if math.isfinite(setting.mean)]
@@ -106,7 +116,7 @@ def seed_noise(trials: Iterable[Trial]) -> float | None:
         repeated = [setting for setting in level if len(setting.losses) == most]
         squares += sum((loss - setting.mean) ** 2 for setting in repeated for loss in setting.losses)
         freedom += (len(repeated) - 1) * (most - 1) if repeated else 0
-    return math.sqrt(squares / freedom) if freedom else None
+    return squares, freedom
 
 
 def _key(trial: Trial) -> tuple[tuple[str, float], ...]:
@@ -117,7 +127,7 @@ def profile(trials: Iterable[Trial], name: str, *, per_octave: int | None = None
     """Mean loss of the best setting at every value of one flag, whatever the others were; ascending values.
 
     Args:
-        trials: of one optimizer and width.
+        trials: of one optimizer and proxy.
         name: the flag.
         per_octave: for sampled values: keep the best of each such part of an octave.
     """

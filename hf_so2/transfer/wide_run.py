@@ -42,8 +42,7 @@ def read_flags_and_recipe(
     recipe = read_recipe(path)
     recipe.check(path, given)
     taken = cli.read_flags(types, [], recipe.settings(given))
-    widths = " and ".join(str(width) for width in sorted(recipe.losses))
-    lines = [f"recipe {path}: {recipe.optimizer['optim']}, tuned at width {widths}"]
+    lines = [f"recipe {path}: {recipe.optimizer['optim']}, tuned at {recipe.tuned_at}"]
     if not recipe.transfer["confirmed"]:
         lines.append(f"beware: {recipe.transfer['verdict']}")
     if warning := recipe.other_depth(given):

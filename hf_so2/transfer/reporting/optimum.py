@@ -87,9 +87,9 @@ def _fit(
     y = np.array(list(points.values()))
     center = float(np.mean(x))
     fit = np.polyfit(x - center, y, 2)
-    vertex = float(_vertex(fit[:, None])[0]) + center
+    place = float(vertex(fit[:, None])[0]) + center
     lowest = max(within[0], min(points))  # a weight decay of 0 has no logarithm
-    if not (fit[0] > 0 and math.log2(lowest) <= vertex <= math.log2(within[1])):
+    if not (fit[0] > 0 and math.log2(lowest) <= place <= math.log2(within[1])):
         return None
     residuals = y - np.polyval(fit, x - center)
     freedom = len(x) - 3
@@ -98,21 +98,21 @@ def _fit(
     if freedom or noise is not None:
         draws = np.random.default_rng(0).normal(np.polyval(fit, x - center)[:, None], spread, (len(x), SAMPLES))
         # A drawn parabola that opens downwards says only that the optimum may be anywhere in reach.
-        vertices = np.clip(_vertex(np.polyfit(x - center, draws, 2)) + center, min(x) - 1, max(x) + 1)
+        vertices = np.clip(vertex(np.polyfit(x - center, draws, 2)) + center, min(x) - 1, max(x) + 1)
         low, high = (2.0 ** float(end) for end in np.quantile(vertices, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]))
     a, b, c = (float(value) for value in fit)
     return replace(
         plain,
-        value=2.0**vertex,
+        value=2.0**place,
         low=low,
         high=high,
-        loss=float(np.polyval(fit, vertex - center)),
+        loss=float(np.polyval(fit, place - center)),
         fitted=(min(points), max(points)),
         coefficients=(a, b - 2 * a * center, c - b * center + a * center**2),
     )
 
 
-def _vertex(fits: np.ndarray) -> np.ndarray:
+def vertex(fits: np.ndarray) -> np.ndarray:
     """Where parabolas, (3, n), have their least; far away on the falling side for those that open downwards."""
     a, b = fits[0], fits[1]
     return np.where(a > 0, -b / (2 * np.where(a > 0, a, 1.0)), -np.sign(b) * 1e3)

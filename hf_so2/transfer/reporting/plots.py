@@ -123,11 +123,11 @@ def _draw_curve(
         axes.axvline(optimum.value, color=color, linestyle=":", linewidth=1)
 
 
-def plot_widths(verdicts: Mapping[str, Verdict], path: str | Path) -> None:
-    """Draws loss and optimal learning rate against the width, a curve for each optimizer.
+def plot_sizes(verdicts: Mapping[str, Verdict], path: str | Path) -> None:
+    """Draws loss and optimal learning rate against the width, or the depth, a curve for each optimizer.
 
     Args:
-        verdicts: by the optimizer's name.
+        verdicts: by the optimizer's name, of one axis.
         path: the PNG to write.
     """
     figure = Figure(figsize=(11, 4.4), layout="constrained")
@@ -168,7 +168,7 @@ def plot_widths(verdicts: Mapping[str, Verdict], path: str | Path) -> None:
         axes.set_xscale("log", base=2)
         axes.set_xticks(sorted(widths), [str(width) for width in sorted(widths)])
         axes.minorticks_off()
-        axes.set_xlabel("hidden size")
+        axes.set_xlabel("layers" if any(verdict.axis == "depth" for verdict in verdicts.values()) else "hidden size")
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend()

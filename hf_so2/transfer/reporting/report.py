@@ -15,7 +15,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from hf_so2.mup.coord_check import CoordinateCheck
-from hf_so2.transfer.reporting.plots import plot_losses, plot_widths
+from hf_so2.transfer.reporting.exponent import Axis
+from hf_so2.transfer.reporting.plots import plot_losses, plot_sizes
 from hf_so2.transfer.reporting.verdict import BINS_PER_OCTAVE, RATE, Verdict, predicted_loss, predicted_rate
 from hf_so2.transfer.trials import Trial, profile, without_seed_effects
 
@@ -37,7 +38,8 @@ def write_report(
     recipe: str,
     check: CoordinateCheck | None,
 ) -> None:
-    """Writes `sweep.json`, `sweep.png`, a figure for each other hyperparameter, `widths.png` and `report.html`.
+    """Writes `sweep.json`, `sweep.png`, a figure for each other hyperparameter, `widths.png` and `report.html`; with
+    depths also `sweep_depth.png` and `depths.png`.
 
     Args:
         results: by the optimizer's name, the one that was asked for first.
@@ -86,37 +88,61 @@ def _draw(results: Mapping[str, SweepResult], folder: Path) -> list[dict[str, st
     names = sorted({name for result in results.values() for trial in result.trials for name in trial.params})
     names.sort(key=lambda name: name != RATE)
     figures = []
-    for name in names:
+    deep = {optim: result.verdict.depth for optim, result in results.items() if result.verdict.depth is not None}
+    drawn: list[tuple[str, Axis]] = [(name, "width") for name in names]
+    if deep and RATE in names:
+        drawn.insert(1, (RATE, "depth"))
+    for name, axis in drawn:
         panels, optima = {}, {}
         for optim, result in results.items():
-            panels[optim] = _points(result, name)
-            optima[optim] = {str(width): optimum for width, optimum in result.verdict.optima.get(name, {}).items()}
-        file = "sweep.png" if name == RATE else f"sweep_{name}.png"
-        plot_losses(panels, folder / file, name, "width", optima)
+            verdict = result.verdict if axis == "width" else deep[optim]
+            panels[optim] = _points(result, name, axis)
+            optima[optim] = {str(size): optimum for size, optimum in verdict.optima.get(name, {}).items()}
+        file = "sweep_depth.png" if axis == "depth" else "sweep.png" if name == RATE else f"sweep_{name}.png"
+        plot_losses(panels, folder / file, name, axis, optima)
         note = (
             "Points: the best setting with that value, at the level of the first seed. Star: the best. Line: quadratic"
             " fit in the logarithm around it, with its least (dotted) and that one's 90 % interval (shaded). Crosses at"
             " the top: runs that diverged or were stopped as hopeless."
         )
-        figures.append(_figure(f"Loss against {name.replace('_', ' ')}", folder / file, note))
-    plot_widths({optim: result.verdict for optim, result in results.items()}, folder / "widths.png")
+        held = "" if not deep else f", {_held(next(iter(results.values())), axis)}"
+        figures.append(_figure(f"Loss against {name.replace('_', ' ')}{held}", folder / file, note))
     note = (
         "Shaded: between no further gain, or drift, and the last one per doubling of the width kept up. That is a"
         " range, not a forecast: two or three proxies do not fix a scaling law."
     )
+    plot_sizes({optim: result.verdict for optim, result in results.items()}, folder / "widths.png")
     figures.append(_figure("Loss and optimum against the width", folder / "widths.png", note))
+    if deep:
+        plot_sizes(deep, folder / "depths.png")
+        figures.append(_figure("Loss and optimum against the depth", folder / "depths.png", note))
     return figures
 
 
-def _points(result: SweepResult, name: str) -> dict[tuple[str, str], float]:
-    """Losses by value of a hyperparameter and width, at the level of the first seed as the fits are."""
+def _points(result: SweepResult, name: str, axis: Axis = "width") -> dict[tuple[str, str], float]:
+    """Losses by value of a hyperparameter and width, or depth, at the level of the first seed as the fits are; of the
+    deepest proxies, or the widest.
+    """
     step = BINS_PER_OCTAVE if result.sampled else None
     points = {}
-    for width in sorted({trial.width for trial in result.trials}):
-        trials = without_seed_effects(trial for trial in result.trials if trial.width == width)
+    other, held = _largest(result, axis)
+    line = [trial for trial in result.trials if getattr(trial, other) == held]
+    for size in sorted({getattr(trial, axis) for trial in line}):
+        trials = without_seed_effects(trial for trial in line if getattr(trial, axis) == size)
         for value, loss in profile(trials, name, per_octave=step).items():
-            points[f"{value:g}", str(width)] = loss
+            points[f"{value:g}", str(size)] = loss
     return points
+
+
+def _largest(result: SweepResult, axis: Axis) -> tuple[Axis, int | None]:
+    """The other axis and its largest value: what is held while `axis` changes."""
+    other: Axis = "depth" if axis == "width" else "width"
+    return other, max((getattr(trial, other) for trial in result.trials), key=lambda size: size or 0, default=None)
+
+
+def _held(result: SweepResult, axis: Axis) -> str:
+    other, size = _largest(result, axis)
+    return f"{other} {size}"
 
 
 def _figure(title: str, path: Path, note: str) -> dict[str, str]:
@@ -127,10 +153,10 @@ def _summary(results: Mapping[str, SweepResult]) -> str:
     trials = [trial for result in results.values() for trial in result.trials]
     stopped = sum(trial.outcome != "complete" for trial in trials)
     widths = ", ".join(str(width) for width in sorted({trial.width for trial in trials}))
+    depths = ", ".join(str(depth) for depth in sorted({trial.depth for trial in trials if trial.depth is not None}))
+    sizes = f"widths {widths}" + (f" and depths {depths}" if depths else "")
     minutes = sum(trial.seconds for trial in trials) / 60
-    return (
-        f"{len(trials)} trials at widths {widths}, {stopped} of them stopped early, {minutes:.1f} minutes of training."
-    )
+    return f"{len(trials)} trials at {sizes}, {stopped} of them stopped early, {minutes:.1f} minutes of training."
 
 
 def _panel(optim: str, result: SweepResult) -> dict[str, Any]:
@@ -138,7 +164,7 @@ def _panel(optim: str, result: SweepResult) -> dict[str, Any]:
     rows = [
         {
             "name": name,
-            "width": width,
+            "size": size,
             "tested": f"{optimum.tested:.4g}",
             "edge": f" ({optimum.edge}est tried)" if optimum.edge else "",
             "value": f"{optimum.value:.4g}" if optimum.coefficients else "no fit",
@@ -146,8 +172,8 @@ def _panel(optim: str, result: SweepResult) -> dict[str, Any]:
             "loss": f"{optimum.loss:.4f}",
             "points": optimum.points,
         }
-        for name, by_width in verdict.optima.items()
-        for width, optimum in by_width.items()
+        for name, by_size in (verdict.grid or verdict.optima).items()
+        for size, optimum in by_size.items()
     ]
     rates = verdict.optima.get(RATE, {})
     losses = [
@@ -171,6 +197,8 @@ def _panel(optim: str, result: SweepResult) -> dict[str, Any]:
         "transfers": verdict.transfers,
         "sentence": verdict.sentence,
         "advice": verdict.advice,
+        "answers": verdict.answers,
+        "kind": "width × depth" if verdict.grid else "width",
         "optima": rows,
         "setting": setting,
         "noise": noise,
@@ -191,7 +219,7 @@ def _check_sentence(check: CoordinateCheck) -> str:
 def _trial_row(trial: Trial) -> dict[str, str]:
     return {
         "optim": trial.optim,
-        "width": str(trial.width),
+        "size": str(trial.width) if trial.depth is None else f"{trial.width}×{trial.depth}",
         "setting": ", ".join(f"{name} {value:.4g}" for name, value in trial.params.items()),
         "seed": str(trial.seed),
         "loss": f"{trial.loss:.4f}" if trial.outcome == "complete" else trial.outcome,

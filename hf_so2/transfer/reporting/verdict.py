@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from hf_so2.transfer.reporting.exponent import LARGE, LARGER, Axis, Exponent
 from hf_so2.transfer.reporting.optimum import Edge, Optimum, find_optimum
 from hf_so2.transfer.trials import Setting, Trial, best_setting, profile, seed_noise, without_seed_effects
 
@@ -20,7 +21,7 @@ WIDER = 4  # times the widest proxy: the width that figures reach to and that ad
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the trials of one optimizer say.
+    """What the trials of one optimizer say on proxies that differ in width; where `axis` says so, in depth.
 
     Args:
         transfers: whether the setting may be used on a wider model as it stands.
@@ -32,6 +33,11 @@ class Verdict:
         losses: loss of `best` by width, where it was run; the mean over seeds, at the level of the first one.
         noise: standard deviation of a loss beyond what its seed does to all settings; None without repetitions.
         drift: factor between the optimal learning rates of the widest and the narrowest proxy, and its interval.
+        axis: in what the proxies differ.
+        depth: the same over the depth, of the widest proxies; None where depths were not asked for.
+        exponents: of the best learning rate over width and depth.
+        answers: what they mean, a sentence each.
+        grid: optima by flag and size (`64×8`) of proxies that differ in both.
     """
 
     transfers: bool
@@ -43,23 +49,37 @@ class Verdict:
     losses: Mapping[int, float]
     noise: float | None
     drift: tuple[float, float, float] | None
+    axis: Axis = "width"
+    depth: Verdict | None = None
+    exponents: tuple[Exponent, ...] = ()
+    answers: tuple[str, ...] = ()
+    grid: Mapping[str, Mapping[str, Optimum]] = field(default_factory=dict)
 
 
-def judge(trials: Iterable[Trial], widths: Sequence[int], *, sampled: bool = False) -> Verdict:
-    """The verdict on one optimizer's trials.
+def judge(
+    trials: Iterable[Trial],
+    widths: Sequence[int],
+    *,
+    sampled: bool = False,
+    axis: Axis = "width",
+    noise: float | None = None,
+) -> Verdict:
+    """The verdict on one optimizer's trials with proxies that differ in one thing.
 
     It is no when a learning rate was searched at fewer than two widths, when a width has too few finished values, when
     an optimum lies on the edge of what was tried, when the optimal learning rate drifts by more than a factor of two,
     or when the wider proxy is worse.
 
     Args:
-        trials: of one optimizer, at all widths.
-        widths: hidden sizes of the proxies that were asked for.
+        trials: of one optimizer, at all widths and one depth; or at all depths and one width.
+        widths: hidden sizes of the proxies that were asked for; or their depths.
         sampled: whether values came from ranges rather than from a grid.
+        axis: in what the proxies differ.
+        noise: as in :class:`Verdict`, if more trials than these tell it.
     """
     trials, widths = list(trials), sorted(widths)
-    noise = seed_noise(trials)
-    by_width = {width: without_seed_effects(trial for trial in trials if trial.width == width) for width in widths}
+    noise = seed_noise(trials) if noise is None else noise
+    by_width = {width: without_seed_effects(t for t in trials if getattr(t, axis) == width) for width in widths}
     names = sorted({name for trial in trials for name in trial.params})
     curves = {
         name: {
@@ -76,13 +96,13 @@ def judge(trials: Iterable[Trial], widths: Sequence[int], *, sampled: bool = Fal
     losses = _losses_of(best, by_width)
     edges = _edges(curves, optima, noise)
     drift = _drift(optima.get(RATE, {}))
-    problem, advice = _problem(optima.get(RATE, {}), widths, edges, drift, losses, noise)
+    problem, advice = _problem(optima.get(RATE, {}), widths, edges, drift, losses, noise, axis)
     if problem:
         sentence = f"Not confirmed: {problem}."
     else:
-        sentence, advice = _confirmation(widths, drift, noise)
-        advice += _drift_kept_up(optima.get(RATE, {}), drift)
-    return Verdict(not problem, sentence, advice, best, optima, edges, losses, noise, drift)
+        sentence, advice = _confirmation(widths, drift, noise, axis)
+        advice += _drift_kept_up(optima.get(RATE, {}), drift, axis)
+    return Verdict(not problem, sentence, advice, best, optima, edges, losses, noise, drift, axis)
 
 
 def predicted_loss(losses: Mapping[int, float], width: int) -> tuple[float, float] | None:
@@ -163,17 +183,18 @@ def _problem(
     drift: tuple[float, float, float] | None,
     losses: Mapping[int, float],
     noise: float | None,
+    axis: Axis,
 ) -> tuple[str, str]:
     """What keeps the verdict from being yes, and what to do about it; empty when nothing does."""
     missing = [width for width in widths if width not in optima]
     if len(missing) == len(widths):
         return "no trial finished with a learning rate that was searched", "Search learning_rate, among smaller values."
     if missing:
-        return f"no trial finished at width {missing[0]}", "Raise --trials or --minutes, or search smaller values."
+        return f"no trial finished at {axis} {missing[0]}", "Raise --trials or --minutes, or search smaller values."
     few = [width for width in widths if optima[width].points < FEWEST_VALUES]
     if few:
         values = optima[few[0]].points
-        problem = f"too few trials: {values} learning rates finished at width {few[0]}, {FEWEST_VALUES} are needed"
+        problem = f"too few trials: {values} learning rates finished at {axis} {few[0]}, {FEWEST_VALUES} are needed"
         return problem, "Raise --trials or --minutes and run the same command again."
     if edges:
         name, side = edges[0]
@@ -181,25 +202,27 @@ def _problem(
         problem = f"the best {name} is the {word} that was tried, so the optimum may lie beyond it"
         return problem, "Run the same command again with --extend, or with wider ranges."
     if len(widths) < 2:
-        problem = "one width only: whether the optimum stays when the width grows cannot be judged"
-        return problem, "Add a second proxy, twice as wide."
+        problem = f"one {axis} only: whether the optimum stays when the {axis} grows cannot be judged"
+        return problem, f"Add a second proxy, twice as {LARGE[axis]}."
     assert drift is not None
     if not 1 / LARGEST_DRIFT <= drift[0] <= LARGEST_DRIFT:
         problem = (
-            f"the best learning rate drifts by a factor of {drift[0]:.2g} from width {widths[0]} to {widths[-1]}"
+            f"the best learning rate drifts by a factor of {drift[0]:.2g} from {axis} {widths[0]} to {widths[-1]}"
             f" (90 % interval {drift[1]:.2g} to {drift[2]:.2g})"
         )
         return problem, (
-            "Add a wider proxy and see whether the drift goes on, and look at the coordinate check; without _mup a"
-            " drift is what theory expects."
+            f"Add a {LARGER[axis]} proxy and see whether the drift goes on, and look at the coordinate check; without"
+            " _mup a drift is what theory expects."
         )
-    if widths[0] in losses and losses[widths[0]] < losses.get(widths[-1], math.inf) - 2 * (noise or 0.0):
+    # A deeper model that is no better is worth knowing, but its best rate stands where it stands.
+    worse = losses.get(widths[0], math.inf) < losses.get(widths[-1], math.inf) - 2 * (noise or 0.0)
+    if axis == "width" and worse:
         problem = f"at the setting found, width {widths[-1]} ends no better than width {widths[0]}"
         return problem, "Train longer or on more data: the proxies are not limited by their width."
     return "", ""
 
 
-def _drift_kept_up(optima: Mapping[int, Optimum], drift: tuple[float, float, float] | None) -> str:
+def _drift_kept_up(optima: Mapping[int, Optimum], drift: tuple[float, float, float] | None, axis: Axis) -> str:
     """What to try beside the recipe where the optimum drifts little, but surely; else empty."""
     assert drift is not None
     _, low, high = drift
@@ -208,13 +231,13 @@ def _drift_kept_up(optima: Mapping[int, Optimum], drift: tuple[float, float, flo
     if rates is None or low <= 1 <= high:
         return ""
     return (
-        f" The drift is small but no noise: kept up, the best rate at width {target} is {rates[1]:.2g}, so if you can"
+        f" The drift is small but no noise: kept up, the best rate at {axis} {target} is {rates[1]:.2g}, so if you can"
         " afford a second run there, give it that."
     )
 
 
 def _confirmation(
-    widths: Sequence[int], drift: tuple[float, float, float] | None, noise: float | None
+    widths: Sequence[int], drift: tuple[float, float, float] | None, noise: float | None, axis: Axis
 ) -> tuple[str, str]:
     assert drift is not None
     factor, low, high = drift
@@ -227,10 +250,10 @@ def _confirmation(
         else "How sure this is cannot be said: no setting was repeated with another seed"
     )
     sentence = (
-        f"It transfers: from width {widths[0]} to {widths[-1]} the best learning rate changes by a factor of"
+        f"It transfers: from {axis} {widths[0]} to {widths[-1]} the best learning rate changes by a factor of"
         f" {factor:.2g} (90 % interval {low:.2g} to {high:.2g}). {how_sure}."
     )
-    advice = "Train the wide model with the recipe."
+    advice = f"Train the {LARGE[axis]} model with the recipe."
     if not settled:
-        advice += " For more certainty add a wider proxy, or raise --seeds."
+        advice += f" For more certainty add a {LARGER[axis]} proxy, or raise --seeds."
     return sentence, advice
