@@ -33,7 +33,7 @@ from hf_so2.training.trainer import SecondOrderTrainer
 from hf_so2.transfer.reporting.curvature_plot import plot_curvature
 from hf_so2.transfer.reporting.plots import plot_loss_curve
 from hf_so2.transfer.runner import TYPES
-from hf_so2.transfer.wide_run import comparison, read_flags_and_recipe, share_batch
+from hf_so2.transfer.wide_run import beyond_proxies, comparison, extents, read_flags_and_recipe, share_batch
 
 
 def main() -> None:
@@ -51,6 +51,8 @@ def main() -> None:
 
     with args.main_process_first(desc="data preparation"):
         corpus = load_corpus(data_args, model_args.model_name_or_path)
+    if recipe is not None and (warning := beyond_proxies(*extents(recipe, args, data_args, len(corpus.train)))):
+        messages.append(f"beware: {warning}")
     model, config = build_model_and_config(model_args, corpus.tokenizer, seed=args.seed, cache_dir=data_args.cache_dir)
     require_positions(config, data_args.max_seq_length)
 

@@ -104,7 +104,10 @@ def proxies_of(
         raise ConfigurationError("checkpoints" if checkpoints else "widths", found, "must be of different widths")
     base = _base_flags(flags, proxies[0], bool(checkpoints))
     proxies = [Proxy(p.width, p.config, _without_base(p.flags) | base) for p in proxies]
-    return [deep for proxy in proxies for deep in _of_depths(proxy, depths, flags.get("mup_base_depth"))] or proxies
+    given_base = flags.get("mup_base_depth")
+    if depths and given_base is not None and given_base > min(depths):
+        print(f"μP base: {min(depths)} layers, the shallowest proxy's, since {given_base} are more", flush=True)
+    return [deep for proxy in proxies for deep in _of_depths(proxy, depths, given_base)] or proxies
 
 
 def _of_depths(proxy: Proxy, depths: Sequence[int], given_base: int | None) -> Iterator[Proxy]:
