@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_so2 import optim
+from hf_so2.linalg import FAILURES
 from hf_so2.papers.data import TRAINING, digits
 from hf_so2.papers.foof.directions import DIRECTIONS, cosine, gradients_of, step_along
 from hf_so2.papers.models import mlp, vit
@@ -88,22 +89,34 @@ CONTESTS = {
 
 
 def angles_of(seed: int, kfac: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Cosines of K-FAC's update with the others', along a run of K-FAC: for each the nearest over all dampings."""
+    """Cosines of K-FAC's update with the others', along a run of K-FAC: for each the nearest over all dampings.
+
+    A run that goes astray ends early; the looks before are of its seed.
+    """
     model, examples = mlp(WIDTH, LAYERS, seed, torch.float64), digits(torch.float64)
     step = step_along(DIRECTIONS["K-FAC"], kfac["learning_rate"], kfac["damping"], seed)
-    records = []
+    records: list[dict[str, Any]] = []
     for number, (images, labels) in enumerate(examples.batches(LOOKS[-1] + 1, BATCH, seed)):
-        if number in LOOKS:
-            gradients = gradients_of(model, images, labels)
-
-            def update(name: str, damping: float) -> dict[str, Tensor]:
-                same_labels = torch.Generator().manual_seed(seed)
-                return DIRECTIONS[name](model, images, gradients, damping, same_labels)  # noqa: B023  used at once
-
-            own = update("K-FAC", kfac["damping"])
-            others = [name for name in DIRECTIONS if name != "K-FAC"]
-            curves = {name: [cosine(own, update(name, damping)) for damping in DAMPINGS] for name in others}
-            nearest = {name: max(curve) for name, curve in curves.items()}
-            records.append({"seed": seed, "step": number, "nearest": nearest, "by damping": curves})
-        step(model, images, labels)
+        try:
+            if number in LOOKS:
+                nearest, curves = _cosines(model, images, labels, seed, kfac["damping"])
+                records.append({"seed": seed, "step": number, "nearest": nearest, "by damping": curves})
+            step(model, images, labels)
+        except FAILURES:
+            break
     return records
+
+
+def _cosines(
+    model: nn.Sequential, images: Tensor, labels: Tensor, seed: int, damping: float
+) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """With K-FAC's update at one damping, of every other one: the nearest, and all over `DAMPINGS`."""
+    gradients = gradients_of(model, images, labels)
+
+    def update(name: str, damping: float) -> dict[str, Tensor]:
+        same_labels = torch.Generator().manual_seed(seed)
+        return DIRECTIONS[name](model, images, gradients, damping, same_labels)
+
+    own = update("K-FAC", damping)
+    curves = {name: [cosine(own, update(name, other)) for other in DAMPINGS] for name in DIRECTIONS if name != "K-FAC"}
+    return {name: max(curve) for name, curve in curves.items()}, curves
