@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 def experiments() -> dict[str, Experiment]:
     """Every experiment by its name on the command line."""
     from hf_so2.papers.foof import foof
-    from hf_so2.papers.mup_transfer import mup_transfer
+    from hf_so2.papers.mup import mup_transfer
     from hf_so2.papers.tekfac import tekfac
 
     return {"mup-transfer": mup_transfer, "foof": foof, "tekfac": tekfac}

@@ -28,18 +28,20 @@ class Findings:
     draw: Callable[[Path], None]
 
 
-Experiment = Callable[[], Findings]
+Experiment = Callable[[int], Findings]
+"""Of the number of processes that it may use."""
 
 
-def carry_out(name: str, experiment: Experiment, folder: Path) -> tuple[Claim, ...]:
+def carry_out(name: str, experiment: Experiment, folder: Path, workers: int) -> tuple[Claim, ...]:
     """Run an experiment, print a sentence for each of its claims, and leave `<name>.json`, `.md` and `.png`."""
     start = time.perf_counter()
-    findings = experiment()
+    findings = experiment(workers)
     seconds = time.perf_counter() - start
     folder.mkdir(parents=True, exist_ok=True)
     record = {
         "experiment": name,
         "seconds": round(seconds, 1),
+        "workers": workers,
         "claims": [as_json(claim) for claim in findings.claims],
         "tables": findings.tables,
     }

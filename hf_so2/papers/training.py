@@ -1,8 +1,7 @@
-"""Training runs on the digits, and tuning that is alike for every method."""
+"""Training runs, and tuning that is alike for every method."""
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 import time
@@ -16,10 +15,11 @@ from torch.nn.functional import cross_entropy
 
 from hf_so2.errors import TrainingDivergedError
 from hf_so2.linalg import FAILURES
-from hf_so2.papers.digits import Digits
+from hf_so2.papers.data import Examples
+from hf_so2.papers.workers import each
 
 Step: TypeAlias = Callable[[nn.Module, Tensor, Tensor], None]
-"""Changes the weights of a model for one batch (images, labels)."""
+"""Changes the weights of a model for one batch (inputs, labels)."""
 Ranges: TypeAlias = Mapping[str, tuple[float, float]]
 
 COARSE, REFINEMENTS = 5, (0.5, 0.25)
@@ -33,9 +33,9 @@ class Run:
 
     Args:
         steps: when it was looked at.
-        losses: mean cross-entropy on all training images by then, nats; infinite from where it diverged.
+        losses: mean cross-entropy on the examples that are judged by then, nats; infinite from where it diverged.
         seconds: spent on training by then, not on looking.
-        accuracy: on the test images at the end.
+        accuracy: of predictions on the test examples at the end.
     """
 
     steps: tuple[int, ...]
@@ -48,6 +48,11 @@ class Run:
         """log10 of the last loss: differences are then of the same weight at any level."""
         return math.log10(max(self.losses[-1], FLOOR)) if math.isfinite(self.losses[-1]) else math.inf
 
+    def tail(self, looks: int) -> float:
+        """The mean score of the last looks, which a single lucky step sways less."""
+        levels = [math.log10(max(loss, FLOOR)) if math.isfinite(loss) else math.inf for loss in self.losses[-looks:]]
+        return sum(levels) / len(levels)
+
     def score_after(self, seconds: float) -> float:
         """The same of the last look within so many seconds; infinite before the first."""
         reached = [loss for loss, second in zip(self.losses, self.seconds, strict=True) if second <= seconds]
@@ -56,24 +61,24 @@ class Run:
 
 
 def train(
-    model: nn.Module, step: Step, digits: Digits, *, steps: int, batch: int, seed: int, looks: Sequence[int] = ()
+    model: nn.Module, step: Step, examples: Examples, *, steps: int, batch: int, seed: int, looks: Sequence[int] = ()
 ) -> Run:
     """Train for some steps and look at the loss at the start, at the end, and at `looks`."""
     at = {0, steps, *looks}
     seen: list[tuple[int, float, float]] = []
     spent = 0.0
-    batches = digits.batches(steps, batch, seed)
+    batches = examples.batches(steps, batch, seed)
     for number in range(steps + 1):
         if number in at:
-            seen.append((number, loss_on_all(model, digits), spent))
+            seen.append((number, loss_of(model, examples), spent))
             if not math.isfinite(seen[-1][1]):
                 break
         if number == steps:
             break
-        images, labels = next(batches)
+        inputs, labels = next(batches)
         start = time.perf_counter()
         try:
-            step(model, images, labels)
+            step(model, inputs, labels)
         except (TrainingDivergedError, *FAILURES):
             seen.append((steps, math.inf, spent))
             break
@@ -82,14 +87,15 @@ def train(
         seen.append((steps, math.inf, spent))
     numbers, losses, seconds = zip(*seen, strict=True)
     with torch.no_grad():
-        accuracy = float((model(digits.test_images).argmax(dim=1) == digits.test_labels).double().mean())
+        accuracy = float((model(examples.test_inputs).argmax(dim=1) == examples.test_labels.flatten()).double().mean())
     return Run(numbers, losses, seconds, accuracy)
 
 
-def loss_on_all(model: nn.Module, digits: Digits) -> float:
-    """Mean cross-entropy on the training images; infinite where it is no number."""
+def loss_of(model: nn.Module, examples: Examples) -> float:
+    """Mean cross-entropy on the examples that are judged; infinite where it is no number."""
+    inputs, labels = examples.judged
     with torch.no_grad():
-        loss = float(cross_entropy(model(digits.images), digits.labels))
+        loss = float(cross_entropy(model(inputs), labels))
     return loss if math.isfinite(loss) else math.inf
 
 
@@ -97,9 +103,9 @@ def optimizer_step(optimizer: Any) -> Step:
     """A step of a `torch.optim.Optimizer` or one of this package, Fisher samples included."""
     sample = getattr(optimizer, "sample_fisher", None)
 
-    def step(model: nn.Module, images: Tensor, labels: Tensor) -> None:
+    def step(model: nn.Module, inputs: Tensor, labels: Tensor) -> None:
         optimizer.zero_grad()
-        logits = model(images)
+        logits = model(inputs)
         if not bool(torch.isfinite(logits).all()):
             raise TrainingDivergedError("a logit is not finite")
         if sample is not None:
@@ -111,7 +117,10 @@ def optimizer_step(optimizer: Any) -> Step:
 
 
 def tune(
-    score: Callable[[Mapping[str, float], int], float], ranges: Ranges, seeds: Sequence[int] = (100, 101)
+    score: Callable[[Mapping[str, float], int], float],
+    ranges: Ranges,
+    seeds: Sequence[int] = (100, 101),
+    workers: int = 1,
 ) -> dict[str, float]:
     """The best values of a coarse grid, refined twice; the same number of trials whatever the method: `TRIALS`.
 
@@ -123,39 +132,27 @@ def tune(
         score: of some values and a seed; less is better, infinity where training diverged.
         ranges: lowest and highest value of two hyperparameters, by name.
         seeds: the grid is run with the first, the refinements with all, averaged.
+        workers: trials side by side.
     """
     lows = {name: math.log(low) for name, (low, _) in ranges.items()}
     spacing = {name: math.log(high / low) / (COARSE - 1) for name, (low, high) in ranges.items()}
     known: dict[tuple[float, ...], float] = {}
 
+    def values_of(point: tuple[float, ...]) -> dict[str, float]:
+        return {name: math.exp(x) for name, x in zip(ranges, point, strict=True)}
+
     def best_of(points: Iterable[tuple[float, ...]], used: Sequence[int]) -> tuple[float, ...]:
-        scores = {}
-        for point in points:
-            values = {name: math.exp(x) for name, x in zip(ranges, point, strict=True)}
-            if point not in known or len(used) == 1:
-                known[point] = sum(score(values, seed) for seed in used) / len(used)
-            scores[point] = known[point]
-        return min(scores, key=scores.__getitem__)
+        around = list(points)
+        new = [point for point in around if point not in known]
+        trials = [(values_of(point), seed) for point in new for seed in used]
+        scores = iter(each(lambda trial: score(*trial), trials, workers))
+        known.update({point: sum(next(scores) for _ in used) / len(used) for point in new})
+        return min(around, key=known.__getitem__)
 
     axes = [[lows[name] + index * spacing[name] for index in range(COARSE)] for name in ranges]
     best = best_of(itertools.product(*axes), seeds[:1])
-    known.clear()
+    known.clear()  # of one seed only
     for share in REFINEMENTS:
         axes = [[x + sign * share * spacing[name] for sign in (-1, 0, 1)] for name, x in zip(ranges, best, strict=True)]
         best = best_of(itertools.product(*axes), seeds)
-    return {name: math.exp(x) for name, x in zip(ranges, best, strict=True)}
-
-
-def single_threaded(function: Callable[..., Any]) -> Callable[..., Any]:
-    """One thread while it runs: these matrices are small, and times then do not depend on the machine's load so."""
-
-    @functools.wraps(function)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            return function(*args, **kwargs)
-        finally:
-            torch.set_num_threads(threads)
-
-    return wrapped
+    return values_of(best)

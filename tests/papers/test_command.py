@@ -12,7 +12,7 @@ import pytest
 
 from hf_so2 import cli
 from hf_so2.commands import papers
-from hf_so2.papers import digits, experiments, report
+from hf_so2.papers import data, experiments, report
 from hf_so2.papers.verdict import Claim, compare
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "papers.py"
@@ -46,7 +46,7 @@ def findings(outcome: str) -> report.Findings:
 def test_the_exit_code_is_the_verdict(
     outcome: str, code: int, script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("hf_so2.papers.experiments", lambda: {"foof": lambda: findings(outcome)})
+    monkeypatch.setattr("hf_so2.papers.experiments", lambda: {"foof": lambda workers: findings(outcome)})
     assert call(script, monkeypatch, "foof", "--output_dir", str(tmp_path)) == code
     assert (tmp_path / "foof.json").is_file()
 
@@ -54,13 +54,16 @@ def test_the_exit_code_is_the_verdict(
 def test_all_is_every_experiment(script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert set(papers.NAMES) == set(experiments())
     outcomes = dict(zip(papers.NAMES, ("holds", "fails", "undecided"), strict=True))
-    made_up = {name: lambda outcome=outcome: findings(outcome) for name, outcome in outcomes.items()}
+    made_up = {name: lambda workers, outcome=outcome: findings(outcome) for name, outcome in outcomes.items()}
     monkeypatch.setattr("hf_so2.papers.experiments", lambda: made_up)
     assert call(script, monkeypatch, "all", "--output_dir", str(tmp_path)) == 1
     assert len(list(tmp_path.glob("*.json"))) == 3
 
 
-@pytest.mark.parametrize("arguments", [("kfac",), (), ("foof", "--output_dir", str(SCRIPT)), ("foof", "--seeds", "3")])
+@pytest.mark.parametrize(
+    "arguments",
+    [("kfac",), (), ("foof", "--output_dir", str(SCRIPT)), ("foof", "--seeds", "3"), ("foof", "--workers", "0")],
+)
 def test_mistakes_end_in_one_line(
     arguments: tuple[str, ...], script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -71,7 +74,7 @@ def test_mistakes_end_in_one_line(
 def test_without_scikit_learn_a_line_says_what_to_install(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(digits.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: None)
     assert call(script, monkeypatch, "foof", "--output_dir", str(tmp_path)) == 2
     error = capsys.readouterr().err
     assert "pip install" in error

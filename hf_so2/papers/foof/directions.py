@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from hf_so2.curvature import EKFAC, FOOF, KFAC, TokenBlock
 from hf_so2.damping import Damping
-from hf_so2.papers.approximations import Rows, rows_of
+from hf_so2.papers.tekfac.approximations import Rows, rows_of
 from hf_so2.papers.training import Step
 
 Named: TypeAlias = Mapping[str, Tensor]
