@@ -42,7 +42,9 @@ class Task:
 
     def config(self, model_type: str) -> PretrainedConfig:
         """A tiny configuration for the task."""
-        config = tiny_config(model_type)
+        # The Reformer's base is one of a decoder.
+        as_encoder = {"is_decoder": False} if model_type == "reformer" and self.name == "masked-lm" else {}
+        config = tiny_config(model_type, **as_encoder)
         text = config.get_text_config(decoder=True)
         # To classify a sequence, decoders look for its end.
         if self.name == "sequence-classification" and getattr(text, "pad_token_id", None) is None:
@@ -53,6 +55,9 @@ class Task:
         """A fresh model of the class; where that takes a part of a composite config, of that part."""
         automatic: Any = getattr(auto, self.auto_class)
         model_class = automatic._model_mapping[type(config)]
+        if isinstance(model_class, tuple):  # the first is what from_config takes
+            only: PreTrainedModel = model_class[0](config)
+            return only
         if model_class.config_class not in (type(config), None):
             for part in (config.get_text_config(decoder=True), *_parts(config)):
                 if isinstance(part, model_class.config_class):
@@ -63,7 +68,8 @@ class Task:
     def loader(self, model: PreTrainedModel) -> Any:
         """What loads a saved model."""
         automatic: Any = getattr(auto, self.auto_class)
-        return automatic if type(model.config) in automatic._model_mapping else type(model)
+        classes = automatic._model_mapping.get(type(model.config), None)
+        return automatic if classes is not None and not isinstance(classes, tuple) else type(model)
 
     def outputs(self, model: PreTrainedModel) -> tuple[Tensor, Mapping[str, Any]]:
         """What the head computes on two examples, and their inputs.
@@ -121,9 +127,7 @@ TASKS = {
         Task(
             "image-classification", "AutoModelForImageClassification", "IMAGE_CLASSIFICATION", "classifiers of images"
         ),
-        Task(
-            "audio-classification", "AutoModelForAudioClassification", "AUDIO_CLASSIFICATION", "classifiers of audio"
-        ),
+        Task("audio-classification", "AutoModelForAudioClassification", "AUDIO_CLASSIFICATION", "classifiers of audio"),
         Task("ctc", "AutoModelForCTC", "CTC", "speech recognizers with a CTC head"),
         Task(
             "speech-seq2seq",

@@ -20,7 +20,6 @@ from transformers import PreTrainedModel
 
 from hf_so2.mup.running import run_on_example
 
-
 Node = Any  # torch.autograd.graph.Node
 Term = tuple[int, int]
 """Which addition of a forward pass, and which of its two terms."""

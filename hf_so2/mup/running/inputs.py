@@ -44,13 +44,20 @@ def example_inputs(model: PreTrainedModel, batch: int = 1) -> Iterator[Inputs]:
 
 def _forms(model: PreTrainedModel, main: str, batch: int, generator: torch.Generator) -> Iterator[Inputs]:
     config = model.config
-    if main == "input_ids" or (main == "inputs" and not _is_image_model(model)):
+    if main == "inputs" and "Speech" in type(model).__name__:
+        yield {main: torch.randn(batch, _WAVEFORM, generator=generator)}
+    elif main == "input_ids" or (main == "inputs" and not _is_image_model(model)):
         for length in (TOKENS, 2 * TOKENS, 8 * TOKENS):
             tokens = _tokens(config, batch, length)
             yield {main: tokens}
             end = _found(config, "eos_token_id")
             if isinstance(end, int):
                 yield {main: torch.cat([tokens[:, :-1], torch.full((batch, 1), end)], dim=1)}
+            separator = _found(config, "sep_token_id")
+            if isinstance(separator, int):  # question, two separators, context
+                parted = tokens.masked_fill(tokens == separator, separator + 1)
+                parted[:, [4, 5, -1]] = separator
+                yield {main: parted}
     elif main in ("pixel_values", "inputs"):
         channels, height, width = _image(config)
         pixels = torch.randn(batch, channels, height, width, generator=generator)
