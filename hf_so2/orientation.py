@@ -113,7 +113,7 @@ def _orient(module: nn.Module, local: str, parameter: nn.Parameter) -> Orientati
     if is_gain and sum(size > 1 for size in parameter.shape) < 2:
         return Orientation(every)
     if isinstance(module, nn.modules.conv._ConvNd):
-        if module.groups == module.in_channels:
+        if module.groups == module.in_channels > 1:  # a kernel for each channel
             return Orientation(every)
         return Orientation((1,), (0,)) if module.transposed else Orientation((0,), (1,))
     if rank == 2:
