@@ -95,7 +95,7 @@ def test_the_base_computes_what_it_did(task_name: str, family: str) -> None:
 
 
 def by_shapes(model: nn.Module, base: nn.Module) -> Iterator[tuple[str, str]]:
-    """(name, role) of what plain layers hold, by the growth of their inputs and outputs as the layers themselves say."""
+    """(name, role) of what plain layers hold, by the growth of inputs and outputs that the layers themselves tell."""
     layers: tuple[type[nn.Module], ...] = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d)
     for name, layer in model.named_modules():
         other = base.get_submodule(name)
@@ -245,17 +245,30 @@ def test_a_step_of_kfac(task_name: str, family: str, yes: tuple[str, ...], no: s
 
 
 def changes(model: PreTrainedModel, base: Any, name: str, optim: str, steps: int = 4) -> dict[str, float]:
-    """Root mean square change of the outputs of all plain layers since step 0, by role."""
+    """Root mean square change of the outputs of all plain layers since step 0, by role; of heads `ΔW x`.
+
+    What a head computes of a change of its input falls at first as random sums do, the more so where it is tied to an
+    embedding with entries of 1 (T5): its own change is what shall be level.
+    """
     task, widths = TASKS[name], infer_widths(model, base)
     names = {id(p): own for own, p in model.named_parameters()}
     seen: list[tuple[str, Tensor]] = []
+
+    def watch(module: nn.Module, role: str) -> None:
+        start = module.weight.detach().clone()
+
+        def record(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            own = isinstance(module, nn.Linear) and role == "output"
+            value = nn.functional.linear(inputs[0], module.weight.detach() - start) if own else output
+            seen.append((role, value.detach().clone()))
+
+        module.register_forward_hook(record)
+
     for module in model.modules():
         weight = getattr(module, "weight", None)
         if isinstance(weight, nn.Parameter) and weight.ndim > 1 and id(weight) in names:
             width = widths[names[id(weight)]]
-            tied = width.tied and not isinstance(module, nn.Embedding)
-            role = "output" if tied else width.role
-            module.register_forward_hook(lambda _m, _i, out, role=role: seen.append((role, out.detach().clone())))
+            watch(module, "output" if width.tied and not isinstance(module, nn.Embedding) else width.role)
     settings = {"lr": 3e-3} if optim == "adamw_mup" else {}
     optimizer = build_optimizer(optim, model, base_config=base, **settings)
 
@@ -267,7 +280,6 @@ def changes(model: PreTrainedModel, base: Any, name: str, optim: str, steps: int
 
     first = observe()
     for _ in range(steps):
-        torch.manual_seed(0)
         optimizer.zero_grad()
         task.loss(model).backward()
         optimizer.step()
@@ -275,11 +287,15 @@ def changes(model: PreTrainedModel, base: Any, name: str, optim: str, steps: int
     for (role, before), (_, after) in zip(first, observe(), strict=True):
         squares[role].append(float((after - before).double().square().mean()))
     # Every layer counts alike, also those with small outputs.
-    return {role: math.exp(sum(math.log(max(v, 1e-30)) for v in values) / len(values) / 2) for role, values in squares.items()}  # fmt: skip
+    return {
+        role: math.exp(sum(math.log(max(value, 1e-30)) for value in values) / len(values) / 2)
+        for role, values in squares.items()
+    }
 
 
-def exponents(name: str, family: str, optim: str, factors: tuple[int, ...] = (1, 2, 4, 8), seeds: int = 2) -> dict[str, float]:  # fmt: skip
-    """The power of the width with which outputs change, by role; least squares in logarithms."""
+def exponents(name: str, family: str, optim: str, factors: tuple[int, ...] = (1, 2, 4, 8)) -> dict[str, float]:
+    """The power of the width with which outputs change, by role; least squares in logarithms over two seeds."""
+    seeds = 2
     logs: dict[str, list[list[float]]] = defaultdict(list)
     for factor in factors:
         by_role: dict[str, list[float]] = defaultdict(list)

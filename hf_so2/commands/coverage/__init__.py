@@ -1,7 +1,7 @@
 """The parts of `hf-so2 mup-coverage`: tasks, the stages that a family goes through, and the page."""
 
-from .page import Page, markdown
+from .page import markdown
 from .stages import STAGES, Family, examine
 from .tasks import TASKS, Task
 
-__all__ = ["STAGES", "TASKS", "Family", "Page", "Task", "examine", "markdown"]
+__all__ = ["STAGES", "TASKS", "Family", "Task", "examine", "markdown"]

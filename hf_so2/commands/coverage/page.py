@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import transformers
 
@@ -12,25 +11,21 @@ from .stages import MULTIPLIER, STAGES, Family
 from .tasks import Task
 
 
-@dataclass(frozen=True)
-class Page:
-    """What was found for one task."""
+def markdown(task: Task, families: Sequence[Family], command: str) -> str:
+    """The table of one task and its summary as a page.
 
-    task: Task
-    families: Sequence[Family]
-    command: str
-
-
-def markdown(page: Page) -> str:
-    """The table and its summary as a page."""
-    families, task = page.families, page.task
+    Args:
+        task: what the models are for.
+        families: what was found.
+        command: what it was found with.
+    """
     counts = {stage: sum(stage in family.passed for family in families) for stage in STAGES}
     outcomes = Counter(family.outcome for family in families)
     lines = [
         f"# Coverage of muP over {task.what}",
         "",
         f"transformers {transformers.__version__}, {len(families)} types, each tiny and {MULTIPLIER} times as wide",
-        f"as its base. Made by `{page.command}`.",
+        f"as its base. Made by `{command}`.",
         "",
         "| " + " | ".join(STAGES) + " |",
         "|" + "---|" * len(STAGES),

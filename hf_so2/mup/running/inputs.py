@@ -1,4 +1,4 @@
-"""Small inputs that a model of any family runs on: tokens, pixels, spectrograms or waveforms, by what its class asks for.
+"""Small inputs that a model of any family runs on: tokens, pixels, spectrograms or waveforms.
 
 What a family wants besides its main input (decoder tokens, a sentence's end, patches that are cut already) is tried,
 not looked up: `example_inputs` yields forms from the simplest to the most demanding.
