@@ -79,7 +79,9 @@ def _is_embedding(module: nn.Module, local: str) -> bool:
     """Whether rows of the parameter are looked up, also by a class of the family's own (I-BERT's QuantEmbedding)."""
     if isinstance(module, nn.Embedding):
         return True
-    return local == "weight" and type(module).__name__.endswith("Embedding") and module.weight.ndim == 2
+    own = vars(module)["_parameters"].get(local)
+    is_table = own is not None and own.ndim == 2
+    return is_table and local == "weight" and type(module).__name__.endswith("Embedding")
 
 
 def weight_norms(model: nn.Module) -> dict[str, str]:

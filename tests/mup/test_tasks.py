@@ -250,6 +250,8 @@ def changes(model: PreTrainedModel, base: Any, name: str, optim: str, steps: int
     What a head computes of a change of its input falls at first as random sums do, the more so where it is tied to an
     embedding with entries of 1 (T5): its own change is what shall be level.
     """
+    settings = {"lr": 3e-3} if optim == "adamw_mup" else {}
+    optimizer = build_optimizer(optim, model, base_config=base, **settings)
     task, widths = TASKS[name], infer_widths(model, base)
     names = {id(p): own for own, p in model.named_parameters()}
     seen: list[tuple[str, Tensor]] = []
@@ -269,8 +271,6 @@ def changes(model: PreTrainedModel, base: Any, name: str, optim: str, steps: int
         if isinstance(weight, nn.Parameter) and weight.ndim > 1 and id(weight) in names:
             width = widths[names[id(weight)]]
             watch(module, "output" if width.tied and not isinstance(module, nn.Embedding) else width.role)
-    settings = {"lr": 3e-3} if optim == "adamw_mup" else {}
-    optimizer = build_optimizer(optim, model, base_config=base, **settings)
 
     def observe() -> list[tuple[str, Tensor]]:
         seen.clear()
