@@ -197,7 +197,9 @@ def _shrink(fields: Mapping[str, Any]) -> dict[str, Any]:
             small[name] = {new: _shrink(by_layer[old]) for new, old in enumerate(keep) if old in by_layer}
             continue
         if isinstance(value, Mapping):
-            small[name] = _shrink(value) if name.endswith("config") or name in ("encoder", "decoder", "text_encoder") else value
+            small[name] = (
+                _shrink(value) if name.endswith("config") or name in ("encoder", "decoder", "text_encoder") else value
+            )
         elif isinstance(value, (list, tuple)) and depth > 0 and len(value) == depth:
             small[name] = [_clip(name, value[index]) for index in keep]
         elif isinstance(value, bool) or not isinstance(value, int):
