@@ -19,9 +19,9 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_so2.errors import ConfigurationError
 
-from .folding import run_on_tokens
 from .roles import build_on_meta, pattern_of
 from .rules import ParameterWidth
+from .running import run_on_example
 from .widths import head_sizes, rebuild, scale_width
 
 _HEAD_SIZES = ("qk_head_dim", "head_dim", "attention_head_size", "head_size")
@@ -134,17 +134,17 @@ def find_fold(model: PreTrainedModel, base_config: PretrainedConfig) -> Fold:
             for parameter in module.parameters():
                 parameter.mul_(4.0 if parameter.ndim > 1 else 1.0)  # scores large enough to tell the scales apart
     factor = 0.5
-    plain = run_on_tokens(probe)
+    plain = run_on_example(probe)
     for module in modules:
         module.scaling *= factor
-    wanted = run_on_tokens(probe)
+    wanted = run_on_example(probe)
     for module in modules:
         module.scaling /= factor
     for fold in _possible_folds(modules[0]):
         weights = {id(p): p.detach().clone() for module in modules for p in module.parameters()}
         for module in modules:
             fold_in_place(module, fold, factor)
-        error = float((run_on_tokens(probe) - wanted).abs().max())
+        error = float((run_on_example(probe) - wanted).abs().max())
         if error < 0.01 * float((plain - wanted).abs().max()):
             return fold
         with torch.no_grad():

@@ -8,8 +8,7 @@ outside, exactly.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 
@@ -20,6 +19,7 @@ from transformers import PreTrainedModel
 from hf_so2.errors import ConfigurationError
 
 from .rules import ParameterWidth
+from .running import run_on_example
 
 # How many of the last modules before the head may carry the factor.
 _CANDIDATES = 3
@@ -37,7 +37,7 @@ def fold_into_head_input(model: PreTrainedModel, head: nn.Module, factor: float)
         Names of the parameters that now carry the factor.
 
     Raises:
-        ConfigurationError: no layer can hold it, or the model cannot be run on token ids alone.
+        ConfigurationError: no layer can hold it, or the model does not run on its main input alone.
     """
     before, executed = _run(model, head)
     for module in islice(executed, _CANDIDATES):
@@ -73,7 +73,7 @@ def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def _run(model: PreTrainedModel, head: nn.Module) -> tuple[torch.Tensor, list[nn.Module]]:
-    """The head's input on a few tokens, and the leaf modules with a weight that ran before it, the last one first."""
+    """The head's input on an example, and the leaf modules with a weight that ran before it, the last one first."""
     inputs: list[torch.Tensor] = []
     executed: dict[nn.Module, None] = {}
 
@@ -91,7 +91,7 @@ def _run(model: PreTrainedModel, head: nn.Module) -> tuple[torch.Tensor, list[nn
         if has_weight and module is not head and not isinstance(module, nn.Embedding):
             handles.append(module.register_forward_hook(record_run))
     try:
-        run_on_tokens(model)
+        run_on_example(model)
     finally:
         for handle in handles:
             handle.remove()
@@ -100,40 +100,3 @@ def _run(model: PreTrainedModel, head: nn.Module) -> tuple[torch.Tensor, list[nn
             "tie_word_embeddings", True, f"{type(model).__name__} does not run its head; must be False"
         )
     return inputs[-1], list(reversed(executed))
-
-
-def run_on_tokens(model: PreTrainedModel, *, grad: bool = False) -> torch.Tensor:
-    """Logits of a few tokens, without dropout or cache; the model and the random state stay as they were.
-
-    Args:
-        model: on a real device.
-        grad: whether the logits keep their graph.
-
-    Raises:
-        ConfigurationError: the model cannot be run on token ids alone.
-    """
-    weight = next(model.parameters())
-    if weight.is_meta:
-        raise ConfigurationError("model", type(model).__name__, "must hold its weights, not be on the meta device")
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    tokens = torch.arange(3, 19, device=weight.device).remainder(vocabulary)[None]
-    with torch.random.fork_rng(), torch.set_grad_enabled(grad), _evaluating(model):
-        try:
-            logits = model(input_ids=tokens, use_cache=False).logits
-        except (ValueError, TypeError, AttributeError, KeyError, IndexError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ConfigurationError(
-                "model", type(model).__name__, f"must run on input_ids alone to be put in muP: {reason}"
-            ) from error
-    return logits
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

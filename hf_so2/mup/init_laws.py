@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PretrainedConfig, PreTrainedModel, initialization
 
 from hf_so2.errors import ConfigurationError
+from hf_so2.orientation import weight_norms
 
 from .roles import layer_pattern_of
 from .rules import ParameterWidth
@@ -107,9 +108,20 @@ def init_scales(model_class: type[PreTrainedModel], config: PretrainedConfig) ->
         initialization.meta_device_safe_creation_ops(),
     ):
         model = model_class(rebuild(config, {}))
+        parameters = dict(model.named_parameters())
+        _untie(model)
         # The constructor leaves this out on the meta device.
         model.initialize_weights()
-    return {name: recorder.scale(parameter) for name, parameter in model.named_parameters()}
+    return {name: recorder.scale(parameter) for name, parameter in parameters.items()}
+
+
+def _untie(model: nn.Module) -> None:
+    """Gives heads a weight of their own: a tied one is drawn as the embedding's, whatever the head's law (Funnel)."""
+    looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    for module in model.modules():
+        for local, parameter in list(module.named_parameters(recurse=False)):
+            if id(parameter) in looked_up and not isinstance(module, nn.Embedding):
+                setattr(module, local, nn.Parameter(torch.empty_like(parameter)))
 
 
 def natural_growth(
@@ -136,7 +148,13 @@ def natural_growth(
         pairs = {
             name: (own, base_scales.get(name, by_pattern.get(layer_pattern_of(name)))) for name, own in scales.items()
         }
-        return {name: own / of_base if own and of_base else 1.0 for name, (own, of_base) in pairs.items()}
+        growth = {name: own / of_base if own and of_base else 1.0 for name, (own, of_base) in pairs.items()}
+        for direction, gain in weight_norms(model).items():  # a fresh gain is the length of its direction
+            width = widths[direction]
+            growth[gain] = growth[direction] * math.sqrt(width.m_in * width.m_out)
+            # Of which lengths it is, other dimensions that grow included.
+            growth[gain] /= math.sqrt(widths[gain].m_out * widths[gain].m_in)
+        return growth
     base_weights = dict(base.named_parameters())
     if any(weight.is_meta for weight in base_weights.values()):
         raise ConfigurationError("base_config", "a module on the meta device", "must hold its initial weights")

@@ -8,6 +8,7 @@ of the family's own is undone.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from hf_so2.errors import ConfigurationError
+from hf_so2.orientation import orientations, weight_norms
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,12 @@ class NativeFactor:
 EMBEDDING, HEAD = "<embedding>", "<head>"
 _GRANITE = "granite.*"
 _FALCON = "falcon_h1"
+_T5 = "t5|umt5|longt5|switch_transformers|pop2piano|udop"
+
+
+def _scales_decoder(config: Any) -> bool:
+    return bool(getattr(config, "scale_decoder_outputs", config.tie_word_embeddings))
+
 
 NATIVE_FACTORS = (
     # The square root of the width on embeddings, where it is not an attribute of the embedding module.
@@ -52,6 +60,8 @@ NATIVE_FACTORS = (
     NativeFactor(_GRANITE, HEAD, lambda c: 1.0 / c.logits_scaling),
     NativeFactor("hyperclovax", HEAD, lambda c: c.logits_scaling),
     NativeFactor("cohere.*", HEAD, lambda c: 1.0 if c.logit_scale is None else c.logit_scale),
+    # T5 scales what its head is fed where the head is tied, and where its own config says so.
+    NativeFactor(_T5, HEAD, lambda c: c.d_model**-0.5 if _scales_decoder(c) else 1.0, on_input=True),
     NativeFactor("minicpm3", HEAD, lambda c: 1.0 / c.logits_scaling, on_input=True),
     NativeFactor("inkling_text", HEAD, lambda c: 1.0 / c.logits_mup_width_multiplier, on_input=True),
     NativeFactor("inkling2_text", r"_input\.query$|\.query$", lambda c: c.hidden_size**-0.5),
@@ -92,6 +102,11 @@ def native_factors(model: nn.Module) -> dict[str, tuple[float, float]]:
         scale = getattr(module, "scalar_embed_scale", getattr(module, "embed_scale", None))
         if isinstance(scale, (int, float)):
             multiply(names[id(module.weight)], 1.0, float(scale))
+    for direction, gain in weight_norms(model).items():
+        # What a gain of weight normalization multiplies: a unit vector, whose entries shrink with its length.
+        weight, scale = model.get_parameter(direction), model.get_parameter(gain)
+        fan_in = math.prod(weight.shape[i] for i in orientations(model)[direction].fan_in)
+        multiply(gain, 1.0, math.sqrt(fan_in * scale.numel() / weight.numel()))
     text = model.config.get_text_config(decoder=True)
     embeddings, heads = (_weights(_named(model, f"get_{end}_embeddings")) for end in ("input", "output"))
     # A tied head's factor belongs to the logits, not to the matrix: see `logits_factor`.
@@ -105,22 +120,32 @@ def native_factors(model: nn.Module) -> dict[str, tuple[float, float]]:
         else:
             found = [name for name in names.values() if re.search(native.parameters, name)]
         for name in found:
-            value = float(native.value(text))
+            value = _value(native, text)
             multiply(name, *((value, 1.0) if native.on_input else (1.0, value)))
     return factors
 
 
-def _named(model: nn.Module, getter: str) -> nn.Module | None:
+def _value(native: NativeFactor, config: Any) -> float:
+    """The factor; 1 where a family of a similar name (Cohere's speech recognizer) has no field for it."""
+    try:
+        return float(native.value(config))
+    except AttributeError:
+        return 1.0
+
+
+def _named(model: nn.Module, getter: str) -> nn.Module | nn.Parameter | None:
     """What a model names as its embedding or head; None where it has none or does not say (CLIP, Wav2Vec2)."""
     try:
-        found: nn.Module | None = getattr(model, getter)()
+        found: nn.Module | nn.Parameter | None = getattr(model, getter)()
     except (AttributeError, NotImplementedError):
         return None
     return found
 
 
-def _weights(layer: nn.Module | None) -> list[nn.Parameter]:
+def _weights(layer: nn.Module | nn.Parameter | None) -> list[nn.Parameter]:
     """The matrices of an embedding or a head, of which a model may have several."""
+    if isinstance(layer, nn.Parameter):  # the Perceiver's latents
+        return [layer]
     found = [] if layer is None else [getattr(module, "weight", None) for module in layer.modules()]
     return [weight for weight in found if isinstance(weight, nn.Parameter)]
 
@@ -131,7 +156,7 @@ def logits_factor(config: PretrainedConfig) -> float:
     factor = 1.0
     for native in NATIVE_FACTORS:
         if native.parameters == HEAD and re.fullmatch(native.families, text.model_type):
-            factor *= float(native.value(text))
+            factor *= _value(native, text)
     return factor
 
 

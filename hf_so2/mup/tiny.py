@@ -1,4 +1,4 @@
-"""A very small configuration of any causal-LM family in transformers, for tests and for the coverage table.
+"""A very small configuration of any family in transformers, for tests and for the coverage table.
 
 The sizes are chosen so that every kind of layer a family has occurs once or twice and the width doubles and quadruples
 freely.
@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
-from .widths import DEPTH_FIELDS
+from .widths import DEPTH_FIELDS, STAGE_DEPTH_FIELDS
 
 VOCABULARY = 128
 
@@ -59,6 +59,26 @@ _SIZES: dict[str, int] = {
         8,
     ),
     **dict.fromkeys("qk_nope_head_dim qk_rope_head_dim".split(), 8),
+    **dict.fromkeys("d_ff dim hidden_dim".split(), 64),
+    **dict.fromkeys(
+        """d_latents output_hidden_size pooler_hidden_size pooler_output_size prediction_head_size decoder_hidden_size
+        classifier_proj_size""".split(),
+        32,
+    ),
+    **dict.fromkeys("true_hidden_size intra_bottleneck_size conv_dim embedding_rank".split(), 16),
+    **dict.fromkeys("entity_vocab_size tdnn_dim".split(), 128),
+    **dict.fromkeys("embed_dim".split(), 24),
+    **dict.fromkeys(
+        """encoder_num_attention_heads decoder_num_attention_heads encoder_num_key_value_heads
+        decoder_num_key_value_heads speech_encoder_attention_heads t2u_encoder_attention_heads
+        t2u_decoder_attention_heads num_self_attention_heads num_cross_attention_heads""".split(),
+        4,
+    ),
+    "d_kv": 8,
+    **dict.fromkeys("speech_encoder_intermediate_size t2u_encoder_ffn_dim t2u_decoder_ffn_dim".split(), 64),
+    "coordinate_size": 4,
+    "shape_size": 8,
+    "num_self_attends_per_block": 2,
     "qk_head_dim": 16,
     "rotary_dim": 4,
     **dict.fromkeys("num_experts num_local_experts n_routed_experts moe_num_experts".split(), 4),
@@ -68,6 +88,10 @@ _SIZES: dict[str, int] = {
     **dict.fromkeys("chunk_size mamba_chunk_size block_size sliding_window index_topk".split(), 16),
 }
 _DEPTH = 2
+_IMAGE = 64
+# Lists by stage of a vision model, as wide as this at first.
+_STAGE_WIDTHS = frozenset("hidden_sizes embed_dim embed_dims".split())
+_FIRST_STAGE = 16
 
 # What the general rules cannot know: validators that tie fields together, periods of hybrid layers, fields that are
 # None.
@@ -101,6 +125,22 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
         "indexer_budget": 16,
         "indexer_compress_ratio": 4,
     },
+    "bit": {"num_groups": 4},
+    "swin": {"image_size": 128, "window_size": 4},
+    "donut-swin": {"image_size": 128, "window_size": 4},
+    "hgnet_v2": {
+        "stem_channels": [3, 8, 8],
+        "stage_in_channels": [8, 16, 32, 64],
+        "stage_mid_channels": [8, 8, 16, 16],
+        "stage_out_channels": [16, 32, 64, 128],
+    },
+    "textnet": {"stem_out_channels": 16, "image_size": [64, 64]},
+    "esm": {"pad_token_id": 1, "mask_token_id": 2},
+    "cvt": {"depth": [1, 2, 3]},
+    "distilbert": {"dim": 32},
+    "mobilebert": {"embedding_size": 16},
+    "lilt": {"hidden_size": 48},
+    "neomme": {"head_dim": 16},
     "hrm_text": {"num_hidden_layers": 1, "num_layers_per_stack": None},
     "jamba": {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1},
     "llama": {"num_key_value_heads": 2},
@@ -135,7 +175,12 @@ def tiny_config(model_type: str, **overrides: Any) -> PretrainedConfig:
     # What is no declared field was derived from one, and must be derived again.
     declared = {field.name for field in dataclasses.fields(config_class)} | {"per_layer_config"}
     defaults = {name: value for name, value in defaults.items() if name in declared}
-    fields = _shrink(defaults) | _OVERRIDES.get(model_type, {}) | overrides
+    small = _shrink(defaults)
+    if isinstance(small.get("image_size"), int):
+        small["image_size"] = min(small["image_size"], _IMAGE)
+    if small.get("vocab_size", VOCABULARY) is None:
+        small["vocab_size"] = VOCABULARY
+    fields = small | _OVERRIDES.get(model_type, {}) | overrides
     for name, nested in fields.items():
         if isinstance(nested, Mapping) and nested.get("model_type") in _OVERRIDES:
             fields[name] = {**nested, **_OVERRIDES[nested["model_type"]]}
@@ -152,11 +197,13 @@ def _shrink(fields: Mapping[str, Any]) -> dict[str, Any]:
             small[name] = {new: _shrink(by_layer[old]) for new, old in enumerate(keep) if old in by_layer}
             continue
         if isinstance(value, Mapping):
-            small[name] = _shrink(value) if name.endswith("config") or name in ("decoder", "text_encoder") else value
+            small[name] = (
+                _shrink(value) if name.endswith("config") or name in ("encoder", "decoder", "text_encoder") else value
+            )
         elif isinstance(value, (list, tuple)) and depth > 0 and len(value) == depth:
             small[name] = [_clip(name, value[index]) for index in keep]
         elif isinstance(value, bool) or not isinstance(value, int):
-            small[name] = value
+            small[name] = _clip(name, value) if isinstance(value, (list, tuple)) else value
         elif name in DEPTH_FIELDS:
             small[name] = len(keep) if value == depth else min(value, _DEPTH)
         elif name.endswith(("_token_id", "_token_index")):
@@ -170,6 +217,13 @@ def _shrink(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _clip(name: str, value: Any) -> Any:
+    if isinstance(value, (list, tuple)) and value and all(type(entry) is int for entry in value):
+        if name in STAGE_DEPTH_FIELDS:
+            return type(value)(min(entry, _DEPTH) for entry in value)
+        if name in _STAGE_WIDTHS and value[0] > _FIRST_STAGE:
+            return type(value)(max(entry * _FIRST_STAGE // value[0] // 4, 1) * 4 for entry in value)
+        if name in ("conv_dim", "tdnn_dim"):
+            return type(value)(min(entry, _SIZES[name]) for entry in value)
     return min(value, _SIZES[name]) if name in _SIZES and isinstance(value, int) else value
 
 

@@ -1,9 +1,9 @@
 """Which fields of a configuration are widths, and how to build a wider or narrower configuration of the same family.
 
 Everything that is a width grows by one multiplier: the residual stream, the MLP, low-rank bottlenecks, and the number
-of heads (or, on request, their size). Everything else stays: depth, vocabulary, experts, positions, SSM state,
-convolution kernels, vision and audio towers. Fields a family derives from others (`head_dim=None`, `n_inner=None`) are
-left for it to derive.
+of heads (or, on request, their size). Everything else stays: depth, vocabulary, labels, experts, positions, SSM state,
+convolution kernels, the convolutions that read a waveform, and vision and audio towers of a language model. Fields a
+family derives from others (`head_dim=None`, `n_inner=None`) are left for it to derive.
 """
 
 from __future__ import annotations
@@ -48,14 +48,21 @@ STREAM_FIELDS = frozenset(
     feed_forward_size moe_intermediate_size shared_expert_intermediate_size moe_shared_expert_intermediate_size
     shared_intermediate_size shared_experts_intermediate_size dense_intermediate_size intermediate_size_mlp
     expert_ffn_hidden_size prompt_mid_dim q_lora_rank kv_lora_rank o_lora_rank laurel_rank adapter_rank hc_lowrank
-    gated_norm_rank moe_latent_size hidden_size_per_layer_input ple_embed_dim time_step_rank mamba_dt_rank""".split()
+    gated_norm_rank moe_latent_size hidden_size_per_layer_input ple_embed_dim time_step_rank mamba_dt_rank
+    d_ff dim hidden_dim d_latents embed_dim embed_dims hidden_sizes neck_hidden_sizes base_attn_unit_dims
+    stem_channels stem_out_channels stage_in_channels stage_mid_channels stage_out_channels true_hidden_size
+    intra_bottleneck_size decoder_hidden_size output_hidden_size pooler_hidden_size pooler_output_size
+    prediction_head_size classifier_proj_size embedding_rank coordinate_size shape_size speech_encoder_intermediate_size
+    t2u_encoder_ffn_dim t2u_decoder_ffn_dim""".split()
 )
 # Heads of softmax attention: they multiply with head="count" and stay with head="size".
 HEAD_COUNT_FIELDS = frozenset(
     """num_attention_heads num_key_value_heads n_head n_heads num_heads attention_heads decoder_attention_heads
     encoder_attention_heads num_encoder_attention_heads num_decoder_attention_heads num_kv_heads kv_n_heads
     swa_num_attention_heads swa_num_key_value_heads num_attention_heads_per_layer num_global_key_value_heads
-    index_n_heads indexer_n_heads""".split()
+    index_n_heads indexer_n_heads encoder_num_attention_heads decoder_num_attention_heads encoder_num_key_value_heads
+    decoder_num_key_value_heads speech_encoder_attention_heads t2u_encoder_attention_heads t2u_decoder_attention_heads
+    num_self_attention_heads num_cross_attention_heads""".split()
 )
 _HEAD_NUMBERS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads", "attention_heads")
 # Heads of recurrent layers: their size is part of the recurrence's state, so they always grow in number.
@@ -65,37 +72,46 @@ RECURRENT_HEAD_FIELDS = frozenset(
 HEAD_SIZE_FIELDS = frozenset(
     """head_dim v_head_dim qk_nope_head_dim qk_rope_head_dim qk_head_dim d_head d_kv attention_head_dim
     attention_head_size kv_channels dim_head swa_head_dim swa_v_head_dim global_head_dim rotary_dim index_head_dim
-    indexer_head_dim""".split()
+    indexer_head_dim key_dim""".split()
 )
 # Sub-configurations of the language model, scaled throughout. Towers of other modalities keep their size, except where
 # they project into the language model's width.
 LANGUAGE_CONFIGS = frozenset(
-    """text_config decoder attn_config ffn_config depth_decoder_config encoder_config decoder_config global_config
-    patcher_config""".split()
+    """text_config encoder decoder attn_config ffn_config depth_decoder_config encoder_config decoder_config
+    global_config patcher_config""".split()
 )
 TOWER_CONFIGS = frozenset("vision_config audio_config".split())
 TOWER_OUTPUT_FIELDS = frozenset("adapter_out_dim out_hidden_size".split())
 PER_LAYER_CONFIG = "per_layer_config"
 DEPTH_FIELDS = frozenset(
     """num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_encoder_layers num_decoder_layers
-    num_blocks num_layers_per_stack""".split()
+    num_blocks num_layers_per_stack encoder_num_hidden_layers decoder_num_hidden_layers speech_encoder_layers
+    t2u_encoder_layers t2u_decoder_layers l_layers r_layers x_layers""".split()
 )
+# By stage, in vision.
+STAGE_DEPTH_FIELDS = frozenset("depths depth stage_num_blocks n_attn_blocks".split())
+# Where a configuration says its width, in the order in which they are asked; of several stages the last.
+_WIDTHS = ("hidden_size", "d_model", "hidden_sizes", "embed_dim", "embed_dims")
 
 
 def text_width(config: PretrainedConfig) -> int:
-    """The hidden size of the language model that `config` describes.
+    """The hidden size of the language model that `config` describes, or of a model of images or speech.
+
+    Where stages of a vision model differ in it, it is that of the last.
 
     Raises:
         ConfigurationError: the configuration has no such field.
     """
     text = config.get_text_config(decoder=True)
-    # A byte-latent transformer has no width of its own: its global model holds the stream.
-    width = getattr(getattr(text, "global_config", text), "hidden_size", None)
-    if not isinstance(width, int) or width < 1:
-        raise ConfigurationError(
-            "config", type(config).__name__, "must have hidden_size, or another name for it in attribute_map"
-        )
-    return width
+    # A byte-latent transformer has no width of its own: its global model holds the stream; of others an encoder does.
+    holders = [getattr(text, "global_config", text), getattr(text, "encoder_config", None)]
+    for value in (getattr(holder, name, None) for holder in holders for name in _WIDTHS):
+        width = value[-1] if isinstance(value, (list, tuple)) and value else value
+        if isinstance(width, int) and width > 0:
+            return width
+    raise ConfigurationError(
+        "config", type(config).__name__, "must have hidden_size, or another name for it in attribute_map"
+    )
 
 
 def require_config(name: str, value: object) -> None:
@@ -161,13 +177,18 @@ def width_fields(fields: Mapping[Any, Any], head: HeadGrowth = "count", path: Pa
     for name, value in fields.items():
         if not isinstance(value, Mapping):
             continue
-        if name in LANGUAGE_CONFIGS:
+        if name in LANGUAGE_CONFIGS and not _is_tower(name, fields):
             yield from width_fields(value, head, (*path, name))
         elif name == PER_LAYER_CONFIG:
             for layer, overrides in value.items():
                 yield from _positive_integers(overrides, growing, (*path, name, layer))
         elif name in TOWER_CONFIGS:
             yield from _positive_integers(value, TOWER_OUTPUT_FIELDS, (*path, name))
+
+
+def _is_tower(name: str, fields: Mapping[Any, Any]) -> bool:
+    """Whether an encoder beside a language model is one of another modality."""
+    return name == "encoder_config" and isinstance(fields.get("text_config"), Mapping)
 
 
 def _positive_integers(fields: Mapping[str, Any], names: frozenset[str], path: Path) -> Iterator[tuple[Path, int]]:
@@ -177,6 +198,8 @@ def _positive_integers(fields: Mapping[str, Any], names: frozenset[str], path: P
         entries: list[tuple[Path, Any]] = [((*path, name), value)]
         if isinstance(value, (list, tuple)):
             entries = [((*path, name, index), entry) for index, entry in enumerate(value)]
+            if name == "stem_channels":
+                entries = entries[1:]  # the first are the image's
         for entry_path, entry in entries:
             # Zero, None and "auto" mean that the family has no such width or derives it.
             if isinstance(entry, int) and not isinstance(entry, bool) and entry > 0:
@@ -194,7 +217,7 @@ def declared_fields(config: PretrainedConfig) -> dict[str, Any]:
             fields[name] = declared_fields(nested)
     declared = {field.name for field in dataclasses.fields(config)} | {PER_LAYER_CONFIG}
     extra = {name: value for name, value in fields.items() if name not in declared}
-    if any(isinstance(value, (int, float)) and not isinstance(value, bool) for value in extra.values()):
+    if any(isinstance(value, (int, float, list, tuple)) and not isinstance(value, bool) for value in extra.values()):
         derived = _construct(
             type(config), {name: value for name, value in fields.items() if name in declared}
         ).to_dict()
@@ -222,8 +245,16 @@ def rebuild(config: PretrainedConfig, values: Mapping[Path, Any]) -> PretrainedC
             inner = inner[step]
         inner[path[-1]] = value
     new = _construct(type(config), fields)
-    new._attn_implementation = config._attn_implementation
+    _copy_attention(config, new)
     return new
+
+
+def _copy_attention(old: PretrainedConfig, new: PretrainedConfig) -> None:
+    """Parts of a composite may each have another implementation, and setting the whole's sets theirs."""
+    new._attn_implementation = old._attn_implementation
+    for name, part in vars(old).items():
+        if isinstance(part, PretrainedConfig) and isinstance(own := vars(new).get(name), PretrainedConfig):
+            _copy_attention(part, own)
 
 
 def _construct(config_class: type[PretrainedConfig], fields: Mapping[str, Any]) -> PretrainedConfig:

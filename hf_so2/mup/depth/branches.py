@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from hf_so2.errors import ConfigurationError
-from hf_so2.mup.folding import run_on_tokens
 from hf_so2.mup.roles import layer_pattern_of
 from hf_so2.mup.rules import ParameterWidth, Role
+from hf_so2.mup.running import run_on_example
 from hf_so2.mup.widths import rebuild
 
 from .graph import Additions, Branch, Term, residual_sums
@@ -77,7 +77,7 @@ def find_branches(probe: PreTrainedModel, widths: Mapping[str, ParameterWidth]) 
         widths: of the model's parameters, for their roles.
 
     Raises:
-        ConfigurationError: the model cannot be run on token ids alone, or a branch has no weight that can carry a
+        ConfigurationError: the model does not run on its main input alone, or a branch has no weight that can carry a
             factor, or there is no branch.
     """
     roles: dict[str, Role] = {layer_pattern_of(name): width.role for name, width in widths.items()}
@@ -103,7 +103,7 @@ def find_branches(probe: PreTrainedModel, widths: Mapping[str, ParameterWidth]) 
 def _prove_complete(probe: PreTrainedModel, terms: list[Term], roles: Mapping[str, Role]) -> None:
     """Raise unless all projections of all layers are without effect where the branches that were found are zero."""
     with Additions(dict.fromkeys(terms, 0.0), keep=False):
-        logits = run_on_tokens(probe, grad=True)
+        logits = run_on_example(probe, grad=True)
     layers = {
         name: parameter
         for name, parameter in probe.named_parameters()
@@ -118,7 +118,7 @@ def _prove_complete(probe: PreTrainedModel, terms: list[Term], roles: Mapping[st
 def with_factor(probe: PreTrainedModel, terms: list[Term], factor: float) -> Tensor:
     """The logits with every branch multiplied where it is added."""
     with Additions(dict.fromkeys(terms, factor), keep=False):
-        return run_on_tokens(probe)
+        return run_on_example(probe)
 
 
 def prove(wanted: Tensor, plain: Tensor, got: Tensor, probe: PreTrainedModel) -> None:
@@ -130,9 +130,9 @@ def prove(wanted: Tensor, plain: Tensor, got: Tensor, probe: PreTrainedModel) ->
 
 def prove_fold(probe: PreTrainedModel, branches: Branches, terms: list[Term]) -> None:
     """Raise unless folding a factor into the carriers does what multiplying the branches does; changes the probe."""
-    plain, wanted = run_on_tokens(probe), with_factor(probe, terms, _PROOF)
+    plain, wanted = run_on_example(probe), with_factor(probe, terms, _PROOF)
     fold_branches(probe, branches, _PROOF)
-    prove(wanted, plain, run_on_tokens(probe), probe)
+    prove(wanted, plain, run_on_example(probe), probe)
 
 
 def refusal(model: PreTrainedModel, reason: str) -> ConfigurationError:

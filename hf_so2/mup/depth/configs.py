@@ -146,7 +146,7 @@ def _indices(name: str, value: Any, old: int, new: int) -> Any:
 
 def _is_by_layer(name: str) -> bool:
     """Whether a list as long as the model is deep has its entries for the layers, as its name tells."""
-    return name in _WIDTHS or any(part in name for part in ("layer", "_type", "pattern"))
+    return name in _WIDTHS or any(part in name for part in ("layer", "_type", "pattern", "attention_window"))
 
 
 def _repeated(value: Any, count: int) -> Any:

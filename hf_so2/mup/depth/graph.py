@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from hf_so2.mup.folding import run_on_tokens
+from hf_so2.mup.running import run_on_example
 
 Node = Any  # torch.autograd.graph.Node
 Term = tuple[int, int]
@@ -107,10 +107,10 @@ def residual_sums(model: PreTrainedModel) -> list[list[Branch]]:
     """The branches of each residual sum of a model, by one forward pass on a few tokens.
 
     Raises:
-        ConfigurationError: the model cannot be run on token ids alone.
+        ConfigurationError: the model does not run on its main input alone.
     """
     with Additions() as trace:
-        logits = run_on_tokens(model, grad=True)
+        logits = run_on_example(model, grad=True)
     graph = _Graph(logits.grad_fn)
     sums = [found for found in graph.sums(trace.found) if found is not None]
     interiors = [graph.between([node for _, node in terms], stream) for terms, stream, _ in sums]

@@ -17,9 +17,9 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from hf_so2.errors import ConfigurationError
-from hf_so2.mup.folding import run_on_tokens
 from hf_so2.mup.roles import layer_pattern_of
 from hf_so2.mup.rules import ParameterWidth
+from hf_so2.mup.running import run_on_example
 
 from .branches import (
     find_branches,
@@ -101,10 +101,10 @@ class DepthPatch:
         if abs(self._factor - 1) < 1e-12:
             self._factor = 1.0
         if self._own is not None and not pretrained:
-            plain, wanted = run_on_tokens(probe), with_factor(probe, terms, self._factor)
+            plain, wanted = run_on_example(probe), with_factor(probe, terms, self._factor)
             _set_multiplier(probe, self._own, self._factor)
             if self._factor != 1.0:
-                prove(wanted, plain, run_on_tokens(probe), probe)
+                prove(wanted, plain, run_on_example(probe), probe)
         else:
             prove_fold(probe, self._branches, terms)
 
