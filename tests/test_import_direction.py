@@ -44,7 +44,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli": set(),
     "models": {"mup", "cli"},
     "benchmark": {*STEP, "methods", "optim"},
-    "papers": {*BLOCKS, "optim", "natural_gradient", "transfer"},
+    "papers": {*BLOCKS, "data", "optim", "natural_gradient"},
     "transfer": {*LEAVES, "training", "methods", "optim", "cli", "models"},
     "commands": {
         *LEAVES,
