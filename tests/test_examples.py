@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -17,8 +16,9 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))
 def test_the_example_trains(name: str, tmp_path: Path) -> None:
-    if name.startswith("trl") and importlib.util.find_spec("trl") is None:
-        pytest.skip("needs trl")
+    for package in ("trl", "peft"):
+        if re.search(rf"^import {package}$", (EXAMPLES / name).read_text("utf-8"), re.MULTILINE):
+            pytest.importorskip(package, reason=f"needs {package}")
     environment = os.environ | {"CI": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, str(EXAMPLES / name)]
     done = subprocess.run(
