@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,16 @@ def test_the_oldest_run_is_with_the_oldest_that_are_claimed() -> None:
     script = [sys.executable, str(ROOT / ".ci" / "floors"), "papers"]
     printed = subprocess.run(script, capture_output=True, text=True, check=True).stdout.split()
     assert dict(line.split("==") for line in printed) == {**claims(), "scikit-learn": "1.5"}
+
+
+@pytest.mark.skipif(not (ROOT / ".ci").is_dir(), reason="needs a clone")
+def test_the_version_is_the_same_everywhere() -> None:
+    setup = configparser.ConfigParser(interpolation=None)
+    setup.read(ROOT / "setup.cfg")
+    version = setup["metadata"]["version"]
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text("utf-8")
+    assert f"\n## {version} - " in (ROOT / "CHANGELOG.md").read_text("utf-8")
+    assert set(re.findall(r"hf_so2-([\d.]+)-py3", (ROOT / "docs" / "guide.md").read_text("utf-8"))) == {version}
 
 
 def test_installed_ones_pass() -> None:
