@@ -268,6 +268,13 @@ def test_links_of_a_page_lead_somewhere(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_no_heading_begins_with_a_digit(page: Path) -> None:
+    """The site's script looks anchors up as CSS selectors; it would fail and leave tables and menus without style."""
+    if page.is_relative_to(ROOT / "docs"):
+        assert [anchor for anchor in headings(page) if anchor[:1].isdigit()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
 def test_files_that_a_page_names_exist(page: Path) -> None:
     for name in re.findall(
         r"`((?:docs|tests|scripts|examples|configs|hf_so2)/[\w./-]+\.\w+)`", page.read_text("utf-8")
