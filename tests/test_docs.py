@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import hf_so2
 from hf_so2 import commands
+from hf_so2.methods import table
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -202,6 +203,8 @@ def test_a_snippet_runs(snippet: Snippet, tmp_path: Path, monkeypatch: pytest.Mo
     if "trl" in text:
         known |= {"trl": pytest.importorskip("trl", reason="needs trl"), "train": known["data"]}
         text = text.replace('output_dir="out"', 'output_dir="out", use_cpu=True, bf16=False')  # as docs/trl.md says
+    if "import hf_so2, peft" in text:
+        pytest.importorskip("peft", reason="needs peft")
     if "Accelerator" in text:
         from accelerate import Accelerator
 
@@ -214,7 +217,35 @@ def test_a_snippet_runs(snippet: Snippet, tmp_path: Path, monkeypatch: pytest.Mo
     if "trainer = " in text and ".train()" not in text:
         known["trainer"].train()
     trained = SimpleNamespace(**known).model
-    assert any(not torch.equal(p, before[name]) for name, p in trained.named_parameters())
+    # Adapters are put into the model itself; those on the output side begin at zero.
+    after = {name.replace(".base_layer", ""): p for name, p in trained.named_parameters() if "lora_A" not in name}
+    assert any(not torch.equal(p, before.get(name, torch.zeros_like(p))) for name, p in after.items())
+
+
+def test_the_method_of_the_page_on_adding_one_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file and the row as they are printed, put where they belong."""
+    file, row = (snippet.text for snippet in snippets(ROOT / "docs" / "add_method.md") if snippet.language == "py")
+    module = ModuleType("hf_so2.curvature.row_scaling")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(compile(file, "row_scaling.py", "exec"), vars(module))
+    method = eval(row, vars(table) | {"RowScaling": module.RowScaling})
+    monkeypatch.setitem(table.METHODS, method.name, method)
+    monkeypatch.setattr(table, "OPTIMIZERS", (*table.OPTIMIZERS, method.name, f"{method.name}_mup"))
+    model, row_of = llama(64), token_rows(4)
+    batch = {name: torch.stack([row[name] for row in row_of]) for name in ("input_ids", "labels")}
+    optimizer = hf_so2.build_optimizer("row_scaling_mup", model, base_config=llama(32).config)
+    losses = []
+    for _ in range(8):
+        losses.append(model(**batch).loss)
+        losses[-1].backward()
+        gradient = model.model.layers[0].mlp.up_proj.weight.grad.double()
+        optimizer.step()
+        optimizer.zero_grad()
+        if len(losses) == 1:
+            state = optimizer.curvature.layers["model.layers.0.mlp.up_proj.weight"].state
+            expected = gradient / gradient.square().mean(1, keepdim=True).sqrt()
+            torch.testing.assert_close((state["scale"] * gradient).double(), expected, rtol=1e-5, atol=0)
+    assert losses[-1] < 0.8 * losses[0]
 
 
 def headings(page: Path) -> set[str]:
@@ -234,6 +265,13 @@ def test_links_of_a_page_lead_somewhere(page: Path) -> None:
         linked = (page.parent / name).resolve() if name else page
         assert linked.exists(), target
         assert not anchor or anchor in headings(linked), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_no_heading_begins_with_a_digit(page: Path) -> None:
+    """The site's script looks anchors up as CSS selectors; it would fail and leave tables and menus without style."""
+    if page.is_relative_to(ROOT / "docs"):
+        assert [anchor for anchor in headings(page) if anchor[:1].isdigit()] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])

@@ -67,10 +67,10 @@ def checkpoint_tokenizer(model_name_or_path: str, cache_dir: str | None = None) 
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, cache_dir=cache_dir)
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(
-            "model_name_or_path", model_name_or_path, f"must hold a tokenizer: {str(error).splitlines()[0]}"
-        ) from error
+    except (ImportError, OSError, ValueError) as error:  # the first: a package that this tokenizer needs is missing
+        reason = str(error).strip().splitlines()[0]
+        allowed = f"must hold a tokenizer: {reason}"
+        raise ConfigurationError("model_name_or_path", model_name_or_path, allowed) from error
     if tokenizer.eos_token_id is None:
         raise ConfigurationError("model_name_or_path", model_name_or_path, "must have a tokenizer with an eos token")
     return tokenizer

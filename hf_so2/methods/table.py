@@ -11,19 +11,17 @@ from hf_so2.curvature import (
     EKFAC,
     FOOF,
     KFAC,
-    SOAP,
     TEKFAC,
     TKFAC,
     CurvatureBlock,
-    GradientBlock,
     KLShampoo,
     Muon,
-    Shampoo,
     Tied,
 )
 from hf_so2.damping import RULES
 from hf_so2.engine.norm_control import NORM_CONTROLS
 from hf_so2.errors import ConfigurationError
+from hf_so2.methods.blocks import shampoo_block, soap_block
 from hf_so2.methods.defaults import CLIPPED, SPECTRAL, untuned
 from hf_so2.methods.resolution import resolve
 from hf_so2.methods.settings import Settings
@@ -162,24 +160,6 @@ K_FAC = INPUT_SIDE | {"output factors"}
 SHAMPOO = CURVATURE | {"statistics", "gradients", "factors"}
 
 
-def _shampoo(settings: Settings, site: Site) -> GradientBlock:
-    exponent, sides = settings.shampoo_exponent, site.sides(settings)
-    block = Shampoo(
-        settings.beta2, exponent, exponent == 0.5, settings.shampoo_accumulation, sides, settings.shampoo_root
-    )
-    return site.cut(block, settings)
-
-
-def _soap(settings: Settings, site: Site) -> GradientBlock:
-    eps = settings.adam_epsilon * rules.damping_multiplier("adam_eps", site.width)
-    block = SOAP(settings.beta2, eps, tolerance=settings.basis_tolerance, sides=site.sides(settings))
-    cut = site.cut(block, settings)
-    # Each block of a cut weight has its own basis. Some norm controls need the average in the weight's coordinates.
-    if cut is block and settings.momentum_order == "before" and not NORM_CONTROLS[settings.norm_control].needs:
-        return replace(block, keeps_momentum=True)
-    return cut
-
-
 _TABLE = (
     Method(
         "kfac",
@@ -231,7 +211,7 @@ _TABLE = (
     Method(
         "shampoo",
         lambda s: rules.shampoo(0.25) if s.shampoo_exponent == 0.25 else rules.SPECTRAL,
-        block=_shampoo,
+        block=shampoo_block,
         damping=gradient_damping,
         uses=SHAMPOO | {"damping", "shampoo"},
         defaults={**SPECTRAL, "damping": 1e-4},
@@ -240,7 +220,7 @@ _TABLE = (
     Method(
         "soap",
         lambda s: rules.SOAP,
-        block=_soap,
+        block=soap_block,
         uses=SHAMPOO | {"basis"},
         defaults=SPECTRAL,
         defaults_under=untuned(0.003),

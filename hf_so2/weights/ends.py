@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_so2.curvature import State, Tied, TokenBlock
-from hf_so2.curvature.tied import EMBEDDING, HEAD, of_end
+from hf_so2.curvature.parts.tied import EMBEDDING, HEAD, of_end
 from hf_so2.layers import Adapter
 from hf_so2.layers.adapters import LINEAR
 from hf_so2.layers.plan import RowPlan

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from shared.shampoo_reference import feed, fresh_state, relative
 
 from hf_so2.curvature.base import GradientBlock
-from hf_so2.curvature.blocked import Blocked
 from hf_so2.curvature.kl_shampoo import KLShampoo
 from hf_so2.curvature.muon import Muon
+from hf_so2.curvature.parts.blocked import Blocked
 from hf_so2.curvature.shampoo import Shampoo
 from hf_so2.curvature.soap import SOAP
 from hf_so2.damping import Damping

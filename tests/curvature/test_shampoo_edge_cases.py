@@ -10,9 +10,9 @@ from shared.shampoo_reference import fresh_state, relative
 from torch import Tensor
 
 from hf_so2.curvature.base import GradientBlock, State
-from hf_so2.curvature.blocked import Blocked
 from hf_so2.curvature.kl_shampoo import KLShampoo
 from hf_so2.curvature.muon import Muon
+from hf_so2.curvature.parts.blocked import Blocked
 from hf_so2.curvature.shampoo import Shampoo
 from hf_so2.curvature.soap import SOAP
 from hf_so2.damping import RULES, Damping
