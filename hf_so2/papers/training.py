@@ -99,11 +99,19 @@ def loss_of(model: nn.Module, examples: Examples) -> float:
     return loss if math.isfinite(loss) else math.inf
 
 
-def optimizer_step(optimizer: Any) -> Step:
-    """A step of a `torch.optim.Optimizer` or one of this package, Fisher samples included."""
+def optimizer_step(optimizer: Any, warmup: int = 0) -> Step:
+    """A step of a `torch.optim.Optimizer` or one of this package, Fisher samples included.
+
+    Args:
+        warmup: steps in which every rate rises linearly to its own.
+    """
+    rates, count = [group["lr"] for group in optimizer.param_groups], itertools.count(1)
     sample = getattr(optimizer, "sample_fisher", None)
 
     def step(model: nn.Module, inputs: Tensor, labels: Tensor) -> None:
+        share = min(1.0, next(count) / warmup) if warmup else 1.0
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * share
         optimizer.zero_grad()
         logits = model(inputs)
         if not bool(torch.isfinite(logits).all()):

@@ -18,6 +18,7 @@ from hf_so2.papers.foof.runs import (
     VIT_BATCH,
     VIT_LAYERS,
     VIT_SEEDS,
+    VIT_WARMUP,
     VIT_WIDTH,
     WIDTH,
 )
@@ -74,7 +75,8 @@ def claims_of(races: Mapping[str, Race], angles: Sequence[Sequence[Mapping[str, 
                      f" {PACKAGE_STEPS} steps, {TRIALS} trials each; {len(SEEDS)} fresh seeds"),
         *_of_package(races["package, ViT"], "ViT",
                      f"ViT of width {VIT_WIDTH}, {VIT_LAYERS} layers, 16 patches, batch {VIT_BATCH}, the package's"
-                     f" optimizers, {PACKAGE_STEPS} steps, {TRIALS} trials each; {len(VIT_SEEDS)} fresh seeds"),
+                     f" optimizers, {PACKAGE_STEPS} steps of which {VIT_WARMUP} warm up, {TRIALS} trials each;"
+                     f" {len(VIT_SEEDS)} fresh seeds"),
     )  # fmt: skip
 
 
