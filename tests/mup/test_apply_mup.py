@@ -71,6 +71,8 @@ def test_initial_weights_follow_the_table(family: str) -> None:
     apply_mup(narrow_model, base)
     apply_mup(model, base)
     embedding, hidden, head = MEASURED[family]
+    if family == "gpt_neox" and hasattr(model, "embed_out"):  # as older versions of transformers call it
+        head = "embed_out.weight"
     for name, exponent in ((embedding, 0.0), (hidden, -0.5), (head, -1.0)):
         growth = float(model.get_parameter(name).detach().std() / narrow_model.get_parameter(name).detach().std())
         assert growth == pytest.approx(4**exponent, rel=0.05), name
@@ -209,6 +211,8 @@ def test_a_base_that_is_itself_scaled_is_refused() -> None:
 def test_larger_heads_where_no_weight_can_carry_the_scale(family: str) -> None:
     base = tiny_config(family)
     model = fresh(scale_width(base, multiplier=2, head="size"))
+    if any(hasattr(module, "scaling") for name, module in model.named_modules() if name.endswith("attn")):
+        pytest.skip(f"this version of transformers has a number for {family}'s scale")
     before = weights(model)
     with pytest.raises(ConfigurationError, match="head"):
         apply_mup(model, base)

@@ -64,8 +64,8 @@ class Ground:
         """What was run, for the table."""
         warm = f" of which {self.warmup} warm up" if self.warmup else ""
         return (
-            f"{self.described}, batch {self.batch}, {self.steps} steps{warm}, each method tuned by {TRIALS} trials of two"
-            f" hyperparameters, Fisher of drawn labels; {self.seeds} fresh seeds"
+            f"{self.described}, batch {self.batch}, {self.steps} steps{warm}, each method tuned by {TRIALS} trials of"
+            f" two hyperparameters, Fisher of drawn labels; {self.seeds} fresh seeds"
         )
 
     @property
@@ -107,7 +107,7 @@ def contestant(ground: Ground, name: str, values: Mapping[str, float], seed: int
 def claims_of(ground: Ground, race: Race) -> tuple[Claim, ...]:
     """What is said of training, on one network."""
     run, on = ground.run_text, f", {ground.name}"
-    key = ground.name.lower()
+    key, others = ground.name.lower(), " and ".join(ground.in_time)
 
     def in_time(name: str) -> Any:
         longer = next(entry for entry, value in ground.longer_names.items() if value == name)
@@ -124,7 +124,7 @@ def claims_of(ground: Ground, race: Race) -> tuple[Claim, ...]:
         Claim(f"tekfac-siblings-{key}", "2011.13609", "abstract", "TEKFAC has a lower loss than EKFAC and TKFAC after"
               f" the same number of steps{on}", run,
               tuple(race.loss_over("TEKFAC", name, below=0.0) for name in ("EKFAC", "TKFAC"))),
-        Claim(f"tekfac-in-time-{key}", "2011.13609", "", f"TEKFAC has a lower loss than {' and '.join(ground.in_time)} after"
-              f" the same time{on}", f"{run}; {' and '.join(ground.in_time)} tuned once more, for {ground.longer} times the steps",
+        Claim(f"tekfac-in-time-{key}", "2011.13609", "", f"TEKFAC has a lower loss than {others} after the same"
+              f" time{on}", f"{run}; {others} tuned once more, for {ground.longer} times the steps",
               tuple(in_time(name) for name in ground.in_time)),
     )  # fmt: skip
