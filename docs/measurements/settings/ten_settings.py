@@ -1,0 +1,149 @@
+"""Are the defaults within 0.05 nats of the best rates in settings which they were not tuned on?
+
+    python docs/measurements/settings/ten_settings.py --output out/settings --minutes 40
+    python docs/measurements/settings/ten_settings.py --output out/settings --table
+
+K-FAC at its defaults, then with each of its two rates multiplied by a few factors while the other stays (a cross), then
+with the best of both and its neighbours. One JSON line per run in `results.jsonl`; what is there is not run again.
+Beside it, the highest loss of ten steps of a plain loop without warm-up or clip, and of AdamW at 0.001 in the same
+loop. Stops when its own processor time is spent. `--variant NAME --set key=value` runs the same with other defaults.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from settings_runs import SETTINGS, Run, first_steps, train
+
+RATES = (0.5, 2.0, 0.25, 4.0)
+FALLBACKS = (0.25, 4.0, 1 / 16)
+
+Losses = dict[tuple[float, float], float]
+
+
+def cross(losses: Losses) -> Iterator[tuple[float, float]]:
+    """Factors of the next runs of a setting, from the losses of those before it."""
+    if (1.0, 1.0) not in losses:
+        yield 1.0, 1.0
+    for factors in [(rate, 1.0) for rate in RATES] + [(1.0, fallback) for fallback in FALLBACKS]:
+        if _may_help(factors, losses):
+            yield factors
+    rate = min((r for r, f in losses if f == 1), key=lambda r: losses[r, 1.0])
+    fallback = min((f for r, f in losses if r == 1), key=lambda f: losses[1.0, f])
+    if (rate, fallback) not in losses:
+        yield rate, fallback
+    rate, fallback = min(losses, key=losses.__getitem__)
+    for factors in [(rate, fallback / 4), (rate, fallback * 4), (rate / 2, fallback), (rate * 2, fallback)]:
+        inside = min(RATES) <= factors[0] <= max(RATES) and min(FALLBACKS) <= factors[1] <= max(FALLBACKS)
+        # One neighbour more, where the best corner is better than the cross by what matters.
+        if inside and factors not in losses and losses[rate, fallback] < losses[1.0, 1.0] - 0.04:
+            yield factors
+
+
+def _may_help(factors: tuple[float, float], losses: Losses) -> bool:
+    """Whether factors are new, and not behind a worse one on the way from 1."""
+    if factors in losses:
+        return False
+    rate, fallback = factors
+    nearer = [
+        (r, f)
+        for r, f in losses
+        if (f == fallback == 1 and (rate < r < 1 or 1 < r < rate)) or (r == rate == 1 and fallback < f < 1)
+    ]
+    return all(losses[point] < losses[1.0, 1.0] + 0.03 for point in nearer)
+
+
+def next_factors(losses: Losses) -> tuple[float, float] | None:
+    return next(cross(losses), None) if losses else (1.0, 1.0)
+
+
+def losses_of(results: list[dict[str, Any]], setting: str, variant: str, seed: int) -> Losses:
+    mine = [r for r in results if (r["setting"], r["variant"], r["seed"]) == (setting, variant, seed) and "loss" in r]
+    return {(r["rate"], r["fallback"]): math.inf if r["loss"] is None else r["loss"] for r in mine}
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    lines = [
+        "| setting | defaults | tuned | at rate, fallback × | gap | start | first ten steps | AdamW 0.001 |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for variant, seed in dict.fromkeys((r["variant"], r["seed"]) for r in results):
+        lines.append(f"| **{variant}, seed {seed}** | | | | | | | |")
+        for setting in SETTINGS:
+            losses = losses_of(results, setting, variant, seed)
+            if (1.0, 1.0) not in losses:
+                continue
+            best = min(losses, key=losses.__getitem__)
+            own = losses[1.0, 1.0]
+            steps = [r for r in results if (r["setting"], r["variant"]) == (setting, variant) and "own" in r]
+            told = " | ".join(_shown(steps[0][key]) for key in ("start", "own", "adamw")) if steps else " | | "
+            lines.append(
+                f"| {setting} | {own:.3f} | {losses[best]:.3f} | {best[0]:g}, {best[1]:g}"
+                f" | {own - losses[best]:.3f} | {told} |"
+            )
+    return "\n".join(lines)
+
+
+def _shown(loss: float | None) -> str:
+    return "diverged" if loss is None else f"{loss:.2f}"
+
+
+def parsed(assignments: list[str]) -> dict[str, Any]:
+    pairs = (assignment.split("=", 1) for assignment in assignments)
+    return {name: json.loads(value) for name, value in pairs}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=40)
+    parser.add_argument("--only", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
+    parser.add_argument("--defaults_only", action="store_true", help="no tuning")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--variant", default="defaults")
+    parser.add_argument("--set", nargs="+", default=[], help="settings of the optimizer, key=JSON")
+    parser.add_argument("--table", action="store_true")
+    arguments = parser.parse_args()
+    path = arguments.output / "results.jsonl"
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    results = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    if arguments.table:
+        print(table(results))
+        return
+    torch.set_num_threads(1)
+    changes = parsed(arguments.set)
+
+    def keep(entry: dict[str, Any]) -> None:
+        entry["seconds"] = round(time.process_time() - began, 1)
+        results.append({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()})
+        with path.open("a") as file:
+            file.write(json.dumps(results[-1]) + "\n")
+        print(json.dumps(results[-1]), flush=True)
+
+    for setting in arguments.only:
+        began = time.process_time()
+        if began > 60 * arguments.minutes:
+            break
+        about = {"setting": setting, "variant": arguments.variant, "seed": arguments.seed}
+        if not any(all(r.get(k) == v for k, v in about.items()) and "own" in r for r in results):
+            keep({**about, **first_steps(setting, changes, arguments.output)})
+        while time.process_time() < 60 * arguments.minutes:
+            losses = losses_of(results, setting, arguments.variant, arguments.seed)
+            factors = next_factors(losses)
+            if factors is None or (arguments.defaults_only and losses):
+                break
+            began = time.process_time()
+            run = Run(setting, *factors, seed=arguments.seed, variant=arguments.variant)
+            keep({**about, "rate": factors[0], "fallback": factors[1], **train(run, changes, arguments.output)})
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
