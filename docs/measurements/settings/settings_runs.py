@@ -225,5 +225,3 @@ def evaluate(model: Any, setting: Setting) -> float:
     parts = _data(setting)[2].long().split(max(1, 4096 // setting.sequence))
     losses = [float(model(input_ids=ids, labels=ids, use_cache=False).loss) * len(ids) for ids in parts]
     return sum(losses) / sum(len(ids) for ids in parts)
-
-

@@ -57,7 +57,7 @@ def _may_help(factors: tuple[float, float], losses: Losses) -> bool:
         for r, f in losses
         if (f == fallback == 1 and (rate < r < 1 or 1 < r < rate)) or (r == rate == 1 and fallback < f < 1)
     ]
-    return all(losses[point] < losses[1.0, 1.0] + 0.03 for point in nearer)
+    return all(losses[point] < losses[1.0, 1.0] for point in nearer)
 
 
 def next_factors(losses: Losses) -> tuple[float, float] | None:
