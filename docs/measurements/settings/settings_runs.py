@@ -83,13 +83,27 @@ SETTINGS = {
     "vocabulary 16,384": Setting(vocabulary=16_384),
 }
 
+# Tried once, when the defaults were settled.
+UNSEEN = {
+    "Qwen3, tied, vocabulary 4,096": Setting(
+        LLAMA | {"model_type": "qwen3", "head_dim": 32, "tie_word_embeddings": True}, vocabulary=4096
+    ),
+    "GPT-NeoX, 200 steps, C++": Setting(
+        LLAMA | {"model_type": "gpt_neox", "intermediate_size": 256}, steps=200, corpus="c++"
+    ),
+    "Gemma, 4 layers, 512 tokens a step": Setting(
+        LLAMA | {"model_type": "gemma", "head_dim": 32, "num_hidden_layers": 4, "tie_word_embeddings": True}, tokens=512
+    ),
+}
+ALL = SETTINGS | UNSEEN
+
 
 @dataclass(frozen=True)
 class Run:
     """One run: factors on the defaults of `lr` and of `fallback_learning_rate`, and what else is changed for all.
 
     Args:
-        setting: a key of `SETTINGS`.
+        setting: a key of `ALL`.
         variant: a name for `changes`, in the results.
     """
 
@@ -192,7 +206,7 @@ def _train(model: Any, optimizer: Any, setting: Setting, *, seed: int, first: in
 
 def train(run: Run, changes: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """The loss on held-out text after training; infinite where it diverged."""
-    setting = SETTINGS[run.setting]
+    setting = ALL[run.setting]
     model, base, name = _model(setting, run.seed, folder)
     settings = {**setting.settings, **changes}
     defaults = build_optimizer(name, model, base_config=base, **settings).settings
@@ -207,7 +221,7 @@ def train(run: Run, changes: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 def first_steps(name: str, changes: Mapping[str, Any], folder: Path) -> dict[str, float]:
     """Losses of a plain loop without warm-up or clip: the first, and the highest of the first steps after it."""
-    setting = SETTINGS[name]
+    setting = ALL[name]
     result = {}
     for optimizer_name in ("own", "adamw"):
         model, base, own = _model(setting, 0, folder)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from settings_runs import SETTINGS, Run, first_steps, train
+from settings_runs import ALL, SETTINGS, Run, first_steps, train
 
 RATES = (0.5, 2.0, 0.25, 4.0)
 FALLBACKS = (0.25, 4.0, 1 / 16)
@@ -76,7 +76,7 @@ def table(results: list[dict[str, Any]]) -> str:
     ]
     for variant, seed in dict.fromkeys((r["variant"], r["seed"]) for r in results):
         lines.append(f"| **{variant}, seed {seed}** | | | | | | | |")
-        for setting in SETTINGS:
+        for setting in ALL:
             losses = losses_of(results, setting, variant, seed)
             if (1.0, 1.0) not in losses:
                 continue
@@ -104,7 +104,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=40)
-    parser.add_argument("--only", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
+    parser.add_argument("--only", nargs="+", default=list(SETTINGS), choices=list(ALL))
     parser.add_argument("--defaults_only", action="store_true", help="no tuning")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--variant", default="defaults")
