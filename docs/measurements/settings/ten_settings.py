@@ -24,15 +24,18 @@ from settings_runs import ALL, SETTINGS, Run, first_steps, train
 
 RATES = (0.5, 2.0, 0.25, 4.0)
 FALLBACKS = (0.25, 4.0, 1 / 16)
+# Settings whose runs are long go without the larger fallback rate, and LoRA has no fallback.
+FEWER = {name: (0.25, 1 / 16) for name in ("12 layers", "800 steps", "8,192 tokens a step", "vocabulary 16,384")}
+FEWER["LoRA"] = ()
 
 Losses = dict[tuple[float, float], float]
 
 
-def cross(losses: Losses) -> Iterator[tuple[float, float]]:
+def cross(losses: Losses, fallbacks: tuple[float, ...]) -> Iterator[tuple[float, float]]:
     """Factors of the next runs of a setting, from the losses of those before it."""
     if (1.0, 1.0) not in losses:
         yield 1.0, 1.0
-    for factors in [(rate, 1.0) for rate in RATES] + [(1.0, fallback) for fallback in FALLBACKS]:
+    for factors in [(rate, 1.0) for rate in RATES] + [(1.0, fallback) for fallback in fallbacks]:
         if _may_help(factors, losses):
             yield factors
     rate = min((r for r, f in losses if f == 1), key=lambda r: losses[r, 1.0])
@@ -41,7 +44,7 @@ def cross(losses: Losses) -> Iterator[tuple[float, float]]:
         yield rate, fallback
     rate, fallback = min(losses, key=losses.__getitem__)
     for factors in [(rate, fallback / 4), (rate, fallback * 4), (rate / 2, fallback), (rate * 2, fallback)]:
-        inside = min(RATES) <= factors[0] <= max(RATES) and min(FALLBACKS) <= factors[1] <= max(FALLBACKS)
+        inside = min(RATES) <= factors[0] <= max(RATES) and (factors[1] == 1 or factors[1] in fallbacks)
         # One neighbour more, where the best corner is better than the cross by what matters.
         if inside and factors not in losses and losses[rate, fallback] < losses[1.0, 1.0] - 0.04:
             yield factors
@@ -60,8 +63,8 @@ def _may_help(factors: tuple[float, float], losses: Losses) -> bool:
     return all(losses[point] < losses[1.0, 1.0] for point in nearer)
 
 
-def next_factors(losses: Losses) -> tuple[float, float] | None:
-    return next(cross(losses), None) if losses else (1.0, 1.0)
+def next_factors(setting: str, losses: Losses) -> tuple[float, float] | None:
+    return next(cross(losses, FEWER.get(setting, FALLBACKS)), None) if losses else (1.0, 1.0)
 
 
 def losses_of(results: list[dict[str, Any]], setting: str, variant: str, seed: int) -> Losses:
@@ -136,7 +139,7 @@ def main() -> None:
             keep({**about, **first_steps(setting, changes, arguments.output)})
         while time.process_time() < 60 * arguments.minutes:
             losses = losses_of(results, setting, arguments.variant, arguments.seed)
-            factors = next_factors(losses)
+            factors = next_factors(setting, losses)
             if factors is None or (arguments.defaults_only and losses):
                 break
             began = time.process_time()
