@@ -25,7 +25,7 @@ from settings_runs import ALL, SETTINGS, Run, first_steps, train
 RATES = (0.5, 2.0, 0.25, 4.0)
 FALLBACKS = (0.25, 4.0, 1 / 16)
 # Settings whose runs are long go without the larger fallback rate, and LoRA has no fallback.
-FEWER = {name: (0.25, 1 / 16) for name in ("12 layers", "800 steps", "8,192 tokens a step", "vocabulary 16,384")}
+FEWER = dict.fromkeys(("12 layers", "800 steps", "8,192 tokens a step", "vocabulary 16,384"), (0.25, 1 / 16))
 FEWER["LoRA"] = ()
 
 Losses = dict[tuple[float, float], float]
