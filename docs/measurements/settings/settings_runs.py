@@ -68,6 +68,8 @@ class Setting:
 SETTINGS = {
     "reference": Setting(),
     "GPT-2, tied": Setting(GPT2),
+    "GPT-2, not tied": Setting(GPT2 | {"tie_word_embeddings": False}),
+    "Llama, tied": Setting(LLAMA | {"tie_word_embeddings": True}),
     "fine-tuning": Setting(corpus="c++", pretrained=400),
     "LoRA": Setting(corpus="c++", pretrained=400, lora=True),
     "vocabulary 512": Setting(vocabulary=512),

@@ -24,9 +24,11 @@ from settings_runs import ALL, SETTINGS, Run, first_steps, train
 
 RATES = (0.5, 2.0, 0.25, 4.0)
 FALLBACKS = (0.25, 4.0, 1 / 16)
-# Settings whose runs are long go without the larger fallback rate, and LoRA has no fallback.
-FEWER = dict.fromkeys(("12 layers", "800 steps", "8,192 tokens a step", "vocabulary 16,384"), (0.25, 1 / 16))
-FEWER["LoRA"] = ()
+# LoRA has no fallback; two more look for what GPT-2's rate depends on; long runs go without the larger fallback rate.
+FEWER: dict[str, tuple[float, ...]] = dict.fromkeys(
+    ("12 layers", "800 steps", "8,192 tokens a step", "vocabulary 16,384"), (0.25, 1 / 16)
+)
+FEWER |= dict.fromkeys(("LoRA", "GPT-2, not tied", "Llama, tied"), ())
 
 Losses = dict[tuple[float, float], float]
 
