@@ -51,7 +51,7 @@ def main() -> None:
     text = train[order].view(STEPS, BATCH, SEQUENCE).long()
     generator = torch.Generator().manual_seed(1)
     noise = torch.randint(size, (STEPS, BATCH, SEQUENCE), generator=generator)
-    rare = torch.randint(20_000, (STEPS // 2, 2, SEQUENCE // 2), generator=generator)
+    rare = torch.randint(20_000, (STEPS // 2, 2, SEQUENCE // 2), generator=torch.Generator().manual_seed(0))
     gpt2, llama, tied = configs(size, GPT2, LLAMA, LLAMA | {"tie_word_embeddings": True})
     wide, narrow = configs(20_000, WIDE, NARROW)
     cases = {
