@@ -70,6 +70,7 @@ SETTINGS = {
     "GPT-2, tied": Setting(GPT2),
     "GPT-2, not tied": Setting(GPT2 | {"tie_word_embeddings": False}),
     "Llama, tied": Setting(LLAMA | {"tie_word_embeddings": True}),
+    "GPT-2, tied, 400 steps": Setting(GPT2, steps=400),
     "fine-tuning": Setting(corpus="c++", pretrained=400),
     "LoRA": Setting(corpus="c++", pretrained=400, lora=True),
     "vocabulary 512": Setting(vocabulary=512),

@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=40)
     parser.add_argument("--only", nargs="+", default=list(SETTINGS), choices=list(ALL))
-    parser.add_argument("--defaults_only", action="store_true", help="no tuning")
+    parser.add_argument("--factors", nargs="+", help="rate,fallback pairs instead of the cross; 1,1 are the defaults")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--variant", default="defaults")
     parser.add_argument("--set", nargs="+", default=[], help="settings of the optimizer, key=JSON")
@@ -142,7 +142,10 @@ def main() -> None:
         while time.process_time() < 60 * arguments.minutes:
             losses = losses_of(results, setting, arguments.variant, arguments.seed)
             factors = next_factors(setting, losses)
-            if factors is None or (arguments.defaults_only and losses):
+            if arguments.factors:
+                wanted = [tuple(map(float, pair.split(","))) for pair in arguments.factors]
+                factors = next((pair for pair in wanted if pair not in losses), None)
+            if factors is None:
                 break
             began = time.process_time()
             run = Run(setting, *factors, seed=arguments.seed, variant=arguments.variant)
