@@ -74,25 +74,29 @@ def losses_of(results: list[dict[str, Any]], setting: str, variant: str, seed: i
     return {(r["rate"], r["fallback"]): math.inf if r["loss"] is None else r["loss"] for r in mine}
 
 
-def table(results: list[dict[str, Any]]) -> str:
+def table(results: list[dict[str, Any]], seed: int = 0) -> str:
+    """Losses at the defaults by variant, the least of all variants (its name beside it), and the first steps."""
+    variants = list(dict.fromkeys(r["variant"] for r in results))
+    by_variant = "".join(f" {variant} |" for variant in variants)
     lines = [
-        "| setting | defaults | tuned | at rate, fallback × | gap | start | first ten steps | AdamW 0.001 |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| setting |{by_variant} tuned | at rate, fallback | gap | no warm-up: start |{by_variant} AdamW |",
+        "|---" * (2 * len(variants) + 6) + "|",
     ]
-    for variant, seed in dict.fromkeys((r["variant"], r["seed"]) for r in results):
-        lines.append(f"| **{variant}, seed {seed}** | | | | | | | |")
-        for setting in ALL:
-            losses = losses_of(results, setting, variant, seed)
-            if (1.0, 1.0) not in losses:
-                continue
-            best = min(losses, key=losses.__getitem__)
-            own = losses[1.0, 1.0]
-            steps = [r for r in results if (r["setting"], r["variant"]) == (setting, variant) and "own" in r]
-            told = " | ".join(_shown(steps[0][key]) for key in ("start", "own", "adamw")) if steps else " | | "
-            lines.append(
-                f"| {setting} | {own:.3f} | {losses[best]:.3f} | {best[0]:g}, {best[1]:g}"
-                f" | {own - losses[best]:.3f} | {told} |"
-            )
+    for setting in ALL:
+        losses = {variant: losses_of(results, setting, variant, seed) for variant in variants}
+        own = [losses[variant].get((1.0, 1.0), math.nan) for variant in variants]
+        tried = [(loss, point, variant) for variant in variants for point, loss in losses[variant].items()]
+        if not tried:
+            continue
+        least, (rate, fallback), variant = min(tried)
+        at = f"× {rate:g}, × {fallback:g}, {variant}"
+        gap = own[-1] - least
+        steps = {r["variant"]: r for r in results if r["setting"] == setting and "own" in r}
+        told = [_shown(steps[v]["own"]) if v in steps else "-" for v in variants]
+        any_steps = next(iter(steps.values()), {"start": math.nan, "adamw": math.nan})
+        cells = [setting, *(f"{loss:.3f}" for loss in own), f"{least:.3f}", at, f"{gap:.3f}"]
+        cells += [_shown(any_steps["start"]), *told, _shown(any_steps["adamw"])]
+        lines.append("| " + " | ".join(cells).replace("nan", "-") + " |")
     return "\n".join(lines)
 
 
@@ -120,7 +124,7 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     results = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     if arguments.table:
-        print(table(results))
+        print(table(results, arguments.seed))
         return
     torch.set_num_threads(1)
     changes = parsed(arguments.set)
@@ -150,7 +154,7 @@ def main() -> None:
             began = time.process_time()
             run = Run(setting, *factors, seed=arguments.seed, variant=arguments.variant)
             keep({**about, "rate": factors[0], "fallback": factors[1], **train(run, changes, arguments.output)})
-    print(table(results))
+    print(table(results, arguments.seed))
 
 
 if __name__ == "__main__":
