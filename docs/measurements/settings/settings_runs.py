@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,9 @@ UNSEEN = {
         LLAMA | {"model_type": "gemma", "head_dim": 32, "num_hidden_layers": 4, "tie_word_embeddings": True}, tokens=512
     ),
 }
+# What came of the third asks for this one.
+GEMMA = "Gemma, 4 layers, 512 tokens a step"
+UNSEEN[f"{GEMMA}, 400 steps"] = replace(UNSEEN[GEMMA], steps=400)
 ALL = SETTINGS | UNSEEN
 
 
