@@ -69,6 +69,7 @@ def first_order_step(
     states: Sequence[dict[str, Any]],
     *,
     beside_second_order: bool = False,
+    warmup_steps: int = 1,
 ) -> None:
     """One step of the group's first-order algorithm, in place, on those of its parameters that need one.
 
@@ -79,6 +80,7 @@ def first_order_step(
         states: the optimizer's state of each parameter.
         beside_second_order: whether other weights are preconditioned. The run then has no reference in `torch.optim`,
             and AdamW may round differently.
+        warmup_steps: the steps of a parameter in which AdamW's learning rate is limited, see `adamw_step`.
     """
     if group["algorithm"] == "sgd":
         sgd_step(parameters, states, lr=group["lr"], momentum=group["momentum"], weight_decay=group["weight_decay"])
@@ -92,6 +94,8 @@ def first_order_step(
         eps=group["eps"],
         weight_decay=group["weight_decay"] / group["fallback_lr_ratio"],
         may_be_fused=beside_second_order,
+        peak=group.get("initial_lr", group["lr"]) * group["fallback_lr_ratio"],  # what a schedule multiplies
+        warmup_steps=warmup_steps,
     )
 
 
@@ -105,8 +109,14 @@ def adamw_step(
     eps: float,
     weight_decay: float,
     may_be_fused: bool = False,
+    peak: float = math.inf,
+    warmup_steps: int = 1,
 ) -> None:
-    """One step of `torch.optim.AdamW` on the parameters' `grad`. The state has the keys and dtypes of torch."""
+    """One step of `torch.optim.AdamW` on the parameters' `grad`. The state has the keys and dtypes of torch.
+
+    In its own step `t`, counted from 1, a parameter's learning rate is at most `peak t / warmup_steps` until `t` is
+    `warmup_steps`: Adam's first steps are the longest, `lr` in every entry however little the gradients are worth.
+    """
     for parameter, state in zip(parameters, states, strict=True):
         if "exp_avg" not in state:
             state["step"] = torch.tensor(0.0, dtype=torch.float32)
@@ -116,11 +126,12 @@ def adamw_step(
         _Entry(local(parameter), gradient, local(state["exp_avg"]), local(state["exp_avg_sq"]), state["step"])
         for parameter, gradient, state in zip(parameters, _gradients(parameters), states, strict=True)
     ]
-    are_fused = [may_be_fused and entry.suits_fused_kernel for entry in entries]
-    for fused in (True, False):
-        chosen = [entry for entry, is_fused in zip(entries, are_fused, strict=True) if is_fused == fused]
-        if not chosen:
-            continue
+    alike: dict[tuple[bool, float], list[_Entry]] = {}
+    for entry in entries:
+        step = int(entry.step) + 1 if warmup_steps > 1 else 1
+        rate = lr if step >= warmup_steps else min(lr, peak * step / warmup_steps)
+        alike.setdefault((may_be_fused and entry.suits_fused_kernel, rate), []).append(entry)
+    for (fused, rate), chosen in alike.items():
         weights, gradients, averages, squares, steps = map(list, zip(*chosen, strict=True))
         adamw(
             weights,
@@ -135,7 +146,7 @@ def adamw_step(
             amsgrad=False,
             beta1=beta1,
             beta2=beta2,
-            lr=lr,
+            lr=rate,
             weight_decay=weight_decay,
             eps=eps,
             maximize=False,

@@ -14,6 +14,9 @@ SPECTRAL = {
     "fallback_learning_rate": 0.08,
     "bias_learning_rate": 0.003,
     "hidden_fallback_learning_rate": 0.002,
+    # 1 / (1 - adam_beta2): until then Adam's second moment is an average of fewer gradients than later.
+    # docs/measurements/ten_settings.md has other values.
+    "fallback_warmup_steps": 20,
 }
 
 # The best of the values tried there for the K-FAC family. The clip sets the size of the steps until the learning rate

@@ -85,6 +85,11 @@ class Settings:
         " modules, dimensions that are too large, experts under expert_method adamw; fallback_learning_rate where it is"
         " none.", "curvature"
     )  # fmt: skip
+    fallback_warmup_steps: int | None = setting(
+        None, optional(COUNT), "In the first so many steps of a parameter that AdamW updates beside curvature, its rate"
+        " is at most the share of them that is done. A schedule that warms up as long is followed as it is; 1, or none,"
+        " for no limit.", "curvature"
+    )  # fmt: skip
     weight_decay: float = setting(
         0.0, NOT_NEGATIVE, "Decoupled weight decay, at the base width; norm gains and biases are not decayed."
     )

@@ -227,7 +227,14 @@ class SecondOrderOptimizer(ObservingOptimizer):
             entries = [(p, self.state[p]) for _, _, p in self._parameters(second_order=False, only=group)]
             if entries:
                 parameters, states = zip(*entries, strict=True)
-                first_order_step(group, parameters, states, beside_second_order=self.curvature is not None)
+                warmup_steps = self.settings.fallback_warmup_steps or 1
+                first_order_step(
+                    group,
+                    parameters,
+                    states,
+                    beside_second_order=self.curvature is not None,
+                    warmup_steps=warmup_steps,
+                )
 
     def _parameters(
         self, *, second_order: bool, only: dict[str, Any] | None = None

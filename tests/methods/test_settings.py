@@ -25,6 +25,7 @@ ILLEGAL: dict[str, list[Any]] = {
     "fallback_learning_rate": POSITIVE,
     "bias_learning_rate": POSITIVE,
     "hidden_fallback_learning_rate": POSITIVE,
+    "fallback_warmup_steps": COUNT,
     "weight_decay": NOT_NEGATIVE,
     "momentum": FRACTION,
     "momentum_order": ["", "Before", "then", 1, None],

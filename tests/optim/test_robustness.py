@@ -175,7 +175,9 @@ class Functional(nn.Module):
 def test_weight_used_functionally_gets_adamw_and_the_table_says_so() -> None:
     """Its trajectory is that of `torch.optim.AdamW` fed with the same gradients."""
     model = Functional()
-    optimizer = hf_so2.build_optimizer("kfac", model, lr=0.05, hidden_fallback_learning_rate=0.01, weight_decay=0.1)
+    optimizer = hf_so2.build_optimizer(
+        "kfac", model, lr=0.05, hidden_fallback_learning_rate=0.01, weight_decay=0.1, fallback_warmup_steps=1
+    )
     reference = nn.Parameter(model.bypassed.weight.detach().clone())
     adamw = torch.optim.AdamW([reference], lr=0.01, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
     decay = 0.05 * 0.1  # lr · weight_decay of the weight's group

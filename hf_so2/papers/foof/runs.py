@@ -62,6 +62,7 @@ def optimized(
         "damping_rule": "pi" if name == "K-FAC" else "constant",
         "fallback_learning_rate": FALLBACK,
         "bias_learning_rate": FALLBACK,
+        "fallback_warmup_steps": 1,
         **values,
     }
     step = optimizer_step(optim.build_optimizer(PACKAGE[name], network, **settings), warmup)

@@ -118,6 +118,7 @@ class Setup:
             damping=values["damping"],
             damping_rule=self.rule,
             norm_control=self.norm_control,
+            fallback_warmup_steps=1,  # rates are constant here, and so is this one
             **base,
         )
         return model, optimizer

@@ -98,8 +98,12 @@ def contestant(ground: Ground, name: str, values: Mapping[str, float], seed: int
         settings["momentum"] = 1 - settings.pop("momentum_left")
     if "damping" in settings:
         settings |= {
-            "norm_control": "none", "fisher": "mc", "fallback_learning_rate": FALLBACK, "bias_learning_rate": FALLBACK
-        }  # fmt: skip
+            "norm_control": "none",
+            "fisher": "mc",
+            "fallback_learning_rate": FALLBACK,
+            "fallback_warmup_steps": 1,
+            "bias_learning_rate": FALLBACK,
+        }
     step = optimizer_step(optim.build_optimizer(optimizer_name, model, **settings), ground.warmup)
     return train(model, step, digits(), steps=steps, batch=ground.batch, seed=seed, looks=range(0, steps, 10))
 
