@@ -151,8 +151,11 @@ def _base_flags(flags: Mapping[str, Any], narrowest: Proxy, finetuning: bool) ->
         return {name: flags[name] for name in ("mup_base_width", "mup_base_depth") if flags.get(name) is not None}
     if width is not None:
         print(f"μP base: width {narrowest.width}, the narrowest proxy, since {width} is wider than it", flush=True)
+    depth = flags.get("mup_base_depth")
     if not finetuning:
-        return {"mup_base_width": narrowest.width}
+        return {"mup_base_width": narrowest.width} | ({} if depth is None else {"mup_base_depth": depth})
+    if depth is not None:
+        raise ConfigurationError("mup_base_depth", depth, "needs mup_base_width with checkpoints, no wider than any")
     record = getattr(narrowest.config, RECORD_FIELD, None)
     if record is not None:  # pretrained with μP: its rates are relative to that base
         return {"mup_base_width": record["base_width"]}

@@ -111,6 +111,13 @@ def test_the_base_is_as_deep_as_the_shallowest_or_as_was_given(
         assert layers == base
 
 
+def test_a_base_depth_counts_without_depths_and_without_a_base_width(tiny: list[str]) -> None:
+    deep = [*tiny, "--depth=3", "--mup_base_depth=1", "--output_dir=out"]
+    (proxy,) = proxies_of(cli.read_flags(TYPES, deep), [16], [], [])
+    _, _, training = proxy.arguments()
+    assert (training.mup_base_width, training.mup_base_depth) == (16, 1)
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
