@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -26,7 +27,9 @@ def each(function: Callable[[Job], Result], jobs: Iterable[Job], workers: int) -
         return [quiet(job) for job in jobs]
     from joblib import Parallel, delayed, parallel_config  # comes with scikit-learn, an extra
 
-    with parallel_config(backend="loky", inner_max_num_threads=1):
+    with parallel_config(backend="loky", inner_max_num_threads=1), warnings.catch_warnings():
+        # A process that has grown is replaced, and its job is done by the next one: nothing is lost.
+        warnings.filterwarnings("ignore", "A worker stopped while some jobs were given to the executor")
         results: list[Result] = Parallel(n_jobs=workers)(delayed(quiet)(job) for job in jobs)
     return results
 
