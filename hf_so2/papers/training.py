@@ -129,6 +129,7 @@ def tune(
     ranges: Ranges,
     seeds: Sequence[int] = (100, 101),
     workers: int = 1,
+    coarse_seeds: int = 1,
 ) -> dict[str, float]:
     """The best values of a coarse grid, refined twice; the same number of trials whatever the method: `TRIALS`.
 
@@ -139,8 +140,10 @@ def tune(
     Args:
         score: of some values and a seed; less is better, infinity where training diverged.
         ranges: lowest and highest value of two hyperparameters, by name.
-        seeds: the grid is run with the first, the refinements with all, averaged.
+        seeds: the refinements are run with all, averaged.
         workers: trials side by side.
+        coarse_seeds: how many of the seeds the grid is run with. Where single runs are erratic, the best of a grid run
+            once is the luckiest.
     """
     lows = {name: math.log(low) for name, (low, _) in ranges.items()}
     spacing = {name: math.log(high / low) / (COARSE - 1) for name, (low, high) in ranges.items()}
@@ -158,8 +161,8 @@ def tune(
         return min(around, key=known.__getitem__)
 
     axes = [[lows[name] + index * spacing[name] for index in range(COARSE)] for name in ranges]
-    best = best_of(itertools.product(*axes), seeds[:1])
-    known.clear()  # of one seed only
+    best = best_of(itertools.product(*axes), seeds[:coarse_seeds])
+    known.clear()  # of fewer seeds
     for share in REFINEMENTS:
         axes = [[x + sign * share * spacing[name] for sign in (-1, 0, 1)] for name, x in zip(ranges, best, strict=True)]
         best = best_of(itertools.product(*axes), seeds)

@@ -38,9 +38,7 @@ def mup_transfer(workers: int) -> Findings:
         "feature_widths": FEATURE_WIDTHS,
         "feature_change": {str(setup): over_features(setup, tuned[str(setup)], workers) for setup in (*PAPER, *OURS)},
         "last_layer": {b: over_last_layer(b, tuned[kfac], workers) for b in LAST_LAYER_EXPONENTS},
-        "zero": each(
-            lambda seed: kernel.first_step_from_zero(seed, tuned[kfac]["learning_rate"]), range(KERNEL_SEEDS), workers
-        ),
+        "zero": each(kernel.first_step_from_zero, range(KERNEL_SEEDS), workers),
     }
     return Findings(claims_of(tables), tables, lambda path: draw(tables, path))
 
@@ -56,7 +54,7 @@ def over_widths(network: Network, workers: int) -> dict[str, Any]:
         def score(values: Mapping[str, float], seed: int, setup: Setup = setup) -> float:
             return setup.score(network, network.base, seed, values)
 
-        tuned[str(setup)] = tune(score, setup.ranges, network.tuning_seeds, workers)
+        tuned[str(setup)] = tune(score, setup.ranges, network.tuning_seeds, workers, coarse_seeds=2)
     swept = {"learning_rate": (*PAPER, *OURS), "damping": PAPER if network is MLP else ()}
     scores = {what: over(network, what, setups, tuned, workers) for what, setups in swept.items()}
     return {

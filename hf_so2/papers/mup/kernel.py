@@ -17,7 +17,7 @@ WIDTHS = (32, 128, 512, 1024)
 DAMPING = 0.1
 
 
-def first_step_from_zero(seed: int, learning_rate: float) -> dict[str, Any]:
+def first_step_from_zero(seed: int) -> dict[str, Any]:
     """What one step of K-FAC on all images makes of a network whose last layer starts at zero, and at random.
 
     At zero the gradient of every earlier layer is zero, so only the last one moves: by `G (A + ρI)⁻¹` with `A` the
@@ -34,9 +34,7 @@ def first_step_from_zero(seed: int, learning_rate: float) -> dict[str, Any]:
     for start, factor in (("zero", 0.0), ("random", 1.0)):
         by_width: dict[int, dict[str, float]] = {}
         for width in WIDTHS:
-            model, optimizer = Setup("kfac").build(
-                MLP, width, seed, {"learning_rate": learning_rate, "damping": DAMPING}
-            )
+            model, optimizer = Setup("kfac").build(MLP, width, seed, {"learning_rate": 1.0, "damping": DAMPING})
             scale_last_layer(model, factor)
             step = optimizer_step(optimizer)
             before = preactivations(model, examples.test_inputs)

@@ -62,7 +62,7 @@ class Network:
 
 
 MLP = Network("MLP", "MLP 64-M-M-M-10 on the digits", lambda width, seed: mlp(width, LAYERS, seed), digits, CLASSES,
-              (32, 128, 256), 40, 128, seeds=6, tuning_seeds=(100, 101), reach=4)  # fmt: skip
+              (32, 128, 256), 40, 128, seeds=6, tuning_seeds=(100, 101, 102, 103), reach=4)  # fmt: skip
 LLAMA = Network("Llama", f"Llama of width M, 2 layers, {BLOCK} bytes of text in a sequence",
                 lambda width, seed: llama(width, 2, seed), text, BYTES, (32, 128), 60, 8, seeds=4, tuning_seeds=(100,),
                 reach=3)  # fmt: skip
