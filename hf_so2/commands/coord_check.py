@@ -28,7 +28,7 @@ from hf_so2.mup.widths import HeadGrowth
 from hf_so2.optim import SecondOrderOptimizer
 from hf_so2.optim.build import build_from_settings
 from hf_so2.training.arguments import SecondOrderTrainingArguments
-from hf_so2.transfer.coordinates import informed
+from hf_so2.transfer.coordinates import at_full_rates, informed
 from hf_so2.transfer.reporting.coordinate_plot import plot_coordinate_check
 
 
@@ -62,7 +62,7 @@ def check(
     """The check of the optimizer `name` with these settings, on models of the family of `config`."""
 
     def build(fresh: PreTrainedModel, base: PretrainedConfig) -> SecondOrderOptimizer:
-        return informed(build_from_settings(name, fresh, settings, base), fresh)
+        return informed(build_from_settings(name, fresh, at_full_rates(settings), base), fresh)
 
     given = {"head": head, "device": device, **vars(arguments)}
     return run_coordinate_check(config, name, build, **{key: given[key] for key in CHECK_ARGUMENTS})

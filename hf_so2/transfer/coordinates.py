@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from hf_so2.methods.table import MUP_SUFFIX
+from hf_so2.methods.settings import Settings
+from hf_so2.methods.table import parse_name
 from hf_so2.mup.coord_check import CoordinateCheck
 from hf_so2.mup.coord_run import CHECK_ARGUMENTS, run_coordinate_check
-from hf_so2.optim import SecondOrderOptimizer, build_optimizer
+from hf_so2.optim import SecondOrderOptimizer
+from hf_so2.optim.build import build_from_settings
 
 
 def coordinate_check(
@@ -39,11 +42,21 @@ def coordinate_check(
     """
     check = {name: arguments.pop(name) for name in CHECK_ARGUMENTS if name in arguments}
 
+    method, is_mup = parse_name(optim)
+    settings = at_full_rates(method.settings(arguments, learning_rate="lr"))
+
     def build(model: PreTrainedModel, base: PretrainedConfig) -> SecondOrderOptimizer:
-        is_mup = optim.endswith(MUP_SUFFIX)
-        return informed(build_optimizer(optim, model, base_config=base if is_mup else None, **arguments), model)
+        return informed(build_from_settings(optim, model, settings, base if is_mup else None), model)
 
     return run_coordinate_check(base_config, optim, build, widths=widths, **check)
+
+
+def at_full_rates(settings: Settings) -> Settings:
+    """The same without a limit on the fallback's first steps: the check takes no more steps, and its rates are constant.
+
+    What is measured is how changes go with the width where every parameter is updated at its rate.
+    """
+    return settings if settings.fallback_warmup_steps is None else replace(settings, fallback_warmup_steps=1)
 
 
 def informed(optimizer: SecondOrderOptimizer, model: PreTrainedModel) -> SecondOrderOptimizer:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import hf_so2
-from hf_so2.methods import table as methods
+from hf_so2.methods import blocks as methods
 from hf_so2.optim.optimizer import SecondOrderOptimizer
 
 LAYER = "0.weight"
