@@ -52,7 +52,7 @@ def coordinate_check(
 
 
 def at_full_rates(settings: Settings) -> Settings:
-    """The same without a limit on the fallback's first steps: the check takes no more steps, and its rates are constant.
+    """The same without a limit on the fallback's first steps: the check takes few more, and its rates are constant.
 
     What is measured is how changes go with the width where every parameter is updated at its rate.
     """
