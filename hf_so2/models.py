@@ -62,6 +62,8 @@ class ModelArguments:
             size = getattr(self, name)
             if self.model_name_or_path is not None and size is not None:
                 raise ConfigurationError(name, size, "must be left out with model_name_or_path, which has its own")
+            if size is not None and size < 1:  # before any data are prepared
+                raise ConfigurationError(name, size, "must be a positive number")
 
 
 def build_model_and_config(
