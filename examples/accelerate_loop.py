@@ -22,10 +22,12 @@ accelerator = Accelerator(gradient_accumulation_steps=2)
 optimizer = hf_so2.build_optimizer("shampoo", model, lr=0.03)  # before prepare
 model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 for epoch in range(2):
+    total = 0.0
     for batch in loader:
         with accelerator.accumulate(model):
             loss = model(input_ids=batch, labels=batch).loss
             accelerator.backward(loss)
             optimizer.step()
             optimizer.zero_grad()
-    accelerator.print(f"epoch {epoch}: loss {loss.item():.3f}")
+        total += loss.item()
+    accelerator.print(f"epoch {epoch}: loss {total / len(loader):.3f}")
