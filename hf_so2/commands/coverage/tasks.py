@@ -11,8 +11,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto as auto
 
-from hf_so2.errors import ConfigurationError
-from hf_so2.mup.running import example_inputs, main_output
+from hf_so2.mup.running import first_output
 from hf_so2.mup.tiny import tiny_config
 
 _BATCH = 2
@@ -77,13 +76,7 @@ class Task:
         Raises:
             Exception: whatever the family's own code raises of the simplest inputs, where it takes none.
         """
-        first: Exception | None = None
-        for inputs in example_inputs(model, _BATCH):
-            try:
-                return main_output(model(**inputs)), inputs
-            except Exception as error:  # noqa: BLE001 - the next inputs may do
-                first = first or error
-        raise first or ConfigurationError("model", type(model).__name__, "takes no inputs that are known")
+        return first_output(model, _BATCH, (Exception,))
 
     def loss(self, model: PreTrainedModel) -> Tensor:
         """Cross-entropy: of the next token for causal language models, else of labels drawn for every output."""

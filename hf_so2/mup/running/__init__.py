@@ -1,6 +1,5 @@
 """Running a model of any modality on a few made-up inputs."""
 
-from .inputs import example_inputs
-from .outputs import evaluating, main_output, run_on_example
+from .outputs import first_output, run_on_example
 
-__all__ = ["evaluating", "example_inputs", "main_output", "run_on_example"]
+__all__ = ["first_output", "run_on_example"]

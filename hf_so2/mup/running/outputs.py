@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from hf_so2.errors import ConfigurationError
 
-from .inputs import example_inputs
+from .inputs import Inputs, example_inputs
 
 # What the code of a family raises of inputs that it has not thought of.
 _REFUSALS = (ValueError, TypeError, AttributeError, LookupError, RuntimeError, ArithmeticError, AssertionError)
@@ -45,16 +45,34 @@ def run_on_example(model: PreTrainedModel, *, grad: bool = False) -> Tensor:
     """
     if next(model.parameters()).is_meta:
         raise ConfigurationError("model", type(model).__name__, "must hold its weights, not be on the meta device")
-    first: Exception | None = None
-    for inputs in example_inputs(model):
+    try:
         with torch.random.fork_rng(), torch.set_grad_enabled(grad), evaluating(model):
-            try:
-                return main_output(model(**inputs))
-            except _REFUSALS as error:
-                first = first or error
-    reason = (str(first).strip().splitlines() or [type(first).__name__])[0]
-    allowed = f"must run on {model.main_input_name} alone to be put in muP: {reason}"
-    raise ConfigurationError("model", type(model).__name__, allowed) from first
+            return first_output(model, 1, _REFUSALS)[0]
+    except _REFUSALS as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        allowed = f"must run on {model.main_input_name} alone to be put in muP: {reason}"
+        raise ConfigurationError("model", type(model).__name__, allowed) from error
+
+
+def first_output(model: PreTrainedModel, batch: int, refusals: tuple[type[Exception], ...]) -> tuple[Tensor, Inputs]:
+    """What the head computes on the simplest inputs that the model runs on, and those inputs.
+
+    Args:
+        model: runs as it is.
+        batch: number of examples.
+        refusals: errors after which the next inputs are tried.
+
+    Raises:
+        Exception: the first of the refusals, where no inputs do.
+        ConfigurationError: there are none for its main input.
+    """
+    first: Exception | None = None
+    for inputs in example_inputs(model, batch):
+        try:
+            return main_output(model(**inputs)), inputs
+        except refusals as error:
+            first = first or error
+    raise first or ConfigurationError("model", type(model).__name__, "takes no inputs that are known")
 
 
 @contextmanager
