@@ -24,6 +24,10 @@ Ranges: TypeAlias = Mapping[str, tuple[float, float]]
 
 COARSE, REFINEMENTS = 5, (0.5, 0.25)
 TRIALS = COARSE**2 + 9 + 8  # of two hyperparameters: the centre of the second refinement is known
+# For parameters that are in no Kronecker block: Adam's usual rate, from the first step on.
+FALLBACK: Mapping[str, float] = {
+    "fallback_learning_rate": 3e-3, "bias_learning_rate": 3e-3, "fallback_warmup_steps": 1
+}  # fmt: skip
 FLOOR = 1e-6  # nats: below it, float32 losses are round-off
 
 

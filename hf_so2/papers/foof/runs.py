@@ -14,7 +14,7 @@ from hf_so2.papers.data import TRAINING, digits
 from hf_so2.papers.foof.directions import DIRECTIONS, cosine, gradients_of, step_along
 from hf_so2.papers.models import mlp, vit
 from hf_so2.papers.races import Contest
-from hf_so2.papers.training import Ranges, Run, optimizer_step, train
+from hf_so2.papers.training import FALLBACK, Ranges, Run, optimizer_step, train
 
 SEEDS = tuple(range(8))
 VIT_SEEDS = tuple(range(5))
@@ -32,7 +32,6 @@ PACKAGE_STEPS = 60
 VIT_WIDTH, VIT_LAYERS, VIT_BATCH, VIT_WARMUP = 32, 2, 64, 10
 # Without the output factor a good rate is larger.
 VIT_RANGES: Mapping[str, Ranges] = {"K-FAC": RANGES, "FOOF": {**RANGES, "learning_rate": (3e-2, 30.0)}}
-FALLBACK = 3e-3  # Adam's usual rate, for the parameters of a ViT that are in no Kronecker block
 
 LOOKS = (0, 10, 40)
 DAMPINGS = tuple(10.0**exponent for exponent in range(-6, 2))
@@ -60,9 +59,7 @@ def optimized(
     settings: dict[str, Any] = {
         "norm_control": "none",
         "damping_rule": "pi" if name == "K-FAC" else "constant",
-        "fallback_learning_rate": FALLBACK,
-        "bias_learning_rate": FALLBACK,
-        "fallback_warmup_steps": 1,
+        **FALLBACK,
         **values,
     }
     step = optimizer_step(optim.build_optimizer(PACKAGE[name], network, **settings), warmup)

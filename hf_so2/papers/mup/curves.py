@@ -39,26 +39,18 @@ def growth(curves: Curves) -> list[float]:
     Where the widest network's best value is on the edge of the grid it has moved at least so far, and counts as that;
     where the narrowest's is, nothing is known: NaN.
     """
-    widths = sorted(curves)
-    narrow, wide = curves[widths[0]], curves[widths[-1]]
-
-    def moved(seeds: Sequence[int]) -> float:
-        start, on_edge = optimum([narrow[seed] for seed in seeds])
-        return math.nan if on_edge else optimum([wide[seed] for seed in seeds])[0] - start
-
-    return jackknife(moved, list(narrow))
+    return jackknife(lambda seeds: _moved(curves, seeds), list(curves[min(curves)]))
 
 
 def distance(curves: Curves) -> list[float]:
     """The same of its absolute value."""
-    widths = sorted(curves)
+    return jackknife(lambda seeds: abs(_moved(curves, seeds)), list(curves[min(curves)]))
 
-    def moved(seeds: Sequence[int]) -> float:
-        chosen = {width: {seed: curves[width][seed] for seed in seeds} for width in (widths[0], widths[-1])}
-        ends = [optimum(list(chosen[width].values())) for width in (widths[0], widths[-1])]
-        return math.nan if ends[0][1] else abs(ends[1][0] - ends[0][0])
 
-    return jackknife(moved, list(curves[widths[0]]))
+def _moved(curves: Curves, seeds: Sequence[int]) -> float:
+    narrow, wide = curves[min(curves)], curves[max(curves)]
+    start, on_edge = optimum([narrow[seed] for seed in seeds])
+    return math.nan if on_edge else optimum([wide[seed] for seed in seeds])[0] - start
 
 
 def jackknife(statistic: Callable[[Sequence[int]], float], seeds: Sequence[int]) -> list[float]:

@@ -13,7 +13,7 @@ from hf_so2 import optim
 from hf_so2.papers.data import digits
 from hf_so2.papers.models import mlp, vit
 from hf_so2.papers.races import Contest, Race
-from hf_so2.papers.training import TRIALS, Ranges, Run, optimizer_step, train
+from hf_so2.papers.training import FALLBACK, TRIALS, Ranges, Run, optimizer_step, train
 from hf_so2.papers.verdict import Claim
 
 RATES = {"learning_rate": (1e-3, 1.0)}
@@ -28,7 +28,6 @@ CONTESTANTS: Mapping[str, tuple[str, Ranges]] = {
     "TEKFAC": ("tekfac", DAMPED),
 }
 FIRST_ORDER = ("SGD with momentum", "Adam")
-FALLBACK = 3e-3  # Adam's usual rate, for the parameters of a ViT that are in no Kronecker block
 
 
 @dataclass(frozen=True)
@@ -97,13 +96,7 @@ def contestant(ground: Ground, name: str, values: Mapping[str, float], seed: int
     if "momentum_left" in settings:  # a logarithmic range of what momentum lacks to 1
         settings["momentum"] = 1 - settings.pop("momentum_left")
     if "damping" in settings:
-        settings |= {
-            "norm_control": "none",
-            "fisher": "mc",
-            "fallback_learning_rate": FALLBACK,
-            "fallback_warmup_steps": 1,
-            "bias_learning_rate": FALLBACK,
-        }
+        settings |= {"norm_control": "none", "fisher": "mc", **FALLBACK}
     step = optimizer_step(optim.build_optimizer(optimizer_name, model, **settings), ground.warmup)
     return train(model, step, digits(), steps=steps, batch=ground.batch, seed=seed, looks=range(0, steps, 10))
 
