@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from hf_so2.cli import parse
 from hf_so2.data import DataArguments
@@ -25,10 +25,8 @@ from hf_so2.models import ModelArguments, build_config, require_positions
 from hf_so2.mup.coord_check import CoordinateCheck
 from hf_so2.mup.coord_run import CHECK_ARGUMENTS, run_coordinate_check
 from hf_so2.mup.widths import HeadGrowth
-from hf_so2.optim import SecondOrderOptimizer
-from hf_so2.optim.build import build_from_settings
 from hf_so2.training.arguments import SecondOrderTrainingArguments
-from hf_so2.transfer.coordinates import at_full_rates, informed
+from hf_so2.transfer.coordinates import builder
 from hf_so2.transfer.reporting.coordinate_plot import plot_coordinate_check
 
 
@@ -60,12 +58,8 @@ def check(
     device: torch.device,
 ) -> CoordinateCheck:
     """The check of the optimizer `name` with these settings, on models of the family of `config`."""
-
-    def build(fresh: PreTrainedModel, base: PretrainedConfig) -> SecondOrderOptimizer:
-        return informed(build_from_settings(name, fresh, at_full_rates(settings), base), fresh)
-
     given = {"head": head, "device": device, **vars(arguments)}
-    return run_coordinate_check(config, name, build, **{key: given[key] for key in CHECK_ARGUMENTS})
+    return run_coordinate_check(config, name, builder(name, settings), **{key: given[key] for key in CHECK_ARGUMENTS})
 
 
 def _model_config(arguments: ModelArguments, data: DataArguments) -> PretrainedConfig:

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from hf_so2.methods.settings import Settings
 from hf_so2.methods.table import parse_name
 from hf_so2.mup.coord_check import CoordinateCheck
-from hf_so2.mup.coord_run import CHECK_ARGUMENTS, run_coordinate_check
+from hf_so2.mup.coord_run import CHECK_ARGUMENTS, BuildOptimizer, run_coordinate_check
 from hf_so2.optim import SecondOrderOptimizer
 from hf_so2.optim.build import build_from_settings
 
@@ -42,24 +42,26 @@ def coordinate_check(
     """
     check = {name: arguments.pop(name) for name in CHECK_ARGUMENTS if name in arguments}
 
-    method, is_mup = parse_name(optim)
-    settings = at_full_rates(method.settings(arguments, learning_rate="lr"))
+    settings = parse_name(optim)[0].settings(arguments, learning_rate="lr")
+    return run_coordinate_check(base_config, optim, builder(optim, settings), widths=widths, **check)
+
+
+def builder(optim: str, settings: Settings) -> BuildOptimizer:
+    """What makes the optimizer of each model of a check.
+
+    Without a limit on the fallback's first steps: the check takes few more, its rates are constant, and it measures how
+    changes go with the width where every parameter is updated at its rate.
+    """
+    if settings.fallback_warmup_steps is not None:
+        settings = replace(settings, fallback_warmup_steps=1)
 
     def build(model: PreTrainedModel, base: PretrainedConfig) -> SecondOrderOptimizer:
-        return informed(build_from_settings(optim, model, settings, base if is_mup else None), model)
+        return _informed(build_from_settings(optim, model, settings, base), model)
 
-    return run_coordinate_check(base_config, optim, build, widths=widths, **check)
-
-
-def at_full_rates(settings: Settings) -> Settings:
-    """The same without a limit on the fallback's first steps: the check takes few more, and its rates are constant.
-
-    What is measured is how changes go with the width where every parameter is updated at its rate.
-    """
-    return settings if settings.fallback_warmup_steps is None else replace(settings, fallback_warmup_steps=1)
+    return build
 
 
-def informed(optimizer: SecondOrderOptimizer, model: PreTrainedModel) -> SecondOrderOptimizer:
+def _informed(optimizer: SecondOrderOptimizer, model: PreTrainedModel) -> SecondOrderOptimizer:
     """The optimizer, told after every forward pass of `model` what a sampled Fisher matrix and adaptive damping need.
 
     The check's own loop serves any optimizer of torch and knows of neither.
