@@ -59,6 +59,7 @@ def _require(oldest: Mapping[str, str]) -> None:
 
 
 def _is_command(program: str, command_line: list[str]) -> bool:
-    """`hf-so2 …`, or `python -m hf_so2 …`, whose program is `-m` until the module has been found."""
+    """`hf-so2 …`, a clone's `scripts/….py`, or `python -m hf_so2 …`: its program is `-m` until the module is found."""
     runs_module = program == "-m" and any(word.split(".")[0] == "hf_so2" for word in command_line)
-    return Path(program).stem == "hf-so2" or runs_module
+    is_script = Path(program).resolve().parent == Path(__file__).resolve().parents[1] / "scripts"
+    return Path(program).stem == "hf-so2" or is_script or runs_module

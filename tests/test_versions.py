@@ -85,6 +85,13 @@ def test_the_console_script_refuses_them_in_one_line(tmp_path: Path, old_metadat
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {LINE}\n")
 
 
+@pytest.mark.skipif(not (ROOT / "scripts").is_dir(), reason="needs a clone")
+@pytest.mark.parametrize("script", sorted((ROOT / "scripts").glob("*.py")), ids=lambda path: path.stem)
+def test_a_script_of_the_clone_refuses_them_in_one_line(script: Path, old_metadata: dict[str, str]) -> None:
+    done = subprocess.run([sys.executable, script], env=old_metadata, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {LINE}\n")
+
+
 def test_an_import_refuses_them_with_an_import_error(old_metadata: dict[str, str]) -> None:
     command = [sys.executable, "-c", "import hf_so2"]
     done = subprocess.run(command, env=old_metadata, capture_output=True, text=True, check=False)
