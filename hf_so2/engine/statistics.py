@@ -21,7 +21,7 @@ from hf_so2.linalg import matmul_precision, trace
 from hf_so2.parallel.sharing import Sharing
 from hf_so2.weights.ends import End, ends_of
 from hf_so2.weights.layer import COUNTERS, Layer
-from hf_so2.weights.schedule import due, statistics_turns, turns
+from hf_so2.weights.schedule import due, refresh_due, statistics_turns, turns
 from hf_so2.weights.stacks import observe_stack, refresh_stack, stacks
 
 logger = logging.getLogger(__name__)
@@ -191,7 +191,7 @@ class Curvature:
     def _is_due(self, layer: Layer, step: int) -> bool:
         # A layer that gets its first tokens late (an idle expert) does not wait for its turn.
         is_new = not (layer.refreshes or layer.failures)
-        return is_new or due(step, self._refresh_steps, self._turns[layer.name])
+        return is_new or refresh_due(step, self._refresh_steps, self._turns[layer.name])
 
     def damping_of(self, layer: Layer) -> Damping:
         """The current damping of a layer, with the adaptive factor."""

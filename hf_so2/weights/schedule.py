@@ -5,11 +5,16 @@ A job that is due once in `every` steps has a turn: its place among these steps.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 # The first statistics are the noisiest, and the loss moves fastest in the first steps. A preconditioner that is kept
 # from step 1 until the first regular refresh costs more loss than these refreshes cost time.
 EARLY_STEPS = frozenset({1, 2, 4, 7})
+
+# After them a layer waits half as long as training has taken, until that is the interval: 20 steps are an age at step
+# 10 and nothing at step 1,000 (docs/speed.md has losses).
+GROWTH = 1.5
 
 
 def due(step: int, every: int, turn: int = 0) -> bool:
@@ -21,6 +26,30 @@ def due(step: int, every: int, turn: int = 0) -> bool:
         turn: the job's turn, in [0, every): it is due where `step % every == turn`.
     """
     return step in EARLY_STEPS or step % every == turn
+
+
+def refresh_due(step: int, every: int, turn: int = 0) -> bool:
+    """Whether a preconditioner is rebuilt at step `step`.
+
+    All are at the `EARLY_STEPS`. Then a layer's next refresh is at `GROWTH` times the step of its last, until refreshes
+    are `every` steps apart. From then on they are due as in `due`.
+
+    Args:
+        step: number of the step, counted from 1.
+        every: the interval, in steps.
+        turn: the layer's turn, in [0, every). It spreads refreshes over steps early, too.
+    """
+    if step <= max(EARLY_STEPS):
+        return step in EARLY_STEPS or step % every == turn
+    return math.floor(_intervals(step, every, turn)) > math.floor(_intervals(step - 1, every, turn))
+
+
+def _intervals(step: int, every: int, turn: int) -> float:
+    """How many intervals have passed: `(step - turn) / every`, continued to where intervals grow with the step."""
+    regular = every / math.log(GROWTH)  # the step at which they have grown to `every`
+    passed = step if step >= regular else regular * (1 + math.log(step / regular))
+    # Rounded, since logarithms may differ in the last bit from machine to machine.
+    return round((passed - turn) / every, 9)
 
 
 def turns(costs: Mapping[str, float], every: int) -> dict[str, int]:
