@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -16,7 +17,7 @@ from torch import nn
 import hf_so2
 from hf_so2.distributed import assign
 from hf_so2.weights.layer import Layer
-from hf_so2.weights.schedule import EARLY_STEPS, due, turns
+from hf_so2.weights.schedule import EARLY_STEPS, GROWTH, refresh_due, turns
 
 COSTS = st.dictionaries(st.text("abc.0123", min_size=1, max_size=6), st.floats(0, 1e18), max_size=40)
 
@@ -39,12 +40,29 @@ def test_turns_do_not_depend_on_the_order_or_the_unit(costs: dict[str, float], e
     assert turns(shuffled, every) == turns(costs, every)
 
 
-@pytest.mark.parametrize("every", [1, 3, 10])
-def test_every_layer_has_one_refresh_in_every_interval(every: int) -> None:
-    for turn in range(every):
-        regular = [step for step in range(8, 108) if due(step, every, turn)]
-        assert {after - before for before, after in itertools.pairwise(regular)} == {every}
-        assert regular[0] - max(EARLY_STEPS) <= every
+@given(every=st.integers(1, 60), data=st.data())
+def test_refreshes_grow_apart_until_the_interval_is_reached(every: int, data: st.DataObject) -> None:
+    turn = data.draw(st.integers(0, every - 1))
+    steps = [step for step in range(1, 10 * every + 20) if refresh_due(step, every, turn)]
+    assert set(steps) >= EARLY_STEPS
+    gaps = [(before, after - before) for before, after in itertools.pairwise(steps) if before >= max(EARLY_STEPS)]
+    for before, gap in gaps:
+        assert gap <= min(every, (GROWTH - 1) * before + 1)
+    # None comes much earlier than that, but for the first, which the turns spread.
+    for before, gap in gaps[1:]:
+        assert gap >= 0.9 * min(every, (GROWTH - 1) * before) - 1
+    regular = math.ceil(every / math.log(GROWTH)) + 1  # one that fell between two steps comes at the later one
+    assert [step for step in steps if step >= max(regular, 8)] == [
+        step for step in range(max(regular, 8), 10 * every + 20) if step % every == turn
+    ]
+
+
+@pytest.mark.parametrize("every", [10, 20, 50])
+def test_turns_spread_early_refreshes_too(every: int) -> None:
+    for step in range(8, 3 * every):
+        due = sum(refresh_due(step, every, turn) for turn in range(every))
+        # A refresh every (1 - 1 / GROWTH) steps of the steps so far, rounded up to whole turns.
+        assert due <= every * max(1 / every, math.log(GROWTH) ** -1 / (step - 1)) + 1
 
 
 @pytest.mark.parametrize("ranks", [1, 4, 8])
@@ -78,7 +96,7 @@ def test_a_model_refreshes_at_once_early_and_in_turns_later() -> None:
     assert optimizer.curvature is not None
     layers = optimizer.curvature.layers
     by_step = {}
-    for step in range(1, 18):
+    for step in range(1, 24):
         names.clear()
         model(input_ids=tokens, labels=tokens).loss.backward()
         optimizer.step()
@@ -86,10 +104,10 @@ def test_a_model_refreshes_at_once_early_and_in_turns_later() -> None:
     for step in EARLY_STEPS:
         assert by_step[step] == list(layers)
     work = {name: layer.block.refresh_flops(layer.shape) for name, layer in layers.items()}
-    for steps in (range(8, 13), range(13, 18)):
+    for steps in (range(14, 19), range(19, 24)):
         assert sorted(name for step in steps for name in by_step[step]) == sorted(layers)
         for step in steps:
-            assert by_step[step] == by_step[step - 5] or step < 13
+            assert by_step[step] == by_step[step - 5] or step < 19
             assert sum(work[name] for name in by_step[step]) <= sum(work.values()) / 5 + max(work.values())
 
 
@@ -108,5 +126,5 @@ def test_a_layer_that_is_first_used_late_is_refreshed_at_once_and_takes_turns_fr
         optimizer.step()
         if "1.weight" in names:
             steps.append(step)
-    assert steps == [13, 15, 25, 35]
+    assert steps == [13, 17, 25, 35]
     assert turns({"0.weight": 1.0, "1.weight": 1.0}, 10)["1.weight"] == 5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 
 import numpy as np
@@ -47,6 +48,15 @@ def loss_of(net: nn.Module, step: int) -> Tensor:
 
 def due_steps(turn: int, every: int, last: int) -> list[int]:
     return [step for step in range(1, last + 1) if step in (1, 2, 4, 7) or (step - turn) % every == 0]
+
+
+def refresh_steps(turn: int, every: int, last: int) -> set[int]:
+    """As above until step 7. Then `turn + k * every`, where steps before the interval is reached lie on an exponential
+    curve through that step, with the same slope there."""
+    reached = every / math.log(1.5)
+    marks = [turn + k * every for k in range(-20 * every, last)]
+    steps = [mark if mark >= reached else math.ceil(reached * math.exp(mark / reached - 1)) for mark in marks]
+    return {step for step in due_steps(turn, every, last) if step <= 7} | {step for step in steps if step > 7}
 
 
 def spied(optimizer: hf_so2.SecondOrderOptimizer) -> dict[str, list[int]]:
@@ -136,7 +146,7 @@ def test_training_is_that_of_a_plain_reference(every: int, refresh_every: int) -
             taken, refreshed = (turn[index] for turn in TURNS[every, refresh_every])
             if step in due_steps(taken, every, step):
                 reference.update(seen[index])
-            if step in due_steps(refreshed, refresh_every, step):
+            if step in refresh_steps(refreshed, refresh_every, step):
                 reference.refresh()
             gradient = module.weight.grad.numpy()
             expected.append(module.weight.detach().numpy() - rate * reference.precondition(gradient, "trace", 0.01))
