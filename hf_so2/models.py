@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -132,6 +133,17 @@ def build_config(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) 
     if arguments.width is None:
         return config
     return scale_width(config, width=arguments.width, head=arguments.head)
+
+
+class Vocabulary(SimpleNamespace):
+    """Stands in for a tokenizer where only the size of its vocabulary is asked for."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(bos_token_id=0, eos_token_id=1, pad_token_id=None)
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
 
 
 def parse_overrides(overrides: Mapping[str, Any] | str | None) -> dict[str, Any]:

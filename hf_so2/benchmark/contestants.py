@@ -117,13 +117,13 @@ def parse_variant(text: str) -> tuple[str, dict[str, Any]]:
     return name, settings
 
 
-def ours(variant: str, build_model: Callable[[], nn.Module], interval: int) -> Contestant:
+def ours(variant: str, build_model: Callable[[], nn.Module], interval: int | None) -> Contestant:
     """One of `hf_so2.OPTIMIZERS`, with preconditioners rebuilt every `interval` steps.
 
     Args:
         variant: as for `parse_variant`; what it does not set has the method's default.
         build_model: makes the model.
-        interval: steps between refreshes.
+        interval: steps between refreshes; None for the default.
     """
     name, given = parse_variant(variant)
     model = build_model()
@@ -131,7 +131,7 @@ def ours(variant: str, build_model: Callable[[], nn.Module], interval: int) -> C
 
 
 def with_rates(
-    name: str, model: nn.Module, rate: float, interval: int, given: Mapping[str, Any] = MappingProxyType({})
+    name: str, model: nn.Module, rate: float, interval: int | None, given: Mapping[str, Any] = MappingProxyType({})
 ) -> SecondOrderOptimizer:
     """One of `hf_so2.OPTIMIZERS` with one rate for everything, and `interval` steps between refreshes.
 
@@ -142,7 +142,7 @@ def with_rates(
     method, _ = parse_name(name)
     if "curvature" in method.uses:
         settings["fallback_learning_rate"] = rate
-    if "statistics" in method.uses:
+    if "statistics" in method.uses and interval is not None:
         settings["preconditioner_update_steps"] = interval
     return build_optimizer(name, model, **{**settings, **given})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -46,6 +47,31 @@ def plot_benchmark(measurements: Sequence[Measurement], baseline: str, path: str
     for axes in (times, memory):
         axes.grid(alpha=0.3, axis="x")
         axes.tick_params(axis="y", labelsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def plot_equal_time(losses: Mapping[str, Mapping[str, float]], baseline: str, path: str | Path) -> None:
+    """Draws the validation loss of every optimizer after equal seconds into a PNG.
+
+    Args:
+        losses: nats per token by optimizer and by share of the baseline's seconds; what is not finite is left out.
+        baseline: whose loss at the largest share is drawn across.
+        path: the file to write.
+    """
+    shares = sorted(next(iter(losses.values())), key=float, reverse=True)
+    ordered = sorted(losses, key=lambda name: losses[name][shares[0]], reverse=True)
+    figure = Figure(figsize=(8, 1.5 + 0.45 * len(ordered)), layout="constrained")
+    axes = figure.subplots()
+    for index, share in enumerate(shares):
+        points = [(losses[name][share], _label(name)) for name in ordered if math.isfinite(losses[name][share])]
+        if points:
+            color = colormaps["viridis"](0.85 * index / max(1, len(shares) - 1))
+            axes.plot(*zip(*points, strict=True), "o", color=color, label=f"{share} of {baseline}'s seconds")
+    if baseline in losses and math.isfinite(losses[baseline][shares[0]]):
+        axes.axvline(losses[baseline][shares[0]], color="tab:red", linewidth=1)
+    axes.set(xlabel="validation loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
     figure.savefig(path, dpi=150)
 
 

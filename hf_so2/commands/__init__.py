@@ -14,6 +14,7 @@ COMMANDS = {
     "coord-check": "Check that training changes every layer alike at every width.",
     "grid": "Train every combination of some flags and print a table of losses.",
     "benchmark": "Time and memory of every optimizer's step beside AdamW's.",
+    "equal-time": "Loss of every optimizer after the seconds that AdamW needs.",
     "device-check": "Compare training on a GPU with training in float64, and count what waits for it.",
     "config": "List the settings that come with the package, or print one of them.",
     "settings-table": "Print every setting of the optimizers with its defaults.",

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from transformers import PretrainedConfig
@@ -21,7 +20,7 @@ from hf_so2.data import DataArguments
 from hf_so2.errors import ConfigurationError
 from hf_so2.folders import require_folder
 from hf_so2.methods.settings import Settings
-from hf_so2.models import ModelArguments, build_config, require_positions
+from hf_so2.models import ModelArguments, Vocabulary, build_config, require_positions
 from hf_so2.mup.coord_check import CoordinateCheck
 from hf_so2.mup.coord_run import CHECK_ARGUMENTS, run_coordinate_check
 from hf_so2.mup.widths import HeadGrowth
@@ -69,17 +68,7 @@ def _model_config(arguments: ModelArguments, data: DataArguments) -> PretrainedC
         )
     if arguments.width is not None:
         raise ConfigurationError("width", arguments.width, "must be left out: --widths says which")
-    # Only the size of the vocabulary is asked of a tokenizer here.
-    return build_config(arguments, _Vocabulary(data.vocab_size))
-
-
-class _Vocabulary(SimpleNamespace):
-    def __init__(self, size: int) -> None:
-        super().__init__(bos_token_id=0, eos_token_id=1, pad_token_id=None)
-        self.size = size
-
-    def __len__(self) -> int:
-        return self.size
+    return build_config(arguments, Vocabulary(data.vocab_size))
 
 
 def main() -> int:

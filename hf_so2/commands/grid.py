@@ -26,6 +26,7 @@ from hf_so2.errors import ConfigurationError
 from hf_so2.folders import require_folder
 from hf_so2.transfer.descent import Position, descend, parse_ladder, values_at
 from hf_so2.transfer.grid import (
+    TRAIN,
     GridStore,
     combinations,
     markdown_table,
@@ -36,8 +37,6 @@ from hf_so2.transfer.grid import (
     validation_loss,
 )
 from hf_so2.transfer.reporting.plots import plot_losses
-
-TRAIN = ("-m", "hf_so2.commands.train")  # after the name of this very Python
 
 
 def main() -> None:

@@ -19,6 +19,12 @@ SPECTRAL = {
     "fallback_warmup_steps": 20,
 }
 
+# How often, by loss at equal time (docs/speed.md). Statistics of tokens are taken at every second step: a step shows
+# them well. A gradient is one sample of the noise, so that the Shampoo family needs those of all steps; its
+# decompositions are what costs most there.
+TOKENS = {**SPECTRAL, "factor_update_steps": 2}
+GRADIENTS = {**SPECTRAL, "preconditioner_update_steps": 20}
+
 # The best of the values tried there for the K-FAC family. The clip sets the size of the steps until the learning rate
 # has decayed. At a tenth of this learning rate, a bound of 1e-3 or more is never reached.
 CLIPPED = {"lr": 0.1, "kl_clip": 1e-4, "fallback_learning_rate": 0.04}

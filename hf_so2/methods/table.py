@@ -22,7 +22,7 @@ from hf_so2.damping import RULES
 from hf_so2.engine.norm_control import NORM_CONTROLS
 from hf_so2.errors import ConfigurationError
 from hf_so2.methods.blocks import shampoo_block, soap_block
-from hf_so2.methods.defaults import CLIPPED, SPECTRAL, untuned
+from hf_so2.methods.defaults import CLIPPED, GRADIENTS, SPECTRAL, TOKENS, untuned
 from hf_so2.methods.resolution import resolve
 from hf_so2.methods.settings import Settings
 from hf_so2.methods.site import Site
@@ -168,7 +168,7 @@ _TABLE = (
             s.beta2, s.exponent_a, s.exponent_b, diagonal=site.diagonal, block_size=s.block_size
         ),
         uses=K_FAC | {"exponents"},
-        defaults=SPECTRAL,
+        defaults=TOKENS,
         defaults_under=untuned(0.01, CLIPPED, damping=1e-2),
     ),
     Method(
@@ -179,7 +179,7 @@ _TABLE = (
         ),
         damping=single_damping,
         uses=K_FAC | {"token moments"},
-        defaults={**SPECTRAL, "damping": 1e-5},
+        defaults={**TOKENS, "damping": 1e-5},
         defaults_under=untuned(0.01, CLIPPED, damping=1e-4),
     ),
     Method(
@@ -188,7 +188,7 @@ _TABLE = (
         block=lambda s, site: TKFAC(s.beta2, s.exponent_a, s.exponent_b, site.diagonal, s.block_size),
         damping=trace_restricted_damping,
         uses=K_FAC | {"exponents"},
-        defaults=SPECTRAL,
+        defaults=TOKENS,
         defaults_under=untuned(0.01, CLIPPED, damping=1e-2),
     ),
     Method(
@@ -197,7 +197,7 @@ _TABLE = (
         block=lambda s, site: TEKFAC(s.beta2, site.diagonal, s.moment_token_stride, s.block_size),
         damping=single_damping,
         uses=K_FAC | {"token moments"},
-        defaults={**SPECTRAL, "damping": 1e-5},
+        defaults={**TOKENS, "damping": 1e-5},
         defaults_under=untuned(0.01, CLIPPED, damping=1e-4),
     ),
     Method(
@@ -205,7 +205,7 @@ _TABLE = (
         lambda s: rules.FOOF,
         block=lambda s, site: FOOF(s.beta2, site.diagonal, s.block_size),
         uses=INPUT_SIDE,
-        defaults=SPECTRAL,
+        defaults=TOKENS,
         defaults_under=untuned(0.01, CLIPPED, damping=1e-2),
     ),
     Method(
@@ -214,7 +214,7 @@ _TABLE = (
         block=shampoo_block,
         damping=gradient_damping,
         uses=SHAMPOO | {"damping", "shampoo"},
-        defaults={**SPECTRAL, "damping": 1e-4},
+        defaults={**GRADIENTS, "damping": 1e-4},
         defaults_under=untuned(0.03),
     ),
     Method(
@@ -222,7 +222,7 @@ _TABLE = (
         lambda s: rules.SOAP,
         block=soap_block,
         uses=SHAMPOO | {"basis"},
-        defaults=SPECTRAL,
+        defaults=GRADIENTS,
         defaults_under=untuned(0.003),
     ),
     Method(
@@ -232,7 +232,7 @@ _TABLE = (
         block=lambda s, site: site.cut(KLShampoo(s.beta2, site.sides(s)), s),
         damping=whitened_damping,
         uses=SHAMPOO | {"damping"},
-        defaults={**SPECTRAL, "damping": 1e-4},
+        defaults={**GRADIENTS, "damping": 1e-4},
         defaults_under=untuned(0.003),
     ),
     Method(

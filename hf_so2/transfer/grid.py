@@ -21,6 +21,8 @@ from hf_so2.errors import ConfigurationError
 
 Flags = Mapping[str, str]
 
+TRAIN = ("-m", "hf_so2.commands.train")  # after the name of this very Python
+
 
 def combinations(axes: Mapping[str, Sequence[str]]) -> list[dict[str, str]]:
     """Every combination of the axes' values, the last axis fastest."""

@@ -1,0 +1,102 @@
+"""Equal time: how many steps fit into some seconds, and the command from timing to table."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hf_so2.benchmark.equal_time import Pace
+
+SECONDS = st.lists(st.floats(1e-3, 10), min_size=2, max_size=30)
+
+
+@given(taken=SECONDS, steps=st.integers(1, 200))
+def test_the_steps_that_fit_into_the_time_of_some_steps_are_those_steps(taken: list[float], steps: int) -> None:
+    pace = Pace(taken)
+    assert pace.steps_in(pace.time_of(steps) * (1 + 1e-12)) == steps
+    assert pace.steps_in(pace.time_of(steps) * (1 - 1e-6)) == max(steps - 1, 1)
+
+
+@given(taken=SECONDS, steps=st.integers(1, 200))
+def test_later_steps_cost_the_mean_of_the_second_half(taken: list[float], steps: int) -> None:
+    half = taken[len(taken) // 2 :]
+    endless = itertools.chain(taken, itertools.repeat(sum(half) / len(half)))
+    assert Pace(taken).time_of(steps) == pytest.approx(sum(itertools.islice(endless, steps)))
+
+
+def test_a_slower_optimizer_gets_fewer_steps() -> None:
+    fast, slow = Pace([1.0] * 10), Pace([4.0] * 2 + [2.0] * 8)
+    assert fast.steps_in(fast.time_of(100)) == 100
+    assert slow.steps_in(fast.time_of(100)) == 2 + (100 - 8) // 2
+
+
+def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+    program = [sys.executable, "-m", "hf_so2", "equal-time", *map(str, arguments)]
+    return subprocess.run(program, capture_output=True, text=True, check=False)
+
+
+def test_the_command_times_tunes_and_trains(tmp_path: Path) -> None:
+    small = (
+        "max_seq_length=16",
+        "vocab_size=300",
+        "max_eval_samples=4",
+        "use_cpu=true",
+        "per_device_train_batch_size=2",
+    )
+    sizes = "hidden_size=16,intermediate_size=24,num_hidden_layers=1,num_attention_heads=2,num_key_value_heads=2"
+    done = command(
+        *("transfer", "--optim", "kfac_mup:preconditioner_update_steps=3", "--steps", 4, "--timing_steps", 2),
+        *(
+            "--shares",
+            1,
+            0.5,
+            "--output_dir",
+            tmp_path,
+            "--set",
+            f"config_overrides={sizes}",
+            "--set",
+            "mup_base_width=16",
+        ),
+        *(part for flag in small for part in ("--set", flag)),
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "equal_time.json").read_text("utf-8"))
+    baseline, kfac = report["optimizers"]
+    assert (baseline["name"], baseline["pace"], baseline["steps"]) == ("adamw_mup", 1.0, {"1": 4, "0.5": 2})
+    assert kfac["name"] == "kfac_mup:preconditioner_update_steps=3"
+    assert 1 <= kfac["steps"]["0.5"] <= kfac["steps"]["1"]
+    runs = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text("utf-8").splitlines()]
+    for entry in (baseline, kfac):
+        for share, steps in entry["steps"].items():
+            flags = {"optim": entry["name"].partition(":")[0], "max_steps": str(steps)}
+            found = [run for run in runs if flags.items() <= run["flags"].items()]
+            assert [run["metrics"]["eval_loss"] for run in found] == entry["losses"][share]
+    assert all(
+        run["flags"]["preconditioner_update_steps"] == "3" for run in runs if run["flags"]["optim"] == "kfac_mup"
+    )
+    assert done.stdout.count("\n| `") == 2
+    assert (tmp_path / "equal_time.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("quickstart", "--optim", "kfca"), "optim='kfca': must be one of"),
+        (("quickstart", "--optim", "kfac", "--shares", "0"), "shares=[0.0]: must be numbers above 0"),
+        (("quickstart", "--optim", "kfac", "--tune", "1"), "tune=1.0: must be above 1"),
+        (("quickstart", "--optim", "kfac", "--set", "damping=-1"), "damping=-1.0: must be"),
+        (("nothing.yaml", "--optim", "kfac"), "settings='nothing.yaml': must be an existing"),
+    ],
+)
+def test_mistakes_are_one_line(arguments: tuple[str, ...], line: str) -> None:
+    done = command(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert line in done.stderr
+    assert done.stderr.count("\n") == 1
