@@ -31,8 +31,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, set_seed
 
 from hf_so2 import cli
 from hf_so2.benchmark.contestants import Contestant, ours, parse_variant
-from hf_so2.benchmark.equal_time import Pace, paces
 from hf_so2.benchmark.plots import plot_equal_time
+from hf_so2.benchmark.rounds import Pace, paces
 from hf_so2.data import DataArguments
 from hf_so2.errors import ConfigurationError
 from hf_so2.folders import require_folder

@@ -132,16 +132,16 @@ class Settings:
     factor_update_steps: int = setting(
         1,
         COUNT,
-        "Steps between updates of a layer's curvature statistics: 5 in place of 2 saves K-FAC a tenth of a step's time and"
-        " costs some loss (docs/speed.md). Layers take turns (all besides at steps 1, 2, 4, 7), each at its own refreshes"
-        " where this divides preconditioner_update_steps. With fisher mc, all at once.",
+        "Steps between updates of a layer's curvature statistics: 5 in place of 2 saves K-FAC a tenth of a step's time"
+        " and costs some loss (docs/speed.md). Layers take turns (all besides at steps 1, 2, 4, 7), each at its own"
+        " refreshes where this divides preconditioner_update_steps. With fisher mc, all at once.",
         "statistics",
     )
     preconditioner_update_steps: int = setting(
         10,
         COUNT,
-        "Steps between refreshes of a preconditioner; layers take turns, so that steps cost alike. Early on they are"
-        " closer: all at steps 1, 2, 4, 7, then each at 1.5 times the step of its last, until this interval is reached.",
+        "Steps between refreshes of a preconditioner; layers take turns, so that steps cost alike. Early refreshes are"
+        " closer: all at steps 1, 2, 4, 7, then each at 1.5 times the step of its last, up to this interval.",
         "statistics",
     )
     fisher: str = setting(

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_so2.benchmark.equal_time import Pace
+from hf_so2.benchmark.rounds import Pace
 
 SECONDS = st.lists(st.floats(1e-3, 10), min_size=2, max_size=30)
 
@@ -54,9 +54,6 @@ def test_the_command_times_tunes_and_trains(tmp_path: Path) -> None:
     done = command(
         *("transfer", "--optim", "kfac_mup:preconditioner_update_steps=3", "--steps", 4, "--timing_steps", 2),
         *(
-            "--shares",
-            1,
-            0.5,
             "--output_dir",
             tmp_path,
             "--set",
@@ -69,9 +66,9 @@ def test_the_command_times_tunes_and_trains(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "equal_time.json").read_text("utf-8"))
     baseline, kfac = report["optimizers"]
-    assert (baseline["name"], baseline["pace"], baseline["steps"]) == ("adamw_mup", 1.0, {"1": 4, "0.5": 2})
+    assert (baseline["name"], baseline["pace"], baseline["steps"]) == ("adamw_mup", 1.0, {"1": 4})
     assert kfac["name"] == "kfac_mup:preconditioner_update_steps=3"
-    assert 1 <= kfac["steps"]["0.5"] <= kfac["steps"]["1"]
+    assert kfac["steps"]["1"] >= 1
     runs = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text("utf-8").splitlines()]
     for entry in (baseline, kfac):
         for share, steps in entry["steps"].items():

@@ -61,7 +61,7 @@ def test_updates_are_those_of_an_average_in_the_weights_axes(
 def test_one_rotation_of_the_gradient_serves_statistics_and_momentum(settings: dict[str, Any]) -> None:
     """Off refreshes; the average is what a dense calculation makes of the gradients."""
     optimizer = soap((4, 6), **settings)
-    trained(optimizer, 8)
+    trained(optimizer, 10)
     layer = optimizer.curvature.layers[LAYER]
     before = {name: value.clone() for name, value in layer.state.items()}
     (weight,) = optimizer.param_groups[0]["params"]

@@ -142,6 +142,7 @@ def test_both_orders_of_momentum_equal_the_numpy_recursion(order: str, nesterov:
         "momentum_order": order,
         "nesterov": nesterov,
         "beta2": 0.0,
+        "factor_update_steps": 1,
         "preconditioner_update_steps": 1,
     }
     average = np.zeros((FAN_OUT, FAN_IN))
