@@ -155,7 +155,8 @@ Trainer's checkpoints are complete, and for any number of ranks.
 
 ## The cost model
 
-The hidden weights of Llamas under default settings (statistics at every step, refreshes at every tenth), {tokens}
+The hidden weights of Llamas under default settings (statistics of the K-FAC family at every second step, refreshes at
+every tenth; the Shampoo family's at every step, and at every twentieth), {tokens}
 tokens per rank and step. By default a dimension above 8192 leaves the Shampoo family one side and the K-FAC family
 nothing; that happens to the MLPs of 8B and 70B. A FLOP count is that of the rank with most, per step, refreshes spread
 over the steps (a layer is not split, so that more ranks than layers do not help); an eigendecomposition counts 9n³,
