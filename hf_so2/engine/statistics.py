@@ -88,6 +88,8 @@ class Curvature:
         costs = {layer.name: layer.block.refresh_flops(layer.shape) for layer in layers}
         self._turns = turns(costs, refresh_steps)
         self._statistics_turns = statistics_turns(costs, statistics_steps, refresh_steps)
+        # Regular refreshes then see new statistics by their turns, early ones by this.
+        self._refreshes_see_new = fisher != "mc" and refresh_steps % statistics_steps == 0
         if fisher == "mc":
             self._statistics_turns = dict.fromkeys(costs, 0)
         self._ends: dict[str, End] = {}
@@ -126,6 +128,8 @@ class Curvature:
         )
 
     def _takes_statistics(self, layer: Layer, step: int) -> bool:
+        if self._refreshes_see_new and refresh_due(step, self._refresh_steps, self._turns[layer.name]):
+            return True
         return due(step, self._statistics_steps, self._statistics_turns[layer.name])
 
     def update(self, weights: Mapping[str, Tensor], step: int) -> None:

@@ -62,7 +62,8 @@ class WeightSharing:
 # So many entries of a row of gradients are looked at first.
 PROBED = 8
 
-# A gradient is round-off if it is at most so many units in the last place of the typical one of its layer.
+# A gradient is round-off if it is at most so many units in the last place of the typical one of its layer: units of
+# float32 where gradients have fewer digits, since attention is computed in float32 there.
 ROUND_OFF = 64
 
 
@@ -100,7 +101,8 @@ def _any_above(norms: Sequence[Tensor], bounds: Sequence[Tensor]) -> Tensor:
 def _round_off(norms: Tensor) -> Tensor:
     """The norm, 0-dim, up to which a row is zero but for round-off; 0 if most norms are zero or not finite."""
     typical = torch.where(norms > 0, norms, torch.nan).nanmedian()
-    return (ROUND_OFF * torch.finfo(norms.dtype).eps * typical).nan_to_num(0.0, 0.0, 0.0)
+    dtype = torch.promote_types(norms.dtype, torch.float32)
+    return (ROUND_OFF * torch.finfo(dtype).eps * typical).nan_to_num(0.0, 0.0, 0.0)
 
 
 def _expanded_inputs(adapter: Adapter, inputs: Tensor, dtype: torch.dtype, live: Tensor) -> InputRows:

@@ -164,7 +164,7 @@ def count_captures(optimizer: hf_so2.SecondOrderOptimizer) -> list[str]:
 
 def test_nothing_is_captured_without_a_backward_pass_and_off_update_steps() -> None:
     model = llama().train()
-    optimizer = hf_so2.build_optimizer("kfac", model, factor_update_steps=5)
+    optimizer = hf_so2.build_optimizer("kfac", model, factor_update_steps=5, preconditioner_update_steps=5)
     seen = count_captures(optimizer)
     tokens = torch.stack([row["input_ids"] for row in token_rows(2)])
 
@@ -177,7 +177,7 @@ def test_nothing_is_captured_without_a_backward_pass_and_off_update_steps() -> N
     assert not optimizer.curvature.capture.take().layers
 
     captured: dict[int, set[str]] = {}
-    for step in range(1, 13):
+    for step in range(1, 19):
         optimizer.zero_grad()
         seen.clear()
         model(input_ids=tokens, labels=tokens).loss.backward()
@@ -187,5 +187,5 @@ def test_nothing_is_captured_without_a_backward_pass_and_off_update_steps() -> N
     layers = set(optimizer.curvature.layers)
     assert [step for step in range(1, 8) if captured[step] == layers] == [1, 2, 4, 7]
     # Each has its turn within five steps, and no step is all of them.
-    assert sorted(name for step in range(8, 13) for name in captured[step]) == sorted(layers)
-    assert all(captured[step] != layers for step in range(8, 13))
+    assert sorted(name for step in range(14, 19) for name in captured[step]) == sorted(layers)
+    assert all(captured[step] != layers for step in range(14, 19))

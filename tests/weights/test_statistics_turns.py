@@ -59,6 +59,12 @@ def refresh_steps(turn: int, every: int, last: int) -> set[int]:
     return {step for step in due_steps(turn, every, last) if step <= 7} | {step for step in steps if step > 7}
 
 
+def taken_steps(turn: int, every: int, refreshed: int, refresh_every: int, last: int) -> list[int]:
+    """When statistics are taken: in turns, and at every refresh if the one interval divides the other."""
+    with_refreshes = refresh_steps(refreshed, refresh_every, last) if refresh_every % every == 0 else set()
+    return sorted({*due_steps(turn, every, last), *(step for step in with_refreshes if step <= last)})
+
+
 def spied(optimizer: hf_so2.SecondOrderOptimizer) -> dict[str, list[int]]:
     """By name of a weight (and its end): at which steps its tokens are captured from now on."""
     assert optimizer.curvature is not None
@@ -117,7 +123,8 @@ def test_layers_update_when_it_is_their_turn(name: str, every: int, refresh_ever
         optimizer.zero_grad()
         for index, layer in enumerate(layers):
             updated[index] += [step] * (layer.updates - before[index])
-    expected = [due_steps(turn, every, 32) for turn in TURNS[every, refresh_every][0]]
+    turns_of = zip(*TURNS[every, refresh_every], strict=True)
+    expected = [taken_steps(turn, every, refreshed, refresh_every, 32) for turn, refreshed in turns_of]
     assert updated == expected
     if name == "kfac":
         assert [captured[layer.name] for layer in layers] == expected
@@ -144,7 +151,7 @@ def test_training_is_that_of_a_plain_reference(every: int, refresh_every: int) -
         expected = []
         for index, (module, reference) in enumerate(zip(layers, references, strict=True)):
             taken, refreshed = (turn[index] for turn in TURNS[every, refresh_every])
-            if step in due_steps(taken, every, step):
+            if step in taken_steps(taken, every, refreshed, refresh_every, step):
                 reference.update(seen[index])
             if step in refresh_steps(refreshed, refresh_every, step):
                 reference.refresh()
@@ -176,17 +183,17 @@ def test_what_is_announced_off_a_layers_turn_does_not_count_at_its_turn() -> Non
 
 def test_both_ends_of_a_tied_weight_have_one_turn() -> None:
     model = tied_llama()
-    optimizer = hf_so2.build_optimizer("kfac", model, factor_update_steps=5, **BOTH_ENDS)
+    optimizer = hf_so2.build_optimizer("kfac", model, factor_update_steps=5, preconditioner_update_steps=5, **BOTH_ENDS)
     captured = spied(optimizer)
     tokens = torch.arange(16).view(2, 8)
-    for _ in range(17):
+    for _ in range(23):
         model(input_ids=tokens, labels=tokens).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     ends = [steps for name, steps in captured.items() if name.startswith("model.embed_tokens.weight")]
     assert len(ends) == 2
     assert ends[0] == ends[1]
-    late = {name: [step for step in steps if step > 7] for name, steps in captured.items()}
+    late = {name: [step for step in steps if step > 13] for name, steps in captured.items()}
     assert {len(steps) for steps in late.values()} == {2}
     assert len({tuple(steps) for steps in late.values()}) > 1
 
@@ -204,7 +211,7 @@ def test_a_layer_that_is_first_used_late_is_captured_when_its_turn_comes() -> No
         optimizer.step()
         optimizer.zero_grad()
         steps += [(step, layer.refreshes - before[1])] if layer.updates > before[0] else []
-    assert steps == [(15, 1), (20, 0), (25, 1), (30, 0)]
+    assert steps == [(15, 1), (17, 1), (20, 0), (25, 1), (30, 0)]
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
