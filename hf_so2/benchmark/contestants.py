@@ -19,7 +19,7 @@ from hf_so2.benchmark.phases import APPLY, FORWARD_BACKWARD, phases_timed
 from hf_so2.benchmark.stopwatch import Stopwatch
 from hf_so2.errors import ConfigurationError
 from hf_so2.layers import select
-from hf_so2.methods.table import parse_name
+from hf_so2.methods.table import METHODS, parse_name
 from hf_so2.optim import SecondOrderOptimizer, build_optimizer
 
 # The cost of a step does not depend on its size, and a small one keeps every method finite on random tokens.
@@ -147,9 +147,18 @@ def with_rates(
     return build_optimizer(name, model, **{**settings, **given})
 
 
-def theirs(peer: Peer, build_model: Callable[[], nn.Module], interval: int) -> Contestant:
-    """A peer on the weights that ours precondition by default, with torch's AdamW on the rest, as in ours."""
+def theirs(peer: Peer, build_model: Callable[[], nn.Module], interval: int | None) -> Contestant:
+    """A peer on the weights that ours precondition by default, with torch's AdamW on the rest, as in ours.
+
+    Args:
+        peer: which.
+        build_model: makes the model.
+        interval: steps between refreshes; None for the default of our method of that kind.
+    """
     model = build_model()
+    if interval is None:
+        method = METHODS.get(peer.method)
+        interval = method.settings({}).preconditioner_update_steps if method and "statistics" in method.uses else 1
     chosen = {name for name, treatment in select(model).items() if treatment.preconditioned}
     hidden = [parameter for name, parameter in model.named_parameters() if name in chosen]
     rest = [parameter for name, parameter in model.named_parameters() if name not in chosen]

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from hf_so2.methods.table import METHODS
+
 Build = Callable[[Sequence[torch.nn.Parameter], float, int], Optimizer]
 Gradients = Callable[[nn.Module, Tensor], Tensor]
 
@@ -72,7 +74,7 @@ def _sgd(parameters: Sequence[torch.nn.Parameter], lr: float, interval: int) -> 
 
 
 def _asdfghjkl_kfac(model: nn.Module, weights: Collection[str], interval: int) -> Gradients:
-    """Its K-FAC, with the factors of every step as in ours."""
+    """Its K-FAC, with factors as often as in ours."""
     package: Any = importlib.import_module("asdl")
     if not torch.cuda.is_available():
         # It marks ranges for CUDA's profiler, which a build without CUDA refuses to do.
@@ -81,7 +83,7 @@ def _asdfghjkl_kfac(model: nn.Module, weights: Collection[str], interval: int) -
     left_out = [module for name, module in model.named_modules() if f"{name}.weight" not in weights]
     config = package.PreconditioningConfig(
         preconditioner_upd_interval=interval,
-        curvature_upd_interval=1,
+        curvature_upd_interval=min(METHODS["kfac"].settings({}).factor_update_steps, interval),
         damping=1e-3,
         ema_decay=0.05,
         ignore_modules=left_out,

@@ -59,10 +59,11 @@ def measure(
     *,
     rounds: int,
     steps: int,
+    warm_up: int,
     seed: int,
     report: Callable[[str], None] = lambda line: None,
 ) -> list[Measurement]:
-    """Builds every contestant, warms it up for `steps` steps, and times `steps` steps of each in every round, in turn.
+    """Builds every contestant, warms it up, and times `steps` steps of each in every round, in turn.
 
     Args:
         builders: make the contestants; all are kept until the end.
@@ -70,12 +71,13 @@ def measure(
         device: where the models live.
         rounds: how many.
         steps: a multiple of the interval between refreshes, so that every round holds its share of them.
+        warm_up: steps before anything is timed; in the first ones preconditioners are rebuilt more often.
         seed: of the order within the rounds.
         report: told of the progress.
     """
     pairs = []
     for build in builders:
-        contestant, peak = peak_bytes(lambda build=build: _warmed_up(build(), batch, steps, device), device)  # type: ignore[misc]
+        contestant, peak = peak_bytes(lambda build=build: _warmed_up(build(), batch, warm_up, device), device)  # type: ignore[misc]
         measurement = Measurement(contestant.name, peak, contestant.state_bytes_per_parameter())
         measurement.flops = _counted(contestant, batch, steps)
         pairs.append((contestant, measurement))

@@ -13,6 +13,7 @@ operations, and the share of the machine's rate that they run at) and leaves ben
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -38,6 +39,7 @@ from hf_so2.methods.table import parse_name
 from hf_so2.optim import OPTIMIZERS
 from hf_so2.spelling import did_you_mean
 from hf_so2.weights import stacks
+from hf_so2.weights.schedule import regular_from
 
 INSTALLED = [peer.name for peer in PEERS if peer.installed]
 
@@ -64,9 +66,12 @@ class BenchmarkArguments:
     vocab_size: int = field(default=2048, metadata={"help": "of its vocabulary"})
     tokens: int = field(default=1024, metadata={"help": "tokens per step, a multiple of the sequence length"})
     sequence_length: int = field(default=128, metadata={"help": "tokens per sequence"})
-    interval: int = field(default=10, metadata={"help": "steps between refreshes of preconditioners"})
+    interval: int | None = field(
+        default=None,
+        metadata={"help": "steps between refreshes of preconditioners; left out, as by default, a peer's as ours"},
+    )
     rounds: int = field(default=5, metadata={"help": "how often every optimizer has its turn"})
-    steps: int = field(default=10, metadata={"help": "steps of a turn, a multiple of the interval"})
+    steps: int = field(default=20, metadata={"help": "steps of a turn, a multiple of the interval"})
     scaling: list[int] = field(
         default_factory=list, metadata={"help": "hidden sizes to measure one after the other, with fitted exponents"}
     )
@@ -96,22 +101,34 @@ class BenchmarkArguments:
             "num_hidden_layers",
             "vocab_size",
             "sequence_length",
-            "interval",
             "rounds",
+            "steps",
             "hidden_size",
         )
         for name in sizes:
             if getattr(self, name) < 1:
                 raise ConfigurationError(name, getattr(self, name), "must be at least 1")
-        for name, unit in (("tokens", "sequence_length"), ("steps", "interval")):
-            if getattr(self, name) < 1 or getattr(self, name) % getattr(self, unit):
-                raise ConfigurationError(name, getattr(self, name), f"must be a multiple of {unit}")
+        if self.interval is not None and self.interval < 1:
+            raise ConfigurationError("interval", self.interval, "must be at least 1")
+        if self.tokens < 1 or self.tokens % self.sequence_length:
+            raise ConfigurationError("tokens", self.tokens, "must be a multiple of sequence_length")
+        for interval in self.intervals:
+            if self.steps % interval:
+                raise ConfigurationError("steps", self.steps, f"must be a multiple of interval, which is {interval}")
         for width in self.widths:
             if width < 1 or width % (2 * self.num_attention_heads):
                 raise ConfigurationError("hidden_size", width, "must divide into heads of even size")
         if len(self.scaling) == 1:
             raise ConfigurationError("scaling", self.scaling, "must be two sizes or more")
         require_device("device", self.device)
+
+    @property
+    def intervals(self) -> list[int]:
+        """The steps between refreshes that occur, without those that a variant sets for itself."""
+        if self.interval is not None:
+            return [self.interval]
+        methods = [parse_name(parse_variant(text)[0])[0] for text in self.optim]
+        return sorted({m.settings({}).preconditioner_update_steps for m in methods if "statistics" in m.uses})
 
     @property
     def widths(self) -> list[int]:
@@ -191,6 +208,7 @@ def benchmark(arguments: BenchmarkArguments, width: int) -> list[Measurement]:
         device,
         rounds=arguments.rounds,
         steps=arguments.steps,
+        warm_up=max(arguments.steps, *(math.ceil(regular_from(interval)) for interval in arguments.intervals)),
         seed=arguments.seed,
         report=lambda line: print(line, file=sys.stderr, flush=True),
     )

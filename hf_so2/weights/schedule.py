@@ -44,9 +44,14 @@ def refresh_due(step: int, every: int, turn: int = 0) -> bool:
     return math.floor(_intervals(step, every, turn)) > math.floor(_intervals(step - 1, every, turn))
 
 
+def regular_from(every: int) -> float:
+    """The step at which intervals between refreshes, which grow with the step, have grown to `every`."""
+    return every / math.log(GROWTH)
+
+
 def _intervals(step: int, every: int, turn: int) -> float:
     """How many intervals have passed: `(step - turn) / every`, continued to where intervals grow with the step."""
-    regular = every / math.log(GROWTH)  # the step at which they have grown to `every`
+    regular = regular_from(every)
     passed = step if step >= regular else regular * (1 + math.log(step / regular))
     # Rounded, since logarithms may differ in the last bit from machine to machine.
     return round((passed - turn) / every, 9)
