@@ -21,7 +21,7 @@ from hf_so2.linalg import matmul_precision, trace
 from hf_so2.parallel.sharing import Sharing
 from hf_so2.weights.ends import End, ends_of
 from hf_so2.weights.layer import COUNTERS, Layer
-from hf_so2.weights.schedule import due, refresh_due, statistics_turns, turns
+from hf_so2.weights.schedule import due, layer_turns, refresh_due
 from hf_so2.weights.stacks import observe_stack, refresh_stack, stacks
 
 logger = logging.getLogger(__name__)
@@ -86,10 +86,7 @@ class Curvature:
         self.sharing = Sharing(layers, gradient_worker_fraction, refresh_steps)
         self._refresh_steps, self._statistics_steps = refresh_steps, statistics_steps
         costs = {layer.name: layer.block.refresh_flops(layer.shape) for layer in layers}
-        self._turns = turns(costs, refresh_steps)
-        self._statistics_turns = statistics_turns(costs, statistics_steps, refresh_steps)
-        # Regular refreshes then see new statistics by their turns, early ones by this.
-        self._refreshes_see_new = fisher != "mc" and refresh_steps % statistics_steps == 0
+        self._statistics_turns, self._turns = layer_turns(costs, statistics_steps, refresh_steps)
         if fisher == "mc":
             self._statistics_turns = dict.fromkeys(costs, 0)
         self._ends: dict[str, End] = {}
@@ -128,8 +125,6 @@ class Curvature:
         )
 
     def _takes_statistics(self, layer: Layer, step: int) -> bool:
-        if self._refreshes_see_new and refresh_due(step, self._refresh_steps, self._turns[layer.name]):
-            return True
         return due(step, self._statistics_steps, self._statistics_turns[layer.name])
 
     def update(self, weights: Mapping[str, Tensor], step: int) -> None:

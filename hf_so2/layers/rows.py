@@ -1,10 +1,10 @@
 """From a module's inputs and output gradients to the rows of its statistics.
 
-A position counts if and only if the loss depends on it: its output gradient is not zero in every layer that reads the
-same tensor. Padding, positions without a label, the other side of an encoder-decoder and an expert's empty slots all
-have a gradient of exactly zero. The layers thus need no mask. The first position of a causal attention can attend only
-to itself: its query gets a gradient of 0 from one kernel and of 1e-20 from another, or from another split of the batch.
-Round-off therefore counts as zero. Layers that read one tensor decide together: the value of the first position gets a
+A position counts if and only if the loss depends on it: its output gradient is not exactly zero in every layer that
+reads the same tensor. Padding, positions without a label, the other side of an encoder-decoder and an expert's empty
+slots all have a gradient of exactly zero. The layers thus need no mask. Layers that read one tensor decide together,
+because one of them may get round-off in place of zeros. An example is the first position of a causal attention, which
+can attend only to itself. Its query gets a gradient of 0 from one kernel and of 1e-20 from another. Its value gets a
 gradient from all kernels.
 
 A layer of a language model is used at every position of a sequence. `expand` counts every position as an example, which
@@ -62,47 +62,29 @@ class WeightSharing:
 # So many entries of a row of gradients are looked at first.
 PROBED = 8
 
-# A gradient is round-off if it is at most so many units in the last place of the typical one of its layer: units of
-# float32 where gradients have fewer digits, since attention is computed in float32 there.
-ROUND_OFF = 64
 
-
-def live_rows(gradients: Sequence[Tensor], *, but_round_off: bool = False) -> Tensor:
+def live_rows(gradients: Sequence[Tensor]) -> Tensor:
     """Which positions have an output gradient that is not zero, (positions,) of booleans.
 
     Args:
         gradients: gradients (..., fan_out) of layers that read the same tensor; at least one.
-        but_round_off: whether a gradient that is zero but for round-off counts as zero. It is compared with the median
-            of its layer, which a few huge gradients do not move.
     """
     tables = [gradient.reshape(-1, gradient.shape[-1]) for gradient in gradients]
-    probes = [table[:, :PROBED] if table.device.type == "cpu" else table for table in tables]
-    norms = [torch.linalg.vector_norm(probe, dim=1) for probe in probes]
-    bounds = [_round_off(norm) if but_round_off else norm.new_zeros(()) for norm in norms]
-    live = _any_above(norms, bounds)
-    if tables[0].device.type == "cpu":
-        # A few entries nearly always tell, and are fifty times as quick to look at. Elsewhere, to pick rows is to wait.
-        open_rows = (~live).nonzero().squeeze(1)
-        whole = [torch.linalg.vector_norm(table[open_rows], dim=1) for table in tables]
-        growth = [(table.shape[1] / probe.shape[1]) ** 0.5 for table, probe in zip(tables, probes, strict=True)]
-        live[open_rows] = _any_above(whole, [bound * by for bound, by in zip(bounds, growth, strict=True)])
+    if tables[0].device.type != "cpu":
+        return _squares_are_there(tables)
+    # Nearly always a few entries tell, which are fifty times as quick to look at. To pick rows means to wait elsewhere.
+    live = _squares_are_there([table[:, :PROBED] for table in tables])
+    open_rows = (~live).nonzero().squeeze(1)
+    live[open_rows] = _squares_are_there([table[open_rows] for table in tables])
     return live
 
 
-def _any_above(norms: Sequence[Tensor], bounds: Sequence[Tensor]) -> Tensor:
-    # If the entries are so small that their squares are zero, the outer product is zero too. What is not a number is
-    # above every bound, so that it is found later.
-    above = ~(norms[0] <= bounds[0])
-    for norm, bound in zip(norms[1:], bounds[1:], strict=True):
-        above |= ~(norm <= bound)
-    return above
-
-
-def _round_off(norms: Tensor) -> Tensor:
-    """The norm, 0-dim, up to which a row is zero but for round-off; 0 if most norms are zero or not finite."""
-    typical = torch.where(norms > 0, norms, torch.nan).nanmedian()
-    dtype = torch.promote_types(norms.dtype, torch.float32)
-    return (ROUND_OFF * torch.finfo(dtype).eps * typical).nan_to_num(0.0, 0.0, 0.0)
+def _squares_are_there(tables: Sequence[Tensor]) -> Tensor:
+    # If the entries are so small that their squares are zero, the outer product is zero too.
+    live = torch.linalg.vector_norm(tables[0], dim=1) != 0
+    for more in tables[1:]:
+        live |= torch.linalg.vector_norm(more, dim=1) != 0
+    return live
 
 
 def _expanded_inputs(adapter: Adapter, inputs: Tensor, dtype: torch.dtype, live: Tensor) -> InputRows:

@@ -183,7 +183,7 @@ class Summation:
 
     def _rows_of(self, readers: Readers) -> tuple[InputRows, RowPlan]:
         given, adapter = readers.given, readers.adapter
-        live = live_rows(list(readers.gradients.values()), but_round_off=True)
+        live = live_rows(list(readers.gradients.values()))
         rows = self._weight_sharing.inputs(adapter, given, readers.dtype, live)
         # Layers that read the same tensor share sums: their rows are folded alike.
         seen = min(self.rows.get(name, 0) for name in readers.gradients)

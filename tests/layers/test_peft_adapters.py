@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import hf_so2
 
 REFUSED = r"^model='\w+': has adapters, for which muP has no rule; kfac trains it at this width as it is$"
-# Queries without values: at a first position they have nothing to choose from, and a gradient of zero or round-off.
-TARGETS = ["q_proj", "down_proj"]
+# Not of queries: those of a first position have nothing to choose from, and a gradient of zero or its round-off.
+TARGETS = ["v_proj", "down_proj"]
 
 
 @pytest.mark.parametrize("base", [True, False])

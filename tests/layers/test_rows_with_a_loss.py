@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from shared.helpers import SMALL, captured_factors, in_float64, llama, relative_error, t5
 from shared.loops import NAMES
 from torch import Tensor, nn
@@ -13,7 +11,6 @@ from torch.nn.utils import parameters_to_vector
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
 import hf_so2
-from hf_so2.layers.rows import live_rows
 
 
 def bert() -> nn.Module:
@@ -143,43 +140,3 @@ def test_one_backward_pass_of_both_kinds_of_loss_counts_each_once() -> None:
     for name, factors in found[0].items():
         for side, factor in factors.items():
             assert relative_error(factor, found[1][name][side]) < 1e-12, (name, side)
-
-
-@given(
-    dtype=st.sampled_from([torch.float32, torch.float64]),
-    scale=st.floats(-8, 8),
-    width=st.integers(1, 40),
-    data=st.data(),
-)
-def test_round_off_of_zero_is_no_gradient_and_small_gradients_are(
-    dtype: torch.dtype, scale: float, width: int, data: st.DataObject
-) -> None:
-    eps, count = torch.finfo(dtype).eps, 9
-    kinds = data.draw(st.lists(st.sampled_from(["zero", "round-off", "small", "usual", "huge"]), max_size=4))
-    size = {"zero": 0.0, "round-off": eps, "small": 1e4 * eps, "usual": 1.0, "huge": 1e8}
-    kinds += ["usual"] * count  # most are usual
-    rows = torch.ones(len(kinds), width, dtype=dtype) * 10**scale
-    rows *= 1 - 2 * torch.randint(0, 2, rows.shape, generator=torch.Generator().manual_seed(width))
-    rows *= torch.tensor([size[kind] for kind in kinds], dtype=dtype).unsqueeze(1)
-    counted = live_rows([rows], but_round_off=True)
-    assert counted.tolist() == [kind not in ("zero", "round-off") for kind in kinds]
-    assert live_rows([rows]).tolist() == [kind != "zero" for kind in kinds]
-    # Another layer that reads the tensor has a gradient at all positions.
-    assert live_rows([rows, torch.ones_like(rows)], but_round_off=True).all()
-
-
-def test_what_is_not_a_number_counts_and_so_is_found() -> None:
-    for bad in (float("nan"), float("inf")):
-        for count in (1, 6):
-            rows = torch.ones(6, 3)
-            rows[:count] = bad
-            assert live_rows([rows], but_round_off=True).all()
-
-
-def test_a_row_whose_first_entries_are_zero_is_looked_at_as_a_whole() -> None:
-    rows = torch.ones(5, 64)
-    rows[2] = 0
-    rows[2, -1] = 1e-3
-    rows[3] = 0
-    rows[3, -1] = 1e-9
-    assert live_rows([rows], but_round_off=True).tolist() == [True, True, True, False, True]
