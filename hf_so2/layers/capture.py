@@ -151,6 +151,7 @@ class Capture:
 
     def begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """A forward pass of the model begins."""
+        self._forget_if_gone()
         positions = kwargs.get("position_ids")
         if not self._is_reduced or not self.due or not isinstance(positions, Tensor):
             return
@@ -225,6 +226,8 @@ class Capture:
         self._collect(call, gradient, self._backward)
 
     def _open(self) -> None:
+        # Once gradients of weights have been added in this pass, nobody can tell.
+        self._forget_if_gone()
         self.summation.waiting = None  # left over if an exception ended the last backward pass
         self._backward = Backward(current_task(), self._announced)
         Variable._execution_engine.queue_callback(self._close)
@@ -232,7 +235,6 @@ class Capture:
     def _begin(self, backward: Backward) -> None:
         """The first gradient of a backward pass that trains."""
         backward.trains = True
-        self._forget_if_gone()
         announced = backward.announced
         if announced is not None and announced.is_new:
             announced.is_new = False

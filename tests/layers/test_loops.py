@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from shared.helpers import captured_factors, in_float64, llama, relative_error
 from shared.loops import NAMES, Odd, batch, differences, loss_of, net
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
@@ -94,6 +95,36 @@ FOREIGN: dict[str, Odd] = {
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_not_trained_on_is_not_counted(name: str, circumstance: str) -> None:
     assert max(differences(name, FOREIGN[circumstance])) < 1e-10
+
+
+RESETS: dict[str, Odd] = {
+    "model.zero_grad": lambda step, model, optimizer: model.zero_grad(),
+    "set to none": lambda step, model, optimizer: [setattr(p, "grad", None) for p in model.parameters()],
+    "zeroed in place": lambda step, model, optimizer: model.zero_grad(set_to_none=False),
+}
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("reset", RESETS)
+def test_gradients_that_a_language_model_resets_do_not_count(reset: str, every: int) -> None:
+    """Those of its head are there before those of any layer, and layers take turns."""
+    found = []
+    for odd in (False, True):
+        model = in_float64(llama(num_hidden_layers=2)).train()
+        optimizer = hf_so2.build_optimizer("kfac", model, factor_update_steps=every, preconditioner_update_steps=3)
+        generator = torch.Generator().manual_seed(0)
+        for step in range(8):
+            tokens, others = torch.randint(1, 32, (2, 4, 7), generator=generator)
+            if odd:
+                model(input_ids=others, labels=others).loss.backward()
+                RESETS[reset](step, model, optimizer)
+            model(input_ids=tokens, labels=tokens).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(captured_factors(optimizer))
+    plain, disturbed = found
+    for name, factors in plain.items():
+        assert all(relative_error(disturbed[name][key], value) < 1e-10 for key, value in factors.items()), name
 
 
 def held_back(step: int, model: nn.Module, optimizer: hf_so2.SecondOrderOptimizer) -> None:

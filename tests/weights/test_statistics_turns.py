@@ -229,14 +229,15 @@ def test_a_layer_that_is_first_used_late_is_captured_when_its_turn_comes() -> No
     optimizer = hf_so2.build_optimizer("kfac", model, factor_update_steps=5)
     assert optimizer.curvature is not None
     layer, steps = optimizer.curvature.layers["1.weight"], []
-    for step in range(1, 32):
+    for step in range(1, 44):
         before = layer.updates, layer.refreshes
         for used in model if step >= 13 else model[:1]:
             used(torch.randn(6, 4)).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
         steps += [(step, layer.refreshes - before[1])] if layer.updates > before[0] else []
-    assert steps == [(17, 1), (22, 0), (27, 1)]
+    # Until step 24 refreshes grow apart, and come between two updates, too.
+    assert steps == [(17, 1), (22, 0), (27, 0), (32, 1), (37, 0), (42, 1)]
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
