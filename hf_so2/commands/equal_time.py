@@ -74,6 +74,9 @@ def main() -> None:
     flags = dict(parse_axis(text) for text in args.set)
     fixed = {name: ",".join(values) for name, values in flags.items()}
     model, data, training = cli.build(types := _types(), cli.read_flags(types, _argv(args.settings, fixed)))
+    if model.model_name_or_path is not None:
+        allowed = "must be left out: models from scratch are timed and trained"
+        raise ConfigurationError("model_name_or_path", model.model_name_or_path, allowed)
     names = [args.baseline, *(name for name in args.optim if name != args.baseline)]
     for name in names:
         parse_name(parse_variant(name)[0])
