@@ -14,7 +14,7 @@ from hf_so2.papers.data import TRAINING, digits
 from hf_so2.papers.foof.directions import DIRECTIONS, cosine, gradients_of, step_along
 from hf_so2.papers.models import mlp, vit
 from hf_so2.papers.races import Contest
-from hf_so2.papers.training import FALLBACK, Ranges, Run, optimizer_step, train
+from hf_so2.papers.training import FALLBACK, INTERVALS, Ranges, Run, optimizer_step, train
 
 SEEDS = tuple(range(8))
 VIT_SEEDS = tuple(range(5))
@@ -60,6 +60,7 @@ def optimized(
         "norm_control": "none",
         "damping_rule": "pi" if name == "K-FAC" else "constant",
         **FALLBACK,
+        **INTERVALS,
         **values,
     }
     step = optimizer_step(optim.build_optimizer(PACKAGE[name], network, **settings), warmup)

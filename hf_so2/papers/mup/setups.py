@@ -12,7 +12,7 @@ from torch import nn
 from hf_so2 import optim
 from hf_so2.papers.data import BLOCK, BYTES, CLASSES, Examples, digits, text
 from hf_so2.papers.models import Classifier, llama, mlp
-from hf_so2.papers.training import Ranges, optimizer_step, train
+from hf_so2.papers.training import INTERVALS, Ranges, optimizer_step, train
 
 LAYERS = 4  # of the MLP
 BASE_SEED = 7_000
@@ -119,6 +119,7 @@ class Setup:
             damping_rule=self.rule,
             norm_control=self.norm_control,
             fallback_warmup_steps=1,  # rates are constant here, and so is this one
+            **INTERVALS,
             **base,
         )
         return model, optimizer

@@ -13,7 +13,7 @@ from hf_so2 import optim
 from hf_so2.papers.data import digits
 from hf_so2.papers.models import mlp, vit
 from hf_so2.papers.races import Contest, Race
-from hf_so2.papers.training import FALLBACK, TRIALS, Ranges, Run, optimizer_step, train
+from hf_so2.papers.training import FALLBACK, INTERVALS, TRIALS, Ranges, Run, optimizer_step, train
 from hf_so2.papers.verdict import Claim
 
 RATES = {"learning_rate": (1e-3, 1.0)}
@@ -96,7 +96,7 @@ def contestant(ground: Ground, name: str, values: Mapping[str, float], seed: int
     if "momentum_left" in settings:  # a logarithmic range of what momentum lacks to 1
         settings["momentum"] = 1 - settings.pop("momentum_left")
     if "damping" in settings:
-        settings |= {"norm_control": "none", "fisher": "mc", **FALLBACK}
+        settings |= {"norm_control": "none", "fisher": "mc", **FALLBACK, **INTERVALS}
     step = optimizer_step(optim.build_optimizer(optimizer_name, model, **settings), ground.warmup)
     return train(model, step, digits(), steps=steps, batch=ground.batch, seed=seed, looks=range(0, steps, 10))
 
