@@ -30,7 +30,7 @@ if [ "$size" = miniature ]; then
   exit $code
 fi
 common=(--device cuda --num_attention_heads 16 --num_hidden_layers 2 --vocab_size 4096 --tokens 16384)
-common+=(--sequence_length 512 --rounds 1)
+common+=(--sequence_length 512 --rounds 1 --interval 10 --steps 10)
 all=(kfac foof tkfac shampoo kl_shampoo soap muon ekfac)
 medium=() # TF32 for the products of statistics and preconditioners
 for name in "${all[@]}"; do medium+=("$name:curvature_matmul_precision=medium"); done

@@ -131,6 +131,11 @@ class BenchmarkArguments:
         return sorted({m.settings({}).preconditioner_update_steps for m in methods if "statistics" in m.uses})
 
     @property
+    def warm_up(self) -> int:
+        """Steps before the first that is timed: refreshes are regular by then."""
+        return max([self.steps, *(math.ceil(regular_from(interval)) for interval in self.intervals)])
+
+    @property
     def widths(self) -> list[int]:
         """The hidden sizes to measure."""
         return self.scaling or [self.hidden_size]
@@ -208,7 +213,7 @@ def benchmark(arguments: BenchmarkArguments, width: int) -> list[Measurement]:
         device,
         rounds=arguments.rounds,
         steps=arguments.steps,
-        warm_up=max(arguments.steps, *(math.ceil(regular_from(interval)) for interval in arguments.intervals)),
+        warm_up=arguments.warm_up,
         seed=arguments.seed,
         report=lambda line: print(line, file=sys.stderr, flush=True),
     )

@@ -40,7 +40,7 @@ def refresh_due(step: int, every: int, turn: int = 0) -> bool:
         turn: the layer's turn, in [0, every). It spreads refreshes over steps early, too.
     """
     if step <= max(EARLY_STEPS):
-        return step in EARLY_STEPS or step % every == turn
+        return due(step, every, turn)
     return math.floor(_intervals(step, every, turn)) > math.floor(_intervals(step - 1, every, turn))
 
 

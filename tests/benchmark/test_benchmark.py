@@ -26,6 +26,7 @@ from hf_so2.benchmark.ratios import fitted_exponent, paired_ratios
 from hf_so2.benchmark.report import against_peers, peer_table, table, to_dict
 from hf_so2.benchmark.rounds import Measurement
 from hf_so2.benchmark.stopwatch import Stopwatch
+from hf_so2.commands.benchmark import BenchmarkArguments
 from hf_so2.optim import OPTIMIZERS, SecondOrderOptimizer
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark.py"
@@ -231,6 +232,14 @@ def test_peers_are_compared_with_their_own_method_within_rounds() -> None:
     assert {name: spread.median for name, spread in found["p.SOAP"].items()} == {"soap": 0.625, "soap:beta2=0.9": 1.0}
     assert peer_table(found).splitlines()[2].split() == "| soap | p.SOAP | 0.62 [0.56, 0.69] |".split()
     assert peer_table({}) == ""
+
+
+@pytest.mark.parametrize(
+    ("optim", "warm_up"), [(["muon"], 20), (["adamw", "sgd"], 20), (["muon", "kfac"], 25), (["kfac", "soap"], 50)]
+)
+def test_steps_are_timed_once_refreshes_are_regular(optim: list[str], warm_up: int) -> None:
+    """They are from 10 / log 1.5 = 24.7 and 20 / log 1.5 = 49.3 on; some methods have none."""
+    assert BenchmarkArguments(optim=optim, peers=["none"], device="cpu").warm_up == warm_up
 
 
 def test_the_command_line(tmp_path: Path) -> None:
